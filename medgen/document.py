@@ -1,0 +1,248 @@
+"""YAML files with the position of every value, `-o a.b=c` overrides, and checked parsing; used by spec.py and site.py."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from medgen.errors import InputError
+
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+KeyPath = tuple[str | int, ...]
+ModelType = TypeVar("ModelType", bound=BaseModel)
+
+BARE_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+CLOCK = re.compile(r"\d+(:\d\d)+")
+OCTAL = re.compile(r"[-+]?0\d+")
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+@dataclass
+class Document:
+    """Plain YAML data and where each value stands: `positions[path] == "file:line:column"`."""
+
+    source: str
+    data: dict[str, Any]
+    positions: dict[KeyPath, str] = field(default_factory=dict)
+
+    def where(self, path: KeyPath) -> str:
+        """The position of the value at `path`, or of its nearest parent that stands in a file."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.positions:
+                return self.positions[path[:length]]
+        return self.source
+
+    def error(self, path: KeyPath, message: str) -> InputError:
+        return InputError(f"{self.where(path)}: {dotted(path)}: {message}" if path else f"{self.where(path)}: {message}")
+
+    def graft(self, path: KeyPath, other: Document) -> None:
+        """Put another document's data and positions at `path`."""
+        parent: Any = self.data
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1]] = other.data
+        for below, position in other.positions.items():
+            self.positions[path + below] = position
+
+
+def dotted(path: KeyPath) -> str:
+    return ".".join(str(key) for key in path)
+
+
+def load(path: Path) -> Document:
+    """Read one YAML mapping. Raises InputError with file:line:column for anything YAML would misread silently."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Document:
+    try:
+        root = yaml.compose(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        raise InputError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    document = Document(source, {})
+    if root is None:
+        raise InputError(f"{source}: the file is empty")
+    if not isinstance(root, MappingNode):
+        raise InputError(f"{source}: expected `key: value` lines at the top, found a {root.id}")
+    document.data = _plain(root, (), document)
+    return document
+
+
+def _plain(node: Node, path: KeyPath, document: Document) -> Any:
+    place = f"{document.source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    document.positions[path] = place
+    if isinstance(node, MappingNode):
+        return _plain_mapping(node, path, document)
+    if isinstance(node, SequenceNode):
+        return [_plain(item, (*path, index), document) for index, item in enumerate(node.value)]
+    return _plain_scalar(node, path, document)
+
+
+def _plain_mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        below = (*path, key)
+        place = f"{document.source}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+        if key in result:
+            raise InputError(f"{place}: {dotted(below)}: the key stands twice; keep one of them")
+        result[key] = _plain(value_node, below, document)
+        document.positions[below] = place
+    return result
+
+
+def _plain_scalar(node: ScalarNode, path: KeyPath, document: Document) -> Any:
+    """A scalar as YAML reads it, but the readings that surprise people are refused with a hint."""
+    text, plain = node.value, node.style is None
+    if plain and CLOCK.fullmatch(text):
+        raise document.error(path, f"YAML reads the unquoted {text} as a number of seconds; write \"{text}\" or 90m, 12h")
+    if plain and BARE_EXPONENT.fullmatch(text) and node.tag.endswith(":str"):
+        mantissa, exponent = re.split("[eE]", text)
+        raise document.error(path, f"YAML reads {text} as text; write {mantissa if '.' in mantissa else mantissa + '.0'}e{exponent if exponent[0] in '+-' else '+' + exponent}")
+    if plain and OCTAL.fullmatch(text):
+        raise document.error(path, f"YAML reads {text} as an octal number; write {int(text)}, or quote it if it is text")
+    if plain and text.lower() in {"yes", "no", "on", "off"}:
+        raise document.error(path, f"YAML reads {text} as true or false; write true, false or \"{text}\"")
+    value = yaml.safe_load(text) if plain else text
+    return expand(value, path, document) if isinstance(value, str) else value
+
+
+def expand(text: str, path: KeyPath, document: Document) -> str:
+    """Replace ${NAME} by the environment variable; an unset one is an error, never an empty string."""
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise document.error(path, f"the environment variable {name} is not set; `export {name}=...` first")
+        return os.environ[name]
+
+    return VARIABLE.sub(value_of, text)
+
+
+def parse_override_value(text: str) -> Any:
+    """The right side of `-o key=value`: YAML, with 1e-4 read as the number people mean."""
+    if BARE_EXPONENT.fullmatch(text):
+        return float(text)
+    if CLOCK.fullmatch(text):
+        return text
+    return yaml.safe_load(text) if text else ""
+
+
+def override(document: Document, assignments: Sequence[str]) -> None:
+    """Apply `a.b=c` in order. A new key is created only below an existing mapping, so a typo in the middle is told."""
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise InputError(f"-o {assignment}: write key.subkey=value")
+        keys = name.split(".")
+        target: Any = document.data
+        for depth, key in enumerate(keys[:-1]):
+            if not isinstance(target, dict) or (key in target and not isinstance(target[key], dict)):
+                raise InputError(f"-o {assignment}: {'.'.join(keys[:depth + 1])} holds one value and has no keys below it")
+            if key not in target:
+                if depth >= 1 and keys[0] == "stages" and depth == 1:
+                    known = ", ".join(target) or "none"
+                    raise InputError(f"-o {assignment}: no stage {key!r}; the stages are: {known}")
+                target[key] = {}
+            target = target[key]
+        if not isinstance(target, dict):
+            raise InputError(f"-o {assignment}: {'.'.join(keys[:-1])} holds one value and has no keys below it")
+        try:
+            target[keys[-1]] = parse_override_value(text)
+        except yaml.YAMLError:
+            raise InputError(f"-o {assignment}: {text!r} is not a YAML value") from None
+        document.positions[tuple(keys)] = f"-o {assignment}"
+
+
+def check(model: type[ModelType], document: Document, path: KeyPath = ()) -> ModelType:
+    """Build `model` from the data at `path`; every problem is listed with its position, unknown keys with a suggestion."""
+    value: Any = document.data
+    for key in path:
+        value = value[key]
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        lines = [_explain(problem, model, document, path) for problem in error.errors()]
+        raise InputError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(problem: Any, model: type[BaseModel], document: Document, path: KeyPath) -> str:
+    inside = _keys_in_document(problem["loc"], document, path)
+    where = path + inside
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(model, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(inside[-1]), valid, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the valid keys are: {', '.join(sorted(valid))}"
+        return str(document.error(where, f"unknown key; {hint}"))
+    if problem["type"] == "missing":
+        return str(document.error(where[:-1], f"{where[-1]!r} is missing"))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" or isinstance(problem["input"], dict):
+        return str(document.error(where, message))
+    return str(document.error(where, f"{message[:1].lower()}{message[1:]}, got {problem['input']!r}"))
+
+
+def _keys_in_document(location: Sequence[str | int], document: Document, path: KeyPath) -> KeyPath:
+    """Drop what pydantic adds to a location that is no key of the file (the tag of a tagged union)."""
+    keys: list[str | int] = []
+    value: Any = document.data
+    for key in path:
+        value = value[key]
+    for index, key in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(value, dict) and (key in value or last):
+            keys.append(key)
+            value = value.get(key)
+        elif isinstance(value, list) and isinstance(key, int):
+            keys.append(key)
+            value = value[key] if key < len(value) else None
+    return tuple(keys)
+
+
+def _valid_keys(model: Any, location: Sequence[str | int]) -> list[str]:
+    """The field names (as written in files) of the model that sits at `location` below `model`."""
+    schema = model.model_json_schema(by_alias=True)
+
+    def resolve(node: dict[str, Any]) -> dict[str, Any]:
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        return node
+
+    def alternatives(node: dict[str, Any]) -> list[dict[str, Any]]:
+        node = resolve(node)
+        options = node.get("anyOf", []) + node.get("oneOf", [])
+        return [inner for option in options for inner in alternatives(option)] if options else [node]
+
+    def tag_of(node: dict[str, Any]) -> Any:
+        return node.get("properties", {}).get("kind", {}).get("const")
+
+    nodes = alternatives(schema)
+    for key in location:
+        tagged = [node for node in nodes if tag_of(node) == key]
+        if tagged:
+            nodes = tagged
+            continue
+        below: list[dict[str, Any]] = []
+        for node in nodes:
+            child = node.get("properties", {}).get(str(key)) or node.get("items") or node.get("additionalProperties")
+            if isinstance(child, dict):
+                below += alternatives(child)
+        nodes = below
+    return sorted({name for node in nodes for name in node.get("properties", {})})

@@ -1,0 +1,259 @@
+"""The plan: a pure function of spec and site. Its JSON is what --dry-run shows and what every stage reads back.
+
+Called by the submit verb; stages load plan.json from the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medgen import files
+from medgen.errors import InputError
+from medgen.rundir import RunDir
+from medgen.site import Site
+from medgen.spec import (
+    AnyStage,
+    CollectStage,
+    EvaluateStage,
+    GenerateStage,
+    Resources,
+    Spec,
+    TrainStage,
+)
+
+PLAN_VERSION = 1
+DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15}
+# fields of a stage that cannot change what it produces
+NOT_SCIENCE = {"resources", "shards", "parallel", "segments"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One task of a generate stage: images first <= i < stop; whole chunks only."""
+
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing a backend starts. `hash` ties an outcome to exactly this work."""
+
+    stage: str
+    shard: int
+    hash: str
+    images: Shard | None  # generate only
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its tasks and what it waits for. `threads`: CPU threads per process, part of the byte promise."""
+
+    name: str
+    kind: str
+    needs: list[str]
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    threads: int
+    time_minutes: int
+    mem_mebibytes: int | None
+    parallel: int
+    segments: int
+    settings: dict[str, Any]  # the stage as the user wrote it, resolved
+    tasks: list[Task]
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Plan:
+    version: int
+    run_id: str
+    name: str
+    seed: int
+    site: str
+    setup: list[str]
+    data: dict[str, Any]
+    stages: list[PlannedStage]
+
+    def stage(self, name: str) -> PlannedStage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise InputError(f"{self.run_id}: no stage {name!r}; the stages are: {', '.join(item.name for item in self.stages)}")
+
+    def only_stage(self, kind: str, name: str | None) -> PlannedStage:
+        """The stage called `name`, or the only one of this kind."""
+        if name is not None:
+            stage = self.stage(name)
+            if stage.kind != kind:
+                raise InputError(f"{self.run_id}: {name} is a {stage.kind} stage, not {kind}; use `medgen {stage.kind}`")
+            return stage
+        found = [stage for stage in self.stages if stage.kind == kind]
+        if len(found) != 1:
+            names = ", ".join(stage.name for stage in found) or "none"
+            raise InputError(f"{self.run_id}: say which stage with --stage; {kind} stages here: {names}")
+        return found[0]
+
+
+def make_plan(spec: Spec, site: Site) -> Plan:
+    """Expand a spec into stages and tasks, in an order where every stage follows what it needs."""
+    stages = _with_collect(spec)
+    science = {name: _science(stage) for name, stage in stages.items()}
+    run_id = f"{spec.name}-{files.sha256_json(_run_science(spec, science))[:10]}"
+    order = _topological(stages)
+    return Plan(
+        version=PLAN_VERSION,
+        run_id=run_id,
+        name=spec.name,
+        seed=spec.seed,
+        site=site.name,
+        setup=list(site.setup),
+        data=spec.data.model_dump(mode="json"),
+        stages=[_planned(name, stages, science, run_id, site) for name in order],
+    )
+
+
+def _with_collect(spec: Spec) -> dict[str, AnyStage]:
+    """The user's stages, and a collect stage behind each generate stage."""
+    stages: dict[str, AnyStage] = {}
+    for name, stage in spec.stages.items():
+        stages[name] = stage
+        if isinstance(stage, GenerateStage):
+            stages[collect_name(name)] = CollectStage(kind="collect", of=name)
+    return stages
+
+
+def collect_name(generate_stage: str) -> str:
+    return f"collect_{generate_stage}"
+
+
+def _needs(name: str, stages: dict[str, AnyStage]) -> list[str]:
+    """What must be finished first: readers of images wait for the collected dataset, the report for everything."""
+    stage = stages[name]
+    if stage.kind == "report":
+        return [other for other, item in stages.items() if item.kind != "report"]
+    waits_for_shards = isinstance(stage, CollectStage)
+    needs = [
+        collect_name(other) if isinstance(stages[other], GenerateStage) and not waits_for_shards else other
+        for other in stage.inputs()
+    ]
+    return list(dict.fromkeys(needs))
+
+
+def _topological(stages: dict[str, AnyStage]) -> list[str]:
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in order:
+            for needed in _needs(name, stages):
+                visit(needed)
+            order.append(name)
+
+    for name in stages:
+        visit(name)
+    return order
+
+
+def _science(stage: AnyStage) -> dict[str, Any]:
+    return stage.model_dump(mode="json", by_alias=True, exclude=NOT_SCIENCE)
+
+
+def _run_science(spec: Spec, science: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "plan_version": PLAN_VERSION,
+        "name": spec.name,
+        "seed": spec.seed,
+        "data": spec.data.model_dump(mode="json"),
+        "stages": science,
+    }
+
+
+def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], run_id: str, site: Site) -> PlannedStage:
+    stage = stages[name]
+    resources = stage.resources
+    stage_hash = files.sha256_json([run_id, name, science[name]])
+    tasks = _tasks(name, stage, stage_hash)
+    parallel = stage.parallel if isinstance(stage, GenerateStage) and stage.parallel else len(tasks)
+    return PlannedStage(
+        name=name,
+        kind=stage.kind,
+        needs=_needs(name, stages),
+        nodes=resources.nodes,
+        ranks_per_node=resources.ranks_per_node,
+        gpus_per_node=resources.gpus_on_node,
+        threads=_threads(stage, resources, site),
+        time_minutes=resources.time or DEFAULT_TIME_MINUTES[stage.kind],
+        mem_mebibytes=resources.mem,
+        parallel=parallel,
+        segments=stage.segments if isinstance(stage, TrainStage) else 1,
+        settings=stage.model_dump(mode="json", by_alias=True, exclude={"resources"}),
+        tasks=tasks,
+    )
+
+
+def _threads(stage: AnyStage, resources: Resources, site: Site) -> int:
+    """CPU threads per process: what was asked for; else one for each shard, the whole machine for the rest."""
+    if resources.cpus is not None:
+        return max(1, resources.cpus // resources.ranks_per_node)
+    if isinstance(stage, GenerateStage):
+        return 1
+    return max(1, site.cpus // resources.ranks_per_node)
+
+
+def _tasks(name: str, stage: AnyStage, stage_hash: str) -> list[Task]:
+    if not isinstance(stage, GenerateStage):
+        return [Task(name, 0, stage_hash[:16], None)]
+    tasks = []
+    for number, images in enumerate(shard_ranges(stage.count, stage.chunk, stage.shards)):
+        tasks.append(Task(name, number, files.sha256_json([stage_hash, images.first, images.stop])[:16], images))
+    return tasks
+
+
+def shard_ranges(count: int, chunk: int, shards: int) -> list[Shard]:
+    """Split `count` images into `shards` runs of whole chunks whose lengths differ by one chunk at most."""
+    chunks = -(-count // chunk)
+    edges = [chunks * number // shards * chunk for number in range(shards + 1)]
+    return [Shard(first, min(stop, count)) for first, stop in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    return asdict(plan)
+
+
+def from_json(record: dict[str, Any], source: str) -> Plan:
+    if record.get("version") != PLAN_VERSION:
+        raise InputError(f"{source}: made by another version of medgen (plan version {record.get('version')}, here {PLAN_VERSION})")
+    stages = []
+    for stage in record["stages"]:
+        tasks = [Task(**{**task, "images": Shard(**task["images"]) if task["images"] else None}) for task in stage["tasks"]]
+        stages.append(PlannedStage(**{**stage, "tasks": tasks}))
+    return Plan(**{**record, "stages": stages})
+
+
+def read(run: RunDir) -> Plan:
+    """The plan of a run. Raises InputError if the folder is no run or its plan is not readable."""
+    try:
+        record = files.read_json(run.plan)
+    except FileNotFoundError:
+        raise InputError(f"{run.root}: not a run folder (no plan.json)") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run.plan}: cannot be read: {error}") from None
+    return from_json(record, str(run.plan))
+
+
+def sources_of(plan: Plan, stage: PlannedStage) -> dict[str, PlannedStage]:
+    """The planned stages a generate or evaluate stage names: `from`, `condition`, `of`."""
+    named = {key: stage.settings.get(key) for key in ("from", "condition", "of")}
+    return {key: plan.stage(name) for key, name in named.items() if name in {item.name for item in plan.stages}}
+
+
+def spec_path(run: Path) -> Path:
+    return RunDir(run).spec
+
+
+__all__ = ["EvaluateStage", "Plan", "PlannedStage", "Shard", "Task", "make_plan", "read", "shard_ranges", "to_json"]

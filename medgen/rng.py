@@ -1,0 +1,53 @@
+"""Randomness that belongs to the sample, not to the rank: every draw is a function of (seed, stream, index).
+
+Used by data order, training noise, generation and evaluation. No global generator is ever touched."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derive_seed(seed: int, stream: str, *index: int) -> int:
+    """A 63-bit seed from (seed, stream, index...), the same on every machine and Python version."""
+    text = f"{seed}/{stream}/" + "/".join(str(number) for number in index)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def numpy_generator(seed: int, stream: str, *index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(derive_seed(seed, stream, *index)))
+
+
+def torch_generator(seed: int, stream: str, *index: int) -> torch.Generator:
+    """A CPU generator: noise is drawn on the CPU and moved, so that it is equal on every device."""
+    import torch
+
+    return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
+
+
+def permutation(count: int, seed: int, stream: str, *index: int) -> np.ndarray:
+    """A permutation of range(count)."""
+    return numpy_generator(seed, stream, *index).permutation(count)
+
+
+def normal_per_sample(shape: tuple[int, ...], seed: int, stream: str, indices: list[tuple[int, ...]]) -> torch.Tensor:
+    """Standard normal noise [len(indices), *shape], float32; row i depends on indices[i] alone."""
+    import torch
+
+    rows = torch.empty((len(indices), *shape))
+    for row, index in zip(rows, indices, strict=True):
+        row.normal_(generator=torch_generator(seed, stream, *index))
+    return rows
+
+
+def uniform_per_sample(seed: int, stream: str, indices: list[tuple[int, ...]]) -> torch.Tensor:
+    """Uniform numbers in [0, 1), shape [len(indices)], float32; entry i depends on indices[i] alone."""
+    import torch
+
+    # 24 bits: the largest draw stays below 1 in float32
+    return torch.tensor([(derive_seed(seed, stream, *index) >> 39) / 2**24 for index in indices])

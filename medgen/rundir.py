@@ -1,0 +1,243 @@
+"""The run folder: the only module that knows file names inside a run. Used by every stage, the launcher and watch.
+
+Outcomes, heartbeats and events are small JSON files; see docs/architecture.md for the tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from medgen import files
+from medgen.errors import InputError
+
+RUNS_VARIABLE = "MEDGEN_RUNS"
+Status = Literal["done", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Produced:
+    """One file that a task made; `path` counts from the run folder."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one attempt at one task ended. DONE only with the plan's task hash and files that verify (I1)."""
+
+    run_id: str
+    stage: str
+    shard: int
+    task_hash: str
+    attempt: int
+    status: Status
+    cause: str | None  # one line in words; None when done
+    host: str
+    device: str  # "cpu", or the GPU's name
+    devices: int  # how many GPUs (or CPU processes) were held
+    started: float  # unix seconds
+    ended: float
+    files: list[Produced] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # what the stage wants to tell: counts, rejected, ...
+
+    @property
+    def device_hours(self) -> float:
+        return self.devices * (self.ended - self.started) / 3600
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Rewritten by rank 0 while a task runs. `step` of `total` in units of `unit` (steps, images, files)."""
+
+    stage: str
+    shard: int
+    attempt: int
+    step: int
+    total: int
+    unit: str
+    loss: float | None
+    time: float
+    host: str
+    pid: int
+
+
+class RunDir:
+    """Paths and small records of one run. Creating the object touches nothing on disk."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    @property
+    def run_id(self) -> str:
+        return self.root.name
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "spec.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def data(self) -> Path:
+        """index.json, summary pictures and, for phantoms, the volumes."""
+        return self.root / "data"
+
+    @property
+    def data_index(self) -> Path:
+        return self.data / "index.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report" / "index.html"
+
+    def submission(self, number: int) -> Path:
+        return self.root / "submissions" / str(number)
+
+    def next_submission(self) -> Path:
+        taken = [int(path.name) for path in (self.root / "submissions").glob("*") if path.name.isdigit()]
+        return self.submission(max(taken, default=0) + 1)
+
+    def stage(self, stage: str) -> Path:
+        return self.root / stage
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.root / stage / "ckpt"
+
+    def tensorboard(self, stage: str) -> Path:
+        return self.root / stage / "tb"
+
+    def training_log(self, stage: str) -> Path:
+        """One JSON line per logged step: the source of every curve."""
+        return self.root / stage / "log.jsonl"
+
+    def shard(self, stage: str, shard: int) -> Path:
+        return self.root / stage / "shards" / f"{shard:05d}"
+
+    def dataset(self, stage: str) -> Path:
+        return self.root / stage / "dataset"
+
+    def metrics(self, stage: str) -> Path:
+        return self.root / stage / "metrics.json"
+
+    def log(self, stage: str, shard: int, rank: int, attempt: int) -> Path:
+        return self.root / "logs" / stage / f"s{shard}" / f"r{rank}.a{attempt}.log"
+
+    def outcome_file(self, stage: str, shard: int) -> Path:
+        return self.root / "outcome" / f"{stage}.{shard}.json"
+
+    def heartbeat_file(self, stage: str, shard: int) -> Path:
+        return self.root / "hb" / f"{stage}.{shard}.json"
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        files.write_json(self.outcome_file(outcome.stage, outcome.shard), asdict(outcome))
+
+    def read_outcome(self, stage: str, shard: int) -> Outcome | None:
+        """The last outcome of a task, or None if there is none or it is not readable."""
+        try:
+            record = files.read_json(self.outcome_file(stage, shard))
+            return Outcome(**{**record, "files": [Produced(**item) for item in record["files"]]})
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+
+    def is_done(self, stage: str, shard: int, task_hash: str) -> bool:
+        """True if the task has a DONE outcome for exactly this plan and its files are there with the right size.
+
+        Contents are re-hashed by `collect` and by whoever reads them."""
+        outcome = self.read_outcome(stage, shard)
+        if outcome is None or outcome.status != "done":
+            return False
+        if outcome.task_hash != task_hash or outcome.run_id != self.run_id:
+            return False
+        return all(self._has_size(item) for item in outcome.files)
+
+    def _has_size(self, item: Produced) -> bool:
+        try:
+            return (self.root / item.path).stat().st_size == item.size_bytes
+        except OSError:
+            return False
+
+    def produced(self, path: Path) -> Produced:
+        return Produced(str(path.relative_to(self.root)), path.stat().st_size, files.sha256_file(path))
+
+    def write_heartbeat(self, beat: Heartbeat) -> None:
+        """Rename without fsync: a heartbeat lost in a power cut is no loss, and it is written every few seconds."""
+        target = self.heartbeat_file(beat.stage, beat.shard)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(beat)))
+        os.replace(temporary, target)
+
+    def read_heartbeat(self, stage: str, shard: int) -> Heartbeat | None:
+        try:
+            return Heartbeat(**files.read_json(self.heartbeat_file(stage, shard)))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append one line to events.jsonl: kind, time, host and the facts."""
+        record = {"time": round(time.time(), 3), "event": kind, "host": socket.gethostname(), **facts}
+        files.append_line(self.events_file, json.dumps(record))
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in order; a last line cut by a crash is left out."""
+        try:
+            lines = self.events_file.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+
+def runs_root() -> Path:
+    """Where runs live: $MEDGEN_RUNS, else ./runs."""
+    return Path(os.environ.get(RUNS_VARIABLE, "runs")).absolute()
+
+
+def find_run(name: str) -> RunDir:
+    """A run by path, by run id, or by the name in its spec if only one run has it (the newest is named in the error)."""
+    for candidate in (Path(name), runs_root() / name):
+        if (candidate / "plan.json").is_file():
+            return RunDir(candidate.absolute())
+    matches = [path for path in all_runs() if path.run_id.rpartition("-")[0] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise InputError(f"{name}: several runs have this name; say which: {', '.join(run.run_id for run in matches)}")
+    known = ", ".join(run.run_id for run in all_runs()[:10]) or "none yet"
+    raise InputError(f"{name}: no such run in {runs_root()}; runs there: {known}")
+
+
+def all_runs() -> list[RunDir]:
+    """Every run under the runs folder, newest first."""
+    plans = sorted(runs_root().glob("*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [RunDir(path.parent) for path in plans]

@@ -1,0 +1,444 @@
+"""The job spec: what a user writes. Read by plan.py; every stage reads its resolved form from the run folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from medgen import document, models
+from medgen.document import Document
+from medgen.errors import InputError
+
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
+DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(d|h|m)")
+CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?")
+MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
+
+
+class Frozen(BaseModel):
+    """Base of everything a user can write: unknown keys refused, values fixed after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=False)
+
+
+def parse_minutes(value: Any) -> int:
+    """`90m`, `12h`, `1d12h`, `1-12:00:00` or `12:00:00` as whole minutes."""
+    text = str(value).strip()
+    if clock := CLOCK.fullmatch(text):
+        days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+        return max(1, days * 1440 + hours * 60 + minutes + (seconds > 0))
+    parts = DURATION_PART.findall(text)
+    if isinstance(value, str) and parts and "".join(number + unit for number, unit in parts) == text:
+        return max(1, round(sum(float(number) * {"d": 1440, "h": 60, "m": 1}[unit] for number, unit in parts)))
+    if isinstance(value, int) and not isinstance(value, bool):  # the resolved form in a run folder
+        return value
+    raise ValueError(f"not a duration: {text!r}; write 90m, 12h, 1d12h or \"12:00:00\"")
+
+
+def parse_memory(value: Any) -> int:
+    """`40G` or `500M` as whole mebibytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = MEMORY.fullmatch(str(value).strip())
+    if not match:
+        raise ValueError(f"not an amount of memory: {value!r}; write 40G or 500M")
+    return round(float(match.group(1)) * {"M": 1, "G": 1024, "T": 1024**2}[match.group(2).upper()])
+
+
+Minutes = Annotated[int, BeforeValidator(parse_minutes), Field(gt=0)]
+Mebibytes = Annotated[int, BeforeValidator(parse_memory), Field(gt=0)]
+
+
+class GpuRequest(Frozen):
+    """Which GPUs will do; the site profile turns the names into features."""
+
+    any_of: list[str] = []
+    prefer: str | None = None
+    memory: Mebibytes | None = None
+
+    @model_validator(mode="after")
+    def _prefer_is_allowed(self) -> GpuRequest:
+        if self.prefer and self.any_of and self.prefer not in self.any_of:
+            raise ValueError(f"prefer: {self.prefer} is not among any_of: {', '.join(self.any_of)}")
+        return self
+
+
+class Resources(Frozen):
+    """What one task of a stage needs. Never part of a run's identity: other resources, same run."""
+
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int | None = Field(None, ge=0)
+    gpus: int | None = Field(None, ge=0)
+    processes: int | None = Field(None, ge=1)  # ranks per node where there is no GPU (gloo)
+    gpu: GpuRequest | None = None
+    time: Minutes | None = None
+    mem: Mebibytes | None = None
+    cpus: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_count_gpus(self) -> Resources:
+        if self.gpus is not None and self.gpus_per_node is not None:
+            raise ValueError("gpus and gpus_per_node both given; keep gpus_per_node for several nodes, gpus for one")
+        if self.gpus is not None and self.nodes > 1:
+            raise ValueError("gpus counts the GPUs of one node; with nodes write gpus_per_node")
+        if self.processes is not None and self.gpus_on_node > 0:
+            raise ValueError("processes is for runs without GPUs; with GPUs there is one process per GPU")
+        return self
+
+    @property
+    def gpus_on_node(self) -> int:
+        return self.gpus_per_node if self.gpus_per_node is not None else (self.gpus or 0)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus_on_node or self.processes or 1
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+class Window(Frozen):
+    """How voxel values become [0, 1]: percentiles of each volume's non-zero voxels, or two fixed values."""
+
+    percentiles: tuple[float, float] | None = None
+    fixed: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Window:
+        if (self.percentiles is None) == (self.fixed is None):
+            raise ValueError("give percentiles: [0.5, 99.5] or fixed: [low, high]")
+        low, high = self.percentiles or self.fixed or (0.0, 0.0)
+        if not low < high:
+            raise ValueError(f"the lower end must be below the upper one, got [{low}, {high}]")
+        if self.percentiles and not (0 <= low and high <= 100):
+            raise ValueError(f"percentiles lie between 0 and 100, got [{low}, {high}]")
+        return self
+
+
+class SplitFractions(Frozen):
+    """Shares of patients, used when the data come without train/val/test folders or column."""
+
+    train: float = Field(0.7, gt=0, lt=1)
+    val: float = Field(0.15, ge=0, lt=1)
+    test: float = Field(0.15, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitFractions:
+        total = self.train + self.val + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + val + test must be 1, got {total:g}")
+        return self
+
+
+class DataSpec(Frozen):
+    """Where the volumes are and how slices are made from them."""
+
+    format: Literal["nifti", "csv", "phantom"] = "nifti"
+    root: Path | None = None  # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file
+    images: dict[str, str] = {}  # channel name -> file name (nifti) or column (csv)
+    mask: str | None = None  # file name or column of the label volume
+    mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
+    size: int = Field(128, ge=16)  # pixels; slices become size x size
+    window: Window = Window(percentiles=(0.0, 99.5))
+    axis: int = Field(2, ge=0, le=2)  # the array axis that slices are taken along
+    content: float = Field(0.05, ge=0, lt=1)  # smallest share of non-background pixels a slice must have
+    positive_only: bool = False  # keep only slices whose mask is not empty
+    every: int = Field(1, ge=1)  # keep every n-th slice
+    splits: SplitFractions = SplitFractions()
+    patients: int = Field(16, ge=3)  # phantom: how many patients to draw
+
+    @model_validator(mode="after")
+    def _complete_for_its_format(self) -> DataSpec:
+        if self.format == "phantom":
+            ignored = [name for name in ("root", "mask_labels") if getattr(self, name) is not None]
+            if ignored:
+                raise ValueError(f"format: phantom draws its own data; remove {', '.join(ignored)}")
+            if not self.images:
+                return self.model_copy(update=PHANTOM_FILES)
+            return self
+        if self.root is None:
+            raise ValueError(f"format: {self.format} needs root: {'a folder of patients' if self.format == 'nifti' else 'the CSV file'}")
+        if "patients" in self.model_fields_set:
+            raise ValueError("patients counts phantoms and has no effect here; remove it")
+        if not self.images and self.mask is None:
+            raise ValueError("nothing to read: give images: {name: file} or mask: file")
+        if self.positive_only and self.mask is None:
+            raise ValueError("positive_only needs mask: the name of the label file")
+        if "seg" in self.images:
+            raise ValueError("images: the name 'seg' is kept for the mask; write mask: ...")
+        return self
+
+    @property
+    def channels(self) -> list[str]:
+        """Image names in the order of the spec."""
+        return list(self.images)
+
+
+PHANTOM_FILES: dict[str, Any] = {
+    "images": {"bravo": "bravo.nii.gz", "t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"},
+    "mask": "seg.nii.gz",
+}
+
+
+def _stage_name(value: str) -> str:
+    if not STAGE_NAME.fullmatch(value):
+        raise ValueError(f"stage names are lower-case letters, digits and _, got {value!r}")
+    return value
+
+
+StageName = Annotated[str, AfterValidator(_stage_name)]
+
+
+class StageSpec(Frozen):
+    """What all stages share."""
+
+    needs: list[StageName] = []
+    resources: Resources = Resources()
+
+    def inputs(self) -> list[str]:
+        """The stages that must be finished before this one."""
+        return list(self.needs)
+
+
+class TrainStage(StageSpec):
+    kind: Literal["train"]
+    config: dict[str, Any]
+    segments: int = Field(1, ge=1)
+
+
+class Accept(Frozen):
+    """Which generated masks count: others are drawn again, counted and reported."""
+
+    min_pixels: int = Field(1, ge=0)
+    max_fraction: float = Field(0.25, gt=0, le=1)
+    tries: int = Field(20, ge=1)
+
+
+class GenerateStage(StageSpec):
+    kind: Literal["generate"]
+    source: StageName = Field(alias="from")
+    count: int = Field(ge=1)
+    condition: str | None = None  # a generate stage of masks, or a split of the real data
+    checkpoint: str = "last"  # last | best-val | best-<metric>
+    sampling: dict[str, Any] = {}  # checked by the model family
+    chunk: int = Field(16, ge=1)  # images drawn together; fixed, so that bytes do not depend on shards
+    shards: int = Field(1, ge=1)
+    parallel: int | None = Field(None, ge=1)
+    format: Literal["nifti", "png", "npy"] = "nifti"
+    accept: Accept | None = None
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _known_selector(cls, value: str) -> str:
+        if value == "last" or re.fullmatch(r"best-[a-z0-9_]+", value):
+            return value
+        raise ValueError(f"write last, best-val or best-<metric>, got {value!r}")
+
+    @model_validator(mode="after")
+    def _no_empty_shard(self) -> GenerateStage:
+        chunks = -(-self.count // self.chunk)
+        if self.shards > chunks:
+            raise ValueError(
+                f"shards: {self.shards} is more than the {chunks} chunks of {self.chunk} that make {self.count} images; "
+                f"use at most {chunks} shards or a smaller chunk"
+            )
+        return self
+
+    def inputs(self) -> list[str]:
+        conditions = [self.condition] if self.condition and self.condition not in SPLITS else []
+        return [*self.needs, self.source, *conditions]
+
+
+SPLITS = ("train", "val", "test")
+METRICS = ("mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd")
+
+
+class EvaluateStage(StageSpec):
+    kind: Literal["evaluate"]
+    of: StageName
+    against: Literal["train", "val", "test"] = "test"
+    metrics: list[str] = Field(list(METRICS), min_length=1)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: list[str]) -> list[str]:
+        unknown = [name for name in value if name not in METRICS]
+        if unknown:
+            raise ValueError(f"unknown metric {unknown[0]!r}; the metrics are: {', '.join(METRICS)}")
+        return value
+
+    def inputs(self) -> list[str]:
+        return [*self.needs, self.of]
+
+
+class ReportStage(StageSpec):
+    kind: Literal["report"]
+
+
+class CollectStage(StageSpec):
+    """Never written by hand: the plan adds one behind every generate stage."""
+
+    kind: Literal["collect"]
+    of: StageName
+
+    def inputs(self) -> list[str]:
+        return [*self.needs, self.of]
+
+
+Stage = TrainStage | GenerateStage | EvaluateStage | ReportStage
+AnyStage = Stage | CollectStage
+
+
+class Spec(Frozen):
+    """A whole job. `config` of every train stage is already read and checked."""
+
+    version: Literal[1]
+    name: str
+    seed: int = Field(42, ge=0)
+    data: DataSpec
+    stages: dict[StageName, Annotated[Stage, Field(discriminator="kind")]] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, value: str) -> str:
+        if not RUN_NAME.fullmatch(value):
+            raise ValueError(f"use letters, digits, _ and - (it names a folder), got {value!r}")
+        return value
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """Read, override and check a spec. Raises InputError listing every problem as file:line:column: key: message."""
+    spec_document = document.load(path)
+    document.override(spec_document, [text for text in overrides if ".config." not in text])
+    _graft_configs(spec_document, path.parent)
+    document.override(spec_document, [text for text in overrides if ".config." in text])
+    return check(spec_document)
+
+
+def check(spec_document: Document) -> Spec:
+    spec = document.check(Spec, spec_document)
+    for name, stage in spec.stages.items():
+        if name in RESERVED_STAGE_NAMES or name.startswith("collect_"):
+            raise spec_document.error(("stages", name), "this name is used inside the run folder; choose another")
+        if isinstance(stage, TrainStage):
+            _check_config(spec, spec_document, name)
+    for name, stage in spec.stages.items():
+        _check_references(spec, spec_document, name, stage)
+    _check_cycles(spec, spec_document)
+    return spec
+
+
+def _graft_configs(spec_document: Document, spec_folder: Path) -> None:
+    """Replace `config: file.yaml` by the file's content; paths count from the spec's folder, then from the current one."""
+    stages = spec_document.data.get("stages")
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if not isinstance(stage, dict) or not isinstance(stage.get("config"), str):
+            continue
+        written = Path(stage["config"])
+        candidates = [spec_folder / written, spec_folder.parent / written, Path.cwd() / written]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            looked = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
+            raise spec_document.error(("stages", name, "config"), f"no such file: {written} (looked at {looked})")
+        spec_document.graft(("stages", name, "config"), document.load(found))
+
+
+def family_config(config: dict[str, Any]) -> Any:
+    """The family's frozen Config from a checked `config` mapping (its `model` key names the family)."""
+    return models.config_class(config["model"]).model_validate({key: value for key, value in config.items() if key != "model"})
+
+
+def _check_config(spec: Spec, spec_document: Document, name: str) -> None:
+    path = ("stages", name, "config")
+    config = spec_document.data["stages"][name]["config"]
+    if "model" not in config:
+        raise spec_document.error(path, f"'model' is missing; the models are: {', '.join(models.families())}")
+    if config["model"] not in models.families():
+        raise spec_document.error((*path, "model"), f"unknown model {config['model']!r}; the models are: {', '.join(models.families())}")
+    stripped = Document(spec_document.source, {key: value for key, value in config.items() if key != "model"})
+    stripped.positions = {
+        where[3:]: place for where, place in spec_document.positions.items() if where[:3] == path
+    }
+    try:
+        checked = document.check(models.config_class(config["model"]), stripped)
+    except InputError as error:
+        raise InputError(_with_prefix(str(error), document.dotted(path))) from None
+    try:
+        checked.check_data(spec.data)
+    except ValueError as error:
+        raise spec_document.error(path, str(error)) from None
+    # the resolved form, defaults filled in: a later change of a default cannot reach this run
+    resolved = {"model": config["model"], **checked.model_dump(mode="json")}
+    spec.stages[name].config.clear()  # type: ignore[union-attr]
+    spec.stages[name].config.update(resolved)  # type: ignore[union-attr]
+
+
+def _with_prefix(message: str, prefix: str) -> str:
+    """Insert the path of the stage's config before the key in each `place: key: message` line."""
+    lines = []
+    for line in message.splitlines():
+        place, separator, rest = line.partition(": ")
+        lines.append(f"{place}{separator}{prefix}.{rest}")
+    return "\n".join(lines)
+
+
+def _check_references(spec: Spec, spec_document: Document, name: str, stage: AnyStage) -> None:
+    path = ("stages", name)
+    for needed in stage.inputs():
+        if needed not in spec.stages:
+            raise spec_document.error(path, f"there is no stage {needed!r}; the stages are: {', '.join(spec.stages)}")
+    if isinstance(stage, GenerateStage):
+        _check_generate(spec, spec_document, name, stage)
+    if isinstance(stage, EvaluateStage) and not isinstance(spec.stages[stage.of], GenerateStage):
+        raise spec_document.error((*path, "of"), f"{stage.of} is a {spec.stages[stage.of].kind} stage; name a generate stage")
+
+
+def _check_generate(spec: Spec, spec_document: Document, name: str, stage: GenerateStage) -> None:
+    path = ("stages", name)
+    source = spec.stages[stage.source]
+    if not isinstance(source, TrainStage):
+        raise spec_document.error((*path, "from"), f"{stage.source} is a {source.kind} stage; name a train stage")
+    config = family_config(source.config)
+    if config.needs_condition and stage.condition is None:
+        raise spec_document.error(path, f"the model of {stage.source} is conditioned on masks; add condition: test or a generate stage of masks")
+    if not config.needs_condition and stage.condition is not None:
+        raise spec_document.error((*path, "condition"), f"the model of {stage.source} takes no condition; remove it")
+    if stage.accept is not None and config.output_kind != "mask":
+        raise spec_document.error((*path, "accept"), f"accept judges masks; the model of {stage.source} makes images")
+    if stage.condition in spec.stages:
+        giver = spec.stages[stage.condition]
+        if not isinstance(giver, GenerateStage):
+            raise spec_document.error((*path, "condition"), f"{stage.condition} is a {giver.kind} stage; name a generate stage of masks, or one of {', '.join(SPLITS)}")
+        giver_source = spec.stages[giver.source]
+        if isinstance(giver_source, TrainStage) and family_config(giver_source.config).output_kind != "mask":
+            raise spec_document.error((*path, "condition"), f"{stage.condition} makes images, not masks")
+        if giver.count < stage.count:
+            raise spec_document.error((*path, "count"), f"{stage.count} images need as many masks, but {stage.condition} makes {giver.count}")
+    try:
+        config.sampling(stage.sampling)
+    except ValueError as error:
+        text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()) if hasattr(error, "errors") else str(error)
+        raise spec_document.error((*path, "sampling"), text) from None
+
+
+def _check_cycles(spec: Spec, spec_document: Document) -> None:
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            circle = " -> ".join((*trail[trail.index(name):], name))
+            raise spec_document.error(("stages", name), f"the stages wait for each other: {circle}")
+        if name not in done:
+            for needed in spec.stages[name].inputs():
+                visit(needed, (*trail, name))
+            done.add(name)
+
+    for name in spec.stages:
+        visit(name, ())
