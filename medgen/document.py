@@ -23,7 +23,9 @@ ModelType = TypeVar("ModelType", bound=BaseModel)
 BARE_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 CLOCK = re.compile(r"\d+(:\d\d)+")
 OCTAL = re.compile(r"[-+]?0\d+")
-VARIABLE = re.compile(r"\$\{(\w+)\}")
+WRITTEN_VARIABLE = re.compile(r"\$\{(\w+)\}")
+# in `{root: ${DATA}/mri}` YAML would take the inner braces for a mapping: they are hidden while it parses
+HIDDEN_VARIABLE = re.compile("\\$\ue000(\\w+)\ue001")
 
 
 @dataclass
@@ -71,7 +73,7 @@ def load(path: Path) -> Document:
 
 def parse(text: str, source: str) -> Document:
     try:
-        root = yaml.compose(text, Loader=Loader)
+        root = yaml.compose(WRITTEN_VARIABLE.sub("$\ue000\\1\ue001", text), Loader=Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
@@ -80,7 +82,7 @@ def parse(text: str, source: str) -> Document:
     if root is None:
         raise InputError(f"{source}: the file is empty")
     if not isinstance(root, MappingNode):
-        raise InputError(f"{source}: expected `key: value` lines at the top, found a {root.id}")
+        raise InputError(f"{source}: expected `key: value` lines at the top, found {'a list' if isinstance(root, SequenceNode) else 'one value'}")
     document.data = _plain(root, (), document)
     return document
 
@@ -92,6 +94,7 @@ def _plain(node: Node, path: KeyPath, document: Document) -> Any:
         return _plain_mapping(node, path, document)
     if isinstance(node, SequenceNode):
         return [_plain(item, (*path, index), document) for index, item in enumerate(node.value)]
+    assert isinstance(node, ScalarNode)
     return _plain_scalar(node, path, document)
 
 
@@ -110,7 +113,7 @@ def _plain_mapping(node: MappingNode, path: KeyPath, document: Document) -> dict
 
 def _plain_scalar(node: ScalarNode, path: KeyPath, document: Document) -> Any:
     """A scalar as YAML reads it, but the readings that surprise people are refused with a hint."""
-    text, plain = node.value, node.style is None
+    text, plain = node.value, not node.style  # the C loader says "", the Python one None
     if plain and CLOCK.fullmatch(text):
         raise document.error(path, f"YAML reads the unquoted {text} as a number of seconds; write \"{text}\" or 90m, 12h")
     if plain and BARE_EXPONENT.fullmatch(text) and node.tag.endswith(":str"):
@@ -133,7 +136,7 @@ def expand(text: str, path: KeyPath, document: Document) -> str:
             raise document.error(path, f"the environment variable {name} is not set; `export {name}=...` first")
         return os.environ[name]
 
-    return VARIABLE.sub(value_of, text)
+    return HIDDEN_VARIABLE.sub(value_of, text)
 
 
 def parse_override_value(text: str) -> Any:

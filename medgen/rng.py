@@ -5,6 +5,7 @@ Used by data order, training noise, generation and evaluation. No global generat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def derive_seed(seed: int, stream: str, *index: int) -> int:
     """A 63-bit seed from (seed, stream, index...), the same on every machine and Python version."""
-    text = f"{seed}/{stream}/" + "/".join(str(number) for number in index)
+    text = f"{seed}|{stream}|" + "/".join(str(number) for number in index)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -35,7 +36,7 @@ def permutation(count: int, seed: int, stream: str, *index: int) -> np.ndarray:
     return numpy_generator(seed, stream, *index).permutation(count)
 
 
-def normal_per_sample(shape: tuple[int, ...], seed: int, stream: str, indices: list[tuple[int, ...]]) -> torch.Tensor:
+def normal_per_sample(shape: tuple[int, ...], seed: int, stream: str, indices: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """Standard normal noise [len(indices), *shape], float32; row i depends on indices[i] alone."""
     import torch
 
@@ -45,7 +46,7 @@ def normal_per_sample(shape: tuple[int, ...], seed: int, stream: str, indices: l
     return rows
 
 
-def uniform_per_sample(seed: int, stream: str, indices: list[tuple[int, ...]]) -> torch.Tensor:
+def uniform_per_sample(seed: int, stream: str, indices: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """Uniform numbers in [0, 1), shape [len(indices)], float32; entry i depends on indices[i] alone."""
     import torch
 

@@ -16,6 +16,7 @@ from medgen import files
 from medgen.errors import InputError
 
 RUNS_VARIABLE = "MEDGEN_RUNS"
+CACHE_VARIABLE = "MEDGEN_CACHE"
 Status = Literal["done", "interrupted", "failed"]
 
 
@@ -100,16 +101,37 @@ class RunDir:
 
     @property
     def lock(self) -> Path:
+        """Held for life by the one supervisor of a local run."""
         return self.root / ".lock"
 
     @property
+    def prepare_lock(self) -> Path:
+        """Held for a moment while the folder is made or its plan is changed."""
+        return self.root / ".prepare.lock"
+
+    @property
+    def supervisor(self) -> Path:
+        """Who holds the lock: pid, start, host; rewritten every few seconds while it lives."""
+        return self.root / ".supervisor.json"
+
+    @property
+    def local_log(self) -> Path:
+        """What a detached supervisor prints."""
+        return self.root / "logs" / "local.log"
+
+    def batch_log(self, stage: str, shard: int) -> Path:
+        """What the job script itself prints, all attempts in one file."""
+        return self.root / "logs" / stage / f"s{shard}" / "batch.log"
+
+    @property
     def data(self) -> Path:
-        """index.json, summary pictures and, for phantoms, the volumes."""
+        """Summary of the data and its pictures."""
         return self.root / "data"
 
     @property
-    def data_index(self) -> Path:
-        return self.data / "index.json"
+    def cache(self) -> Path:
+        """Slice caches and phantoms, shared by all runs beside this one: $MEDGEN_CACHE, else .cache in the runs folder."""
+        return cache_root(self.root.parent)
 
     @property
     def report(self) -> Path:
@@ -137,6 +159,10 @@ class RunDir:
 
     def shard(self, stage: str, shard: int) -> Path:
         return self.root / stage / "shards" / f"{shard:05d}"
+
+    def quarantine(self, stage: str, shard: int) -> Path:
+        """Where a shard that failed verification is moved, for people to look at."""
+        return self.root / stage / "quarantine" / f"{shard:05d}.{int(time.time())}"
 
     def dataset(self, stage: str) -> Path:
         return self.root / stage / "dataset"
@@ -221,6 +247,11 @@ class RunDir:
 def runs_root() -> Path:
     """Where runs live: $MEDGEN_RUNS, else ./runs."""
     return Path(os.environ.get(RUNS_VARIABLE, "runs")).absolute()
+
+
+def cache_root(runs: Path) -> Path:
+    """The slice caches of the runs in this folder."""
+    return Path(os.environ.get(CACHE_VARIABLE, runs / ".cache")).absolute()
 
 
 def find_run(name: str) -> RunDir:

@@ -117,7 +117,7 @@ class Window(Frozen):
         low, high = self.percentiles or self.fixed or (0.0, 0.0)
         if not low < high:
             raise ValueError(f"the lower end must be below the upper one, got [{low}, {high}]")
-        if self.percentiles and not (0 <= low and high <= 100):
+        if self.percentiles and not (low >= 0 and high <= 100):
             raise ValueError(f"percentiles lie between 0 and 100, got [{low}, {high}]")
         return self
 
@@ -147,25 +147,29 @@ class DataSpec(Frozen):
     mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
     size: int = Field(128, ge=16)  # pixels; slices become size x size
     window: Window = Window(percentiles=(0.0, 99.5))
-    axis: int = Field(2, ge=0, le=2)  # the array axis that slices are taken along
+    axis: int = Field(2, ge=0, le=2)  # 0 sagittal, 1 coronal, 2 axial slices
     content: float = Field(0.05, ge=0, lt=1)  # smallest share of non-background pixels a slice must have
     positive_only: bool = False  # keep only slices whose mask is not empty
     every: int = Field(1, ge=1)  # keep every n-th slice
     splits: SplitFractions = SplitFractions()
-    patients: int = Field(16, ge=3)  # phantom: how many patients to draw
+    patients: int | None = Field(None, ge=3)  # phantom: how many patients to draw; default 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phantoms_name_their_files(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format") == "phantom" and not value.get("images") and not value.get("mask"):
+            return {**value, **PHANTOM_FILES}
+        return value
 
     @model_validator(mode="after")
     def _complete_for_its_format(self) -> DataSpec:
         if self.format == "phantom":
-            ignored = [name for name in ("root", "mask_labels") if getattr(self, name) is not None]
-            if ignored:
-                raise ValueError(f"format: phantom draws its own data; remove {', '.join(ignored)}")
-            if not self.images:
-                return self.model_copy(update=PHANTOM_FILES)
+            if self.root is not None or self.mask_labels is not None:
+                raise ValueError(f"format: phantom draws its own data; remove {'root' if self.root is not None else 'mask_labels'}")
             return self
         if self.root is None:
             raise ValueError(f"format: {self.format} needs root: {'a folder of patients' if self.format == 'nifti' else 'the CSV file'}")
-        if "patients" in self.model_fields_set:
+        if self.patients is not None:
             raise ValueError("patients counts phantoms and has no effect here; remove it")
         if not self.images and self.mask is None:
             raise ValueError("nothing to read: give images: {name: file} or mask: file")
@@ -175,12 +179,19 @@ class DataSpec(Frozen):
             raise ValueError("images: the name 'seg' is kept for the mask; write mask: ...")
         return self
 
+    @field_validator("root")
+    @classmethod
+    def _root_counts_from_here(cls, value: Path | None) -> Path | None:
+        """Absolute, so that the run goes on from any folder."""
+        return value.expanduser().absolute() if value is not None else None
+
     @property
     def channels(self) -> list[str]:
         """Image names in the order of the spec."""
         return list(self.images)
 
 
+PHANTOM_PATIENTS = 16
 PHANTOM_FILES: dict[str, Any] = {
     "images": {"bravo": "bravo.nii.gz", "t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"},
     "mask": "seg.nii.gz",

@@ -1,0 +1,185 @@
+"""The command line: one small function per verb, no logic. `medgen` and `python -m medgen` start here.
+
+Heavy imports stand inside the verbs, so that `medgen --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medgen import __version__
+from medgen.errors import Exit, MedgenError
+
+EPILOG = "Exit codes: 0 done, 1 a stage failed, 2 wrong input, 3 interrupted (run it again to go on), 4 not finished yet (watch --once)."
+
+app = typer.Typer(
+    help="Synthetic medical images from one job spec: train, generate, evaluate, report; on Slurm or on one machine.",
+    epilog=EPILOG, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="the job spec, a YAML file", show_default=False)]
+Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="change one value: -o stages.train.config.lr=1e-4", show_default=False)]
+SiteName = Annotated[str | None, typer.Option("--site", help="site profile: a name from cluster/, or a path", show_default=False)]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run: its name, id or folder", show_default=False)]
+StageName = Annotated[str | None, typer.Option("--stage", help="which stage; needed if there are several of this kind", show_default=False)]
+Shard = Annotated[int, typer.Option("--shard", help="which shard of the stage")]
+Attempt = Annotated[int, typer.Option("--attempt", hidden=True)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"medgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False) -> None:
+    pass
+
+
+@app.command(rich_help_panel="Jobs")
+def submit(
+    spec: SpecPath, override: Override = None, site: SiteName = None,
+    local: Annotated[bool, typer.Option("--local", help="run on this machine (the default where there is no sbatch)")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and every script, change nothing")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="return at once; the run goes on when the terminal closes")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a spec and run all of it: train, generate, collect, evaluate, report. The same spec again goes on where it stopped."""
+    from medgen import rundir
+    from medgen.launch import verbs
+    from medgen.watch import live
+
+    code = verbs.submit(
+        spec, override or [], site, rundir.runs_root(),
+        display=live.display, watch=live.watch, dry_run=dry_run, detached=detach, as_json=as_json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(rich_help_panel="Jobs")
+def check(spec: SpecPath, override: Override = None, site: SiteName = None, as_json: AsJson = False) -> None:
+    """Check everything about a spec and its data, reading every volume; changes nothing but the slice cache."""
+    from medgen import checks
+
+    _print(checks.check(spec, override or [], site), as_json)
+
+
+@app.command(rich_help_panel="Jobs")
+def watch(
+    run: RunName, as_json: AsJson = False,
+    once: Annotated[bool, typer.Option("--once", help="print the state once and leave")] = False,
+) -> None:
+    """Show what runs, how far it is, what failed and why. q or Ctrl-C leaves; the jobs go on."""
+    from medgen import rundir
+    from medgen.watch import live
+
+    raise typer.Exit(live.watch(rundir.find_run(run), once=once, as_json=as_json))
+
+
+@app.command("ls", rich_help_panel="Jobs")
+def list_runs(as_json: AsJson = False) -> None:
+    """List the runs of this folder (or of $MEDGEN_RUNS)."""
+    from medgen.watch import live
+
+    live.list_runs(as_json=as_json)
+
+
+@app.command(rich_help_panel="Jobs")
+def cancel(run: RunName) -> None:
+    """Stop a run; what is finished stays, and submitting the spec again goes on."""
+    from medgen import rundir
+    from medgen.launch import local
+
+    print(local.cancel(rundir.find_run(run)))
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def train(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+    """Train a model, or go on where an earlier attempt stopped."""
+    _perform("train", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def generate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+    """Make one shard of images."""
+    _perform("generate", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def collect(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+    """Verify all shards of a generate stage and publish them as one dataset."""
+    _perform("collect", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def evaluate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+    """Compare a synthetic dataset with real data."""
+    _perform("evaluate", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def report(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+    """Write the run's page: pictures, curves, scores, provenance."""
+    _perform("report", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Data")
+def data(
+    spec: SpecPath, override: Override = None, as_json: AsJson = False,
+    out: Annotated[Path, typer.Option("--out", help="folder for the contact sheet and the histogram")] = Path("data_summary"),
+) -> None:
+    """Show what the spec's data are: patients and slices per split, sizes, spacings, intensities, a contact sheet."""
+    from medgen import checks
+
+    checks.show_data(spec, override or [], out, as_json)
+
+
+@app.command(rich_help_panel="Data")
+def phantoms(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="where to write <split>/<patient>/*.nii.gz", show_default=False)],
+    patients: Annotated[int, typer.Option(min=3, help="how many patients to draw")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+) -> None:
+    """Draw brain-like volumes (bravo, t1_pre, t1_gd and lesion masks) as NIfTI, to try everything without data."""
+    from medgen.data.phantoms import write_phantoms
+
+    write_phantoms(folder, patients, seed)
+    print(f"{patients} patients in {folder}")
+
+
+def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int) -> None:
+    from medgen import rundir, task
+
+    raise typer.Exit(task.perform(rundir.find_run(run), kind, stage, shard, attempt))
+
+
+def _print(value: Any, as_json: bool) -> None:
+    """A record as JSON, or its text."""
+    print(json.dumps(value.record, indent=1) if as_json else value.text)
+
+
+def main() -> None:
+    """Run the command line; every foreseen failure is one message and an exit code."""
+    try:
+        app()
+    except MedgenError as error:
+        print(f"medgen: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `medgen ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.DONE)
+    except OSError as error:
+        from medgen.task import explain_os_error
+
+        print(f"medgen: {explain_os_error(error)}", file=sys.stderr)
+        sys.exit(Exit.BAD_INPUT)
+    except KeyboardInterrupt:
+        print("medgen: interrupted", file=sys.stderr)
+        sys.exit(Exit.INTERRUPTED)

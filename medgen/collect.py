@@ -1,0 +1,124 @@
+"""Collection: verify every shard of a generate stage against the plan, then publish one dataset in one move.
+
+Called by `medgen collect` through task.perform. Good files are linked, never rewritten; bad shards are set aside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgen import files
+from medgen.errors import MedgenError
+from medgen.generate import read_manifest, set_aside, shard_problem
+from medgen.plan import PlannedStage
+from medgen.task import Done, Work
+
+INDEX = "index.csv"
+DATASET_MANIFEST = "manifest.json"
+
+
+def collect(work: Work) -> Done:
+    """Publish <stage>/dataset. Raises MedgenError naming the shards that are missing or corrupt; they count as not done."""
+    source = work.plan.stage(work.stage.settings["of"])
+    manifests = _verified_manifests(work, source)
+    target = work.run.dataset(source.name)
+    table = _index(manifests)
+    if target.exists():
+        problem = _dataset_problem(target, table)
+        if problem is None:
+            work.say(f"{work.stage.name}: the dataset is there and verifies")
+            return _done(target, table, manifests)
+        aside = target.with_name(f"dataset.bad.{os.getpid()}")
+        target.rename(aside)
+        work.run.event("dataset_set_aside", stage=source.name, cause=problem)
+        work.say(f"{work.stage.name}: {problem}; moved to {aside} and built again")
+    with files.folder_in_one_move(target) as folder:
+        for task, manifest in zip(source.tasks, manifests, strict=True):
+            _link_images(work.run.shard(source.name, task.shard), folder, manifest)
+        table.to_csv(folder / INDEX, index=False, lineterminator="\n")
+        files.write_json(folder / DATASET_MANIFEST, _dataset_manifest(work, source, table, manifests, files.sha256_file(folder / INDEX)))
+    work.say(f"{work.stage.name}: {len(table)} images in {target}")
+    return _done(target, table, manifests)
+
+
+def _verified_manifests(work: Work, source: PlannedStage) -> list[dict[str, Any]]:
+    bad: dict[int, str] = {}
+    for number, task in enumerate(source.tasks):
+        problem = shard_problem(work.run.shard(source.name, task.shard), task)
+        if problem is not None:
+            bad[task.shard] = problem
+        work.progress(number + 1, len(source.tasks), "shards")
+    for shard, problem in bad.items():
+        set_aside(work.run, source.name, shard, problem)
+    if bad:
+        listing = "; ".join(f"shard {shard}: {problem}" for shard, problem in list(bad.items())[:10])
+        raise MedgenError(f"{len(bad)} of {len(source.tasks)} shards of {source.name} are missing or corrupt and must be made again: {listing}")
+    manifests = [read_manifest(work.run.shard(source.name, task.shard)) for task in source.tasks]
+    checkpoints = {manifest["checkpoint_sha256"] for manifest in manifests}
+    if len(checkpoints) > 1:
+        raise MedgenError(f"{source.name}: its shards come from {len(checkpoints)} different checkpoints; remove {work.run.stage(source.name) / 'shards'} and submit again")
+    return manifests
+
+
+def _index(manifests: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per image, in order: what made it, where its files are, their hashes. Can be read again as format: csv."""
+    rows = []
+    for manifest in manifests:
+        for entry in manifest["images"]:
+            row = {key: value for key, value in entry.items() if key != "files"}
+            row = {"id": row.pop("id"), "patient": f"synthetic_{entry['id']}", **row, "checkpoint_sha256": manifest["checkpoint_sha256"]}
+            for channel, facts in entry["files"].items():
+                row |= {channel: facts["path"], f"{channel}_sha256": facts["sha256"]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _link_images(shard_folder: Path, dataset: Path, manifest: dict[str, Any]) -> None:
+    for entry in manifest["images"]:
+        for facts in entry["files"].values():
+            target = dataset / facts["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(shard_folder / facts["path"], target)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(shard_folder / facts["path"], target)
+
+
+def _counts(manifests: list[dict[str, Any]]) -> dict[str, int]:
+    return {key: sum(manifest["counts"][key] for manifest in manifests) for key in manifests[0]["counts"]}
+
+
+def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, manifests: list[dict[str, Any]], index_sha256: str) -> dict[str, Any]:
+    """Says the same for any number of shards."""
+    return {
+        "version": 1,
+        "stage": source.name,
+        "images": len(table),
+        "seed": work.plan.seed,
+        "checkpoint_sha256": manifests[0]["checkpoint_sha256"],
+        "made_on": manifests[0]["made_on"],
+        "counts": _counts(manifests),
+        "index_sha256": index_sha256,
+    }
+
+
+def _dataset_problem(dataset: Path, table: pd.DataFrame) -> str | None:
+    """Why a published dataset is not what the shards say; None if every file verifies."""
+    if not (dataset / INDEX).is_file() or not (dataset / DATASET_MANIFEST).is_file():
+        return f"{dataset}: index.csv or manifest.json is missing"
+    expected = table.to_csv(index=False, lineterminator="\n")
+    if (dataset / INDEX).read_text() != expected:
+        return f"{dataset / INDEX} is not what the shards say"
+    for column in [name for name in table.columns if f"{name}_sha256" in table.columns]:
+        for path, digest in zip(table[column], table[f"{column}_sha256"], strict=True):
+            if not (dataset / path).is_file() or files.sha256_file(dataset / path) != digest:
+                return f"{dataset / path} is missing or does not match its sha256"
+    return None
+
+
+def _done(dataset: Path, table: pd.DataFrame, manifests: list[dict[str, Any]]) -> Done:
+    return Done([dataset / INDEX, dataset / DATASET_MANIFEST], {"images": len(table), **_counts(manifests)})

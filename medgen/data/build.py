@@ -1,0 +1,294 @@
+"""Building the slice cache: hashes of the sources, the cache folder's name, and the arrays in it; called by store.py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgen import files
+from medgen.data.index import MASK, Source
+from medgen.data.resize import resize_images, resize_masks
+from medgen.data.splits import SPLITS
+from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
+from medgen.errors import InputError, MedgenError
+from medgen.spec import DataSpec, Window
+
+CACHE_VERSION = 1  # raise it when the same data and spec would give other slices
+ROWS = "rows.json"
+AFFINES = "affines"
+HASHES = "hashes.json"
+LABEL_TOLERANCE = 1e-3  # float label files hold 2.9999998 for 3
+
+Hashes = dict[Path, str]
+
+
+def mapped(folder: Path, name: str) -> np.ndarray:
+    """An array of the cache, read from disk page by page; processes on one machine share the pages."""
+    return _mapped(str(folder / f"{name}.npy"))
+
+
+@lru_cache(maxsize=64)
+def _mapped(path: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise MedgenError(f"{path}: this part of the slice cache is damaged ({error}); delete {Path(path).parent}, it is built again") from None
+
+
+# hashes
+
+
+def _state(path: Path) -> str:
+    """Size and time of the last change: if both are as remembered, the content is not read again."""
+    status = path.stat()
+    return f"{path}|{status.st_size}|{status.st_mtime_ns}"
+
+
+def _remembered(cache_root: Path) -> dict[str, str]:
+    try:
+        return dict(files.read_json(cache_root / HASHES))
+    except (OSError, ValueError):  # none yet, or unreadable: hash again
+        return {}
+
+
+def known_hashes(cache_root: Path, sources: list[Source]) -> Hashes | None:
+    """sha256 of every source file from memory, or None if any file is new or changed."""
+    remembered = _remembered(cache_root)
+    found = {path: remembered.get(_state(path)) for source in sources for path in source.files.values()}
+    return {path: digest for path, digest in found.items() if digest} if all(found.values()) else None
+
+
+def hash_sources(cache_root: Path, sources: list[Source], say: Callable[[str], None]) -> Hashes:
+    """sha256 of every source file; only new or changed files are read."""
+    remembered = _remembered(cache_root)
+    paths = [path for source in sources for path in source.files.values()]
+    new = [path for path in paths if _state(path) not in remembered]
+    if new:
+        say(f"hashing {len(new)} files ({sum(path.stat().st_size for path in new) / 1e6:.0f} MB)")
+        for path in new:
+            remembered[_state(path)] = _sha256(path)
+        files.write_json(cache_root / HASHES, remembered)
+    return {path: remembered[_state(path)] for path in paths}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return files.sha256_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def fingerprint(data: DataSpec, sources: list[Source], hashes: Hashes) -> str:
+    """sha256 of everything that decides the slices: contents, splits and how slices are made; not where files lie."""
+    how = data.model_dump(mode="json", exclude={"format", "root", "splits", "patients", "images", "mask"})
+    what = [
+        [source.id, source.patient, source.split, source.label, source.caption,
+         {role: hashes[path] for role, path in source.files.items()}]
+        for source in sources
+    ]
+    return files.sha256_json([CACHE_VERSION, data.channels, how, what])
+
+
+def folder_of(data: DataSpec, sources: list[Source], hashes: Hashes, cache_root: Path) -> Path:
+    return cache_root / f"slices-{fingerprint(data, sources, hashes)[:16]}"
+
+
+# building
+
+
+class ArrayFile:
+    """A .npy file [n, ...] that grows by whole blocks; n is written into the header at the end.
+
+    Plain writes, not a memory map: on a full disk a write raises OSError, a memory map kills the process."""
+
+    def __init__(self, path: Path, tail: tuple[int, ...], dtype: type):
+        self.tail, self.dtype, self.count = tail, np.dtype(dtype), 0
+        self.handle = open(path, "w+b")  # noqa: SIM115  (build closes it)
+        self._header()
+        self.start = self.handle.tell()
+
+    def _header(self) -> None:
+        shape = (self.count, *self.tail)
+        description = np.lib.format.dtype_to_descr(self.dtype)
+        np.lib.format.write_array_header_1_0(self.handle, {"descr": description, "fortran_order": False, "shape": shape})
+
+    def append(self, block: np.ndarray) -> None:
+        assert block.shape[1:] == self.tail
+        self.handle.write(np.ascontiguousarray(block, self.dtype).data)
+        self.count += len(block)
+
+    def finish(self) -> None:
+        self.handle.seek(0)
+        self._header()
+        assert self.handle.tell() == self.start, "numpy leaves room in the header for the first axis to grow"
+
+
+@dataclass
+class Tally:
+    """What the filters removed, for the message when nothing is left; `labels`: every label seen in the masks."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    labels: set[int] = field(default_factory=set)
+
+    def add(self, split: str, seen: int, kept: int) -> None:
+        self.seen[split] = self.seen.get(split, 0) + seen
+        self.kept[split] = self.kept.get(split, 0) + kept
+
+
+def build(data: DataSpec, sources: list[Source], hashes: Hashes, folder: Path, say: Callable[[str], None]) -> None:
+    """Write the cache folder in one move. Raises InputError for unusable files; nothing is left behind then."""
+    _require_no_copies(sources, hashes)
+    say(f"building the slice cache {folder} from {len(sources)} volumes")
+    with files.folder_in_one_move(folder) as temporary, contextlib.ExitStack() as stack:
+        arrays = {
+            name: ArrayFile(temporary / f"{name}.npy", tail, dtype) for name, (tail, dtype) in _array_shapes(data).items()
+        }
+        for array in arrays.values():
+            stack.callback(array.handle.close)
+        rows: list[dict[str, Any]] = []
+        tally = Tally()
+        for number, source in enumerate(sources):
+            rows += _add_source(data, number, source, arrays, tally)
+        _require_slices(data, tally)
+        for array in arrays.values():
+            array.finish()
+        files.write_json(temporary / ROWS, rows)
+    megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    say(f"slice cache ready: {len(rows)} slices, {megabytes:.0f} MB")
+
+
+def _array_shapes(data: DataSpec) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Name -> (shape of one entry, type) of the arrays in the cache."""
+    square = (data.size, data.size)
+    masks: dict[str, tuple[tuple[int, ...], type]] = {MASK: (square, np.uint8)} if data.mask is not None else {}
+    return {**dict.fromkeys(data.channels, (square, np.float32)), **masks, AFFINES: ((4, 4), np.float64)}
+
+
+def _add_source(
+    data: DataSpec, number: int, source: Source, arrays: dict[str, ArrayFile], tally: Tally
+) -> list[dict[str, Any]]:
+    """Append the kept slices of one volume to the arrays and return their rows."""
+    headers = {role: read_header(path) for role, path in source.files.items()}
+    first = next(iter(headers.values()))
+    require_same_grid(f"patient {source.patient}", first, list(headers.values()))
+    axis = first.slice_axis(data.axis)
+    wanted = np.arange(0, first.shape[axis], data.every)
+    slices, content, windows = _scaled_channels(data, source, axis, wanted)
+    if data.mask is not None:
+        foreground = _foreground(source, read_volume(source.files[MASK]), data.mask_labels, tally)
+        slices[MASK] = resize_masks(display_slices(foreground, axis)[wanted], data.size)
+    mask_pixels = slices[MASK].sum(axis=(1, 2), dtype=np.int64) if data.mask is not None else None
+    keep = content >= data.content
+    if data.positive_only and mask_pixels is not None:
+        keep &= mask_pixels > 0
+    tally.add(source.split, first.shape[axis], int(keep.sum()))
+    for role, block in slices.items():
+        arrays[role].append(block[keep])
+    rows = []
+    for position in np.flatnonzero(keep):
+        slice_number = int(wanted[position])
+        affine = slice_affine(first, axis, slice_number, data.size)
+        arrays[AFFINES].append(affine[None])
+        spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+        rows.append({
+            "id": f"{source.id}_{slice_number:03d}" if first.shape[axis] > 1 else source.id,
+            "patient": source.patient,
+            "split": source.split,
+            "slice": slice_number,
+            "label": source.label,
+            "caption": source.caption,
+            "mask_pixels": None if mask_pixels is None else int(mask_pixels[position]),
+            "content": round(float(content[position]), 6),
+            "spacing_x_mm": float(spacing_mm[1]),
+            "spacing_y_mm": float(spacing_mm[0]),
+            "thickness_mm": float(spacing_mm[2]),
+            **windows,
+            "source": number,
+        })
+    return rows
+
+
+def _scaled_channels(
+    data: DataSpec, source: Source, axis: int, wanted: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """The wanted slices of every channel, windowed to [0, 1] and resized; their content; the windows used.
+
+    Content is measured before resizing: the share of pixels that are above 0 in any channel."""
+    slices: dict[str, np.ndarray] = {}
+    windows: dict[str, float] = {}
+    not_empty: np.ndarray | None = None
+    for channel in data.channels:
+        volume = read_volume(source.files[channel])
+        low, high = _window(source, source.files[channel], volume, data.window)
+        windows[f"window_low_{channel}"], windows[f"window_high_{channel}"] = low, high
+        scaled = np.clip((display_slices(volume, axis)[wanted] - low) / (high - low), 0, 1)
+        not_empty = scaled > 0 if not_empty is None else not_empty | (scaled > 0)
+        slices[channel] = resize_images(scaled, data.size)
+    content = np.ones(len(wanted)) if not_empty is None else not_empty.mean(axis=(1, 2))
+    return slices, content, windows
+
+
+def _window(source: Source, path: Path, volume: np.ndarray, window: Window) -> tuple[float, float]:
+    """The two intensities that become 0 and 1: fixed, or percentiles over the non-zero voxels of the volume."""
+    if volume.min() == volume.max():
+        raise InputError(f"patient {source.patient}: {path} holds the single value {volume.flat[0]:g}; remove the patient or give another file")
+    if window.fixed is not None:
+        low, high = window.fixed
+        if volume.max() <= low or volume.min() >= high:
+            raise InputError(
+                f"patient {source.patient}: {path} reaches from {volume.min():g} to {volume.max():g}, outside the window "
+                f"fixed: [{low:g}, {high:g}]; is it in other units?"
+            )
+        return low, high
+    assert window.percentiles is not None, "the spec wants one of the two"
+    low, high = (float(value) for value in np.percentile(volume[volume != 0], window.percentiles))
+    if not low < high:
+        raise InputError(
+            f"patient {source.patient}: {path}: the percentiles {list(window.percentiles)} of the non-zero voxels are both {low:g}; "
+            "is it a mask? give window: {fixed: [low, high]} if it is meant"
+        )
+    return low, high
+
+
+def _foreground(source: Source, mask: np.ndarray, wanted: list[int] | None, tally: Tally) -> np.ndarray:
+    """uint8 {0, 1}. Raises InputError if the mask holds fractions: it was interpolated and has lost its labels."""
+    labels = np.rint(mask)
+    if np.abs(mask - labels).max() > LABEL_TOLERANCE:
+        raise InputError(
+            f"patient {source.patient}: the mask {source.files[MASK]} holds fractions such as "
+            f"{mask[np.abs(mask - labels) > LABEL_TOLERANCE][0]:g}; masks need whole labels (resample them with nearest neighbour)"
+        )
+    tally.labels.update(int(label) for label in np.unique(labels))
+    return (np.isin(labels, wanted) if wanted is not None else labels != 0).astype(np.uint8)
+
+
+def _require_slices(data: DataSpec, tally: Tally) -> None:
+    present = ", ".join(str(label) for label in sorted(tally.labels))
+    if data.mask_labels is not None and not tally.labels & set(data.mask_labels):
+        raise InputError(f"data.mask_labels: none of {data.mask_labels} is in any mask; the labels there are: {present}")
+    for split in SPLITS:
+        if tally.seen.get(split, 0) and not tally.kept[split]:
+            filters = f"content: {data.content}, every: {data.every}, positive_only: {str(data.positive_only).lower()}"
+            raise InputError(f"no slice is left of {tally.seen[split]} in the split {split} with {filters}; loosen these filters of data")
+
+
+def _require_no_copies(sources: list[Source], hashes: Hashes) -> None:
+    """The same image under two patients of two splits would leak the test set into training."""
+    owner: dict[str, Source] = {}
+    for source in sources:
+        for role, path in source.files.items():
+            if role == MASK:
+                continue  # two empty masks are equal files and no leak
+            other = owner.setdefault(hashes[path], source)
+            if other.split != source.split:
+                raise InputError(
+                    f"patient {source.patient} ({source.split}) and patient {other.patient} ({other.split}) hold the same {role} image "
+                    f"({path}); remove one of them, or the test result is too good"
+                )

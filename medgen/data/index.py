@@ -1,0 +1,262 @@
+"""Which files belong to which patient and split, checked by name and header only; called by store.py and by submit.
+
+Nothing here reads voxels or imports torch, so a wrong folder is told in seconds, before anything is queued."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from medgen.data.splits import SPLITS, assign_splits
+from medgen.errors import InputError
+from medgen.spec import PHANTOM_PATIENTS, DataSpec
+
+MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
+SHOWN = 5  # how many of many problems a message lists
+OPTIONAL_COLUMNS = ("id", "patient", "split", "label", "caption")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one volume (or single slice) of one patient; `files` maps a channel name or "seg" to a path."""
+
+    id: str
+    patient: str
+    split: str
+    files: dict[str, Path]
+    label: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class HeaderReport:
+    """What a look at the headers tells; `shapes` and `spacings_mm` in RAS order, `slices` before any filter."""
+
+    patients: dict[str, int]
+    volumes: int
+    slices: int
+    shapes: list[tuple[int, ...]]
+    spacings_mm: list[tuple[float, ...]]
+    notes: list[str]
+
+    def text(self) -> str:
+        """One line for the terminal."""
+        splits = ", ".join(f"{count} {split}" for split, count in self.patients.items())
+        shapes = " or ".join("x".join(str(count) for count in shape) for shape in self.shapes[:3])
+        more = f" (and {len(self.shapes) - 3} other shapes)" if len(self.shapes) > 3 else ""
+        return f"{sum(self.patients.values())} patients ({splits}), {self.slices} slices, volumes {shapes}{more}"
+
+
+def check_headers(data: DataSpec, seed: int) -> HeaderReport:
+    """Find every file and read its header. Raises InputError naming the patient or line for anything unusable."""
+    if data.format == "phantom":
+        return _phantom_report(data, seed)
+    from medgen.data.volumes import Header, read_header, require_same_grid
+
+    sources, notes = read_index(data, seed)
+    first_headers: list[Header] = []
+    slices = 0
+    for source in sources:
+        headers = [read_header(path) for path in source.files.values()]
+        require_same_grid(f"patient {source.patient}", headers[0], headers[1:])
+        first_headers.append(headers[0])
+        slices += headers[0].shape[headers[0].slice_axis(data.axis)]
+    return HeaderReport(
+        patients=patients_per_split(sources),
+        volumes=len(sources),
+        slices=slices,
+        shapes=[shape for shape, _ in Counter(header.shape for header in first_headers).most_common()],
+        spacings_mm=sorted({tuple(round(step, 3) for step in header.spacing_mm) for header in first_headers}),
+        notes=notes,
+    )
+
+
+def _phantom_report(data: DataSpec, seed: int) -> HeaderReport:
+    from medgen.data.phantoms import DEFAULT_SHAPE, FIELD_OF_VIEW_MM, patient_names
+
+    patients = phantom_patients(data)
+    splits = assign_splits(patient_names(patients), data.splits.model_dump(), seed)
+    spacing = tuple(field / count for field, count in zip(FIELD_OF_VIEW_MM, DEFAULT_SHAPE, strict=True))
+    counts = {split: list(splits.values()).count(split) for split in SPLITS if split in splits.values()}
+    slices = patients * DEFAULT_SHAPE[data.axis]
+    return HeaderReport(counts, patients, slices, [DEFAULT_SHAPE], [spacing], [])
+
+
+def phantom_patients(data: DataSpec) -> int:
+    return data.patients if data.patients is not None else PHANTOM_PATIENTS
+
+
+def patients_per_split(sources: list[Source]) -> dict[str, int]:
+    return {
+        split: len({source.patient for source in sources if source.split == split})
+        for split in SPLITS
+        if any(source.split == split for source in sources)
+    }
+
+
+def read_index(data: DataSpec, seed: int, root: Path | None = None) -> tuple[list[Source], list[str]]:
+    """Every source in a fixed order, and notes for the user about what was assumed. `root` replaces data.root.
+
+    Raises InputError if a file or column is missing, a patient is in two splits, an id stands twice or a split is empty."""
+    place = root or data.root
+    assert place is not None, "the spec gives every format but phantom a root"
+    place = place.expanduser().absolute()
+    notes: list[str] = []
+    try:
+        read = _csv_sources if data.format == "csv" else _folder_sources
+        sources = read(data, place, seed, notes)
+        _require_files(sources, place)
+    except OSError as error:  # no permission, a network disk that is gone
+        raise InputError(f"{error.filename or place}: cannot be read: {error.strerror}") from None
+    return sources, notes
+
+
+def roles(data: DataSpec) -> dict[str, str]:
+    """File name or column of every channel and of the mask."""
+    return {**data.images, **({MASK: data.mask} if data.mask is not None else {})}
+
+
+# folders
+
+
+def _folder_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> list[Source]:
+    if not root.is_dir():
+        raise InputError(f"data.root: {root} is {'not a folder' if root.exists() else 'missing'}; give the folder that holds the patients")
+    split_folders = [split for split in SPLITS if (root / split).is_dir()]
+    if split_folders:
+        folders = [(split, folder) for split in split_folders for folder in _patient_folders(root / split)]
+        for split in split_folders:
+            if not any(own == split for own, _ in folders):
+                raise InputError(f"{root / split}: the split {split} is empty; put patient folders into it or remove it")
+        if "train" not in split_folders:
+            raise InputError(f"{root}: there is {', '.join(split_folders)} but no folder train; add it, or use no split folders at all")
+    else:
+        patients = _patient_folders(root)
+        if not patients:
+            raise InputError(f"{root}: no patient folders; expected {root}/<patient>/{next(iter(roles(data).values()))} or the same below train, val, test")
+        drawn = assign_splits([folder.name for folder in patients], data.splits.model_dump(), seed)
+        folders = sorted(((drawn[folder.name], folder) for folder in patients), key=lambda item: (SPLITS.index(item[0]), item[1].name))
+        notes.append(f"{root} has no train, val and test folders: patients were split by data.splits and the seed")
+    sources = [
+        Source(folder.name, folder.name, split, {role: folder / name for role, name in roles(data).items()})
+        for split, folder in folders
+    ]
+    _require_disjoint(sources, root)
+    return sources
+
+
+def _patient_folders(root: Path) -> list[Path]:
+    """Folders in name order; stray files and hidden folders do not count."""
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+# CSV
+
+
+def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> list[Source]:
+    lines = _csv_lines(path)
+    columns = list(lines[0][1])
+    for role, column in roles(data).items():
+        if column not in columns:
+            raise InputError(f"{path}: no column {column!r} (for {role}); the columns are: {', '.join(columns)}")
+    if "patient" not in columns:
+        notes.append(f"{path} has no column patient: each file name counts as a patient of its own")
+    patients = [_csv_patient(data, path, number, row) for number, row in lines]
+    if "split" in columns:
+        splits = [_csv_split(path, number, row) for number, row in lines]
+    else:
+        drawn = assign_splits(patients, data.splits.model_dump(), seed)
+        splits = [drawn[patient] for patient in patients]
+        notes.append(f"{path} has no column split: patients were split by data.splits and the seed")
+    sources = []
+    single = Counter(patients)
+    for (number, row), patient, split in zip(lines, patients, splits, strict=True):
+        source_files = {role: _csv_file(path, number, column, row[column]) for role, column in roles(data).items()}
+        stem = _stem(next(iter(source_files.values())))
+        name = row.get("id") or (patient if single[patient] == 1 or stem == patient else f"{patient}_{stem}")
+        sources.append(Source(name, patient, split, source_files, row.get("label") or None, row.get("caption") or None))
+    _require_disjoint(sources, path)
+    _require_unique(path, [number for number, _ in lines], sources)
+    if not any(source.split == "train" for source in sources):
+        raise InputError(f"{path}: no line has split train; the splits there are: {', '.join(sorted(set(splits)))}")
+    return sorted(sources, key=lambda source: SPLITS.index(source.split))
+
+
+def _csv_lines(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row) of every line that is not blank."""
+    if not path.is_file():
+        raise InputError(f"data.root: {path} is {'not a file' if path.exists() else 'missing'}; format: csv needs the CSV file")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle, strict=True, restkey="", restval=None)
+            lines = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 with commas") from None
+    if not lines:
+        raise InputError(f"{path}: the file has no rows below the header")
+    header = list(lines[0][1])
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise InputError(f"{path}: the columns are not separated by commas; save it with commas")
+    for number, row in lines:
+        if "" in row or None in row.values():
+            raise InputError(f"{path}:{number}: this line does not have the {len(header)} columns of the header; quote values with commas")
+    return lines
+
+
+def _csv_patient(data: DataSpec, path: Path, number: int, row: dict[str, str]) -> str:
+    if "patient" not in row:
+        return _stem(Path(row[next(iter(roles(data).values()))]))
+    if not row["patient"]:
+        raise InputError(f"{path}:{number}: the patient is empty; splits are by patient, so every line needs one")
+    return row["patient"]
+
+
+def _csv_split(path: Path, number: int, row: dict[str, str]) -> str:
+    if row["split"] not in SPLITS:
+        raise InputError(f"{path}:{number}: split is {row['split']!r}; write one of {', '.join(SPLITS)}")
+    return row["split"]
+
+
+def _csv_file(path: Path, number: int, column: str, text: str) -> Path:
+    """Paths count from the folder of the CSV file."""
+    if not text:
+        raise InputError(f"{path}:{number}: {column} is empty; give a file or remove the line")
+    return path.parent / Path(text).expanduser()
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+
+
+# checks
+
+
+def _require_files(sources: list[Source], root: Path) -> None:
+    missing = [(source, role, path) for source in sources for role, path in source.files.items() if not path.is_file()]
+    if missing:
+        listed = "\n".join(f"  patient {source.patient}, {role}: {path}" for source, role, path in missing[:SHOWN])
+        more = f"\n  and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise InputError(f"{root}: {len(missing)} file(s) are missing:\n{listed}{more}\nAdd them, or remove these patients")
+
+
+def _require_disjoint(sources: list[Source], root: Path) -> None:
+    seen: dict[str, str] = {}
+    for source in sources:
+        if seen.setdefault(source.patient, source.split) != source.split:
+            raise InputError(
+                f"{root}: patient {source.patient} is in {seen[source.patient]} and in {source.split}; "
+                "the test result would be too good: keep each patient in one split"
+            )
+
+
+def _require_unique(path: Path, numbers: list[int], sources: list[Source]) -> None:
+    names: dict[str, int] = {}
+    images: dict[Path, int] = {}
+    for number, source in zip(numbers, sources, strict=True):
+        first_file = next(iter(source.files.values()))
+        if images.setdefault(first_file, number) != number:
+            raise InputError(f"{path}:{number}: {first_file} stands in line {images[first_file]} already; keep one of them")
+        if names.setdefault(source.id, number) != number:
+            raise InputError(f"{path}:{number}: the id {source.id} stands in line {names[source.id]} already; give each line its own in a column id")

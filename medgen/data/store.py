@@ -1,0 +1,145 @@
+"""The slice cache: built once from volumes under a lock, then memory-mapped and shared by all ranks and runs.
+
+Called by train, generate and evaluate through open_store; submit calls index.check_headers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medgen import files
+from medgen.data import build, index
+from medgen.data.index import HeaderReport, Source, check_headers
+from medgen.errors import InputError, MedgenError
+from medgen.spec import DataSpec
+
+if TYPE_CHECKING:
+    import pandas
+
+LOCK_TIMEOUT_S = 4 * 3600  # the first build of a large set on a slow disk; a dead builder frees its lock at once
+
+__all__ = ["HeaderReport", "SliceStore", "check_headers", "open_store"]
+
+
+@dataclass(frozen=True)
+class SliceStore:
+    """All slices of a data set. `rows` has one line per slice (see docs of open_store); arrays live in a memory map."""
+
+    rows: pandas.DataFrame
+    channels: list[str]
+    size: int
+    fingerprint: str
+    folder: Path
+    has_masks: bool
+    notes: list[str]
+
+    def select(self, split: str, positive_only: bool = False) -> np.ndarray:
+        """Row numbers of a split in the order of `rows`. Raises InputError if there are none."""
+        wanted = self.rows["split"].to_numpy() == split
+        if wanted.any() and positive_only:
+            self._require_masks()
+            wanted = wanted & (self.rows["mask_pixels"].to_numpy() > 0)
+        if not wanted.any():
+            counts = self.rows["split"].value_counts()
+            known = ", ".join(f"{name}: {count}" for name, count in counts.items())
+            what = "slices with a non-empty mask" if positive_only else "slices"
+            raise InputError(f"the split {split!r} has no {what}; slices per split: {known}")
+        return np.flatnonzero(wanted)
+
+    def images(self, channel: str, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, size, size] in [0, 1], a copy. Raises InputError for an unknown channel."""
+        if channel not in self.channels:
+            raise InputError(f"no channel {channel!r} in the data; the channels are: {', '.join(self.channels) or 'none'}")
+        return build.mapped(self.folder, channel)[rows]
+
+    def masks(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [n, size, size] with 1 in the foreground, a copy. Raises InputError if the spec names no mask."""
+        self._require_masks()
+        return build.mapped(self.folder, index.MASK)[rows]
+
+    def affine(self, row: int) -> np.ndarray:
+        """4x4 float64: (row, column, 0) of a [size, size, 1] image to the patient's millimetres (RAS)."""
+        return build.mapped(self.folder, build.AFFINES)[row].copy()
+
+    def _require_masks(self) -> None:
+        if not self.has_masks:
+            raise InputError("the data have no masks; add mask: <label file> to data in the spec")
+
+
+def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None] = print) -> SliceStore:
+    """The slices of `data`, from the cache under `cache_root` or built there now (`say` tells which and what was assumed).
+
+    Columns of `rows`: id, patient, split, slice, label, caption, mask_pixels, content, spacing_x_mm (between columns),
+    spacing_y_mm (between rows), thickness_mm, window_low_<channel>, window_high_<channel> (in the file's units),
+    file_<channel or seg>, sha256_<channel or seg>. `content` is 1 where the spec has no images to measure it on.
+    Safe to call from many processes at once: one builds, the others wait. Raises InputError for unusable data and
+    MedgenError if the cache cannot be written."""
+    cache_root = Path(cache_root).absolute()
+    if data.format == "phantom":
+        sources, notes = index.read_index(data, seed, _phantoms(data, seed, cache_root, say))
+    else:
+        sources, notes = index.read_index(data, seed)
+    for note in notes:
+        say(note)
+    known = build.known_hashes(cache_root, sources)
+    if known is not None and (folder := build.folder_of(data, sources, known, cache_root)).is_dir():
+        return _load(data, sources, known, folder, notes)
+    with _locked(cache_root):
+        hashes = build.hash_sources(cache_root, sources, say)
+        folder = build.folder_of(data, sources, hashes, cache_root)
+        if not folder.is_dir():
+            build.build(data, sources, hashes, folder, say)
+    return _load(data, sources, hashes, folder, notes)
+
+
+def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: Path, notes: list[str]) -> SliceStore:
+    import pandas
+
+    rows = pandas.DataFrame(files.read_json(folder / build.ROWS))
+    for column in ("label", "caption"):  # pandas turns a missing text into NaN
+        rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
+    # where the files lie is not part of the cache: a moved data set is still the same data
+    source_of = rows.pop("source").to_numpy()
+    for role in sources[0].files:
+        rows[f"file_{role}"] = [str(sources[number].files[role]) for number in source_of]
+        rows[f"sha256_{role}"] = [hashes[sources[number].files[role]] for number in source_of]
+    fingerprint = build.fingerprint(data, sources, hashes)
+    return SliceStore(rows, data.channels, data.size, fingerprint, folder, data.mask is not None, notes)
+
+
+def _phantoms(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None]) -> Path:
+    """The folder of the phantoms, drawn now if they are not there."""
+    from medgen.data.phantoms import PHANTOM_VERSION, write_phantoms
+
+    fractions = data.splits.model_dump()
+    patients = index.phantom_patients(data)
+    key = files.sha256_json([PHANTOM_VERSION, patients, seed, fractions])[:12]
+    folder = cache_root / f"phantoms-{key}"
+    if folder.is_dir():
+        return folder
+    with _locked(cache_root):
+        if not folder.is_dir():
+            say(f"drawing {patients} phantoms in {folder}")
+            with files.folder_in_one_move(folder) as temporary:
+                write_phantoms(temporary, patients, seed, fractions=fractions)
+    return folder
+
+
+@contextmanager
+def _locked(cache_root: Path) -> Iterator[None]:
+    """One builder at a time. A full or read-only disk becomes a MedgenError that names the folder."""
+    import filelock
+
+    try:
+        cache_root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache_root / "build.lock", timeout=LOCK_TIMEOUT_S):
+            yield
+    except filelock.Timeout:
+        raise MedgenError(f"{cache_root}: another process has been building this cache for {LOCK_TIMEOUT_S // 3600} hours; look for a hung job") from None
+    except OSError as error:
+        raise MedgenError(f"{cache_root}: the slice cache cannot be written: {error.strerror or error} ({error.filename or cache_root}); free space or give a writable folder, nothing half-built was left") from error

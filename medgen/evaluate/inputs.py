@@ -1,0 +1,166 @@
+"""The two sides of an evaluation: a collected synthetic dataset, read and verified, and the matching real slices.
+
+Used by run.py and by the report's pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from medgen import files, rng
+from medgen.data import image_files
+from medgen.errors import MedgenError
+from medgen.plan import Plan, sources_of
+from medgen.rundir import RunDir
+
+if TYPE_CHECKING:
+    from medgen.data.store import SliceStore
+
+MASK = "seg"
+SHA_SUFFIX = "_sha256"
+MOST_IMAGES = 2048  # per side; more cost time and memory and no longer move the numbers
+ROUNDING = 1e-3  # stored images may leave [0,1] by the rounding of their file format
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A collected dataset. `outputs` are the channels that the model drew; a mask it was given is not among them."""
+
+    name: str
+    folder: Path
+    index: pd.DataFrame  # every column as text, one row per sample
+    files: list[str]  # channels with a file: images and perhaps the mask
+    outputs: list[str]
+
+    @property
+    def image_channels(self) -> list[str]:
+        return [channel for channel in self.outputs if channel != MASK]
+
+    def read(self, channel: str, rows: np.ndarray) -> np.ndarray:
+        """[n,H,W]: float32 in [0,1], or uint8 {0,1} for the mask. Raises MedgenError naming a file that does not verify."""
+        arrays = [self._read_one(channel, int(row)) for row in rows]
+        if len({array.shape for array in arrays}) > 1:
+            raise MedgenError(f"{self.folder}: the {channel} images differ in size; delete the dataset and collect again")
+        return np.stack(arrays)
+
+    def _read_one(self, channel: str, row: int) -> np.ndarray:
+        record = self.index.iloc[row]
+        path = self.folder / record[channel]
+        try:
+            unchanged = files.sha256_file(path) == record[channel + SHA_SUFFIX]
+        except OSError as error:
+            raise MedgenError(f"sample {record['id']}: {path} cannot be read: {error}; collect {self.name} again") from None
+        if not unchanged:
+            raise MedgenError(f"sample {record['id']}: {path} has changed since it was collected (sha256); collect {self.name} again")
+        array = image_files.read_slice(path).array
+        if channel == MASK:
+            return (array > 0).astype(np.uint8)
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+            raise MedgenError(f"sample {record['id']}: {path} holds values from {low:g} to {high:g}; expected 0 to 1")
+        return np.clip(array, 0, 1).astype(np.float32)
+
+
+def read_dataset(run: RunDir, stage: str) -> Dataset:
+    """The collected dataset of a generate stage. Raises MedgenError if it is not there or has no samples."""
+    folder = run.dataset(stage)
+    path = folder / "index.csv"
+    try:
+        index = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise MedgenError(f"{path}: no such file; {stage} has not been collected yet") from None
+    except (OSError, ValueError) as error:
+        raise MedgenError(f"{path}: cannot be read: {error}") from None
+    channels = [name.removesuffix(SHA_SUFFIX) for name in index.columns if name.endswith(SHA_SUFFIX)]
+    channels = [name for name in channels if name in index.columns]
+    if len(index) == 0 or not channels:
+        raise MedgenError(f"{path}: no samples in it; collect {stage} again")
+    outputs = [name for name in channels if name != MASK or (index["condition_kind"] == "none").all()]
+    return Dataset(stage, folder, index, channels, outputs)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is compared: rows of the dataset with rows of the slice store. `partners` only where every condition was real."""
+
+    dataset: Dataset
+    store: SliceStore
+    seed: int
+    against: str
+    positive_only: bool
+    chosen: np.ndarray  # rows of the dataset index, at most 2048, in order
+    partners: np.ndarray | None  # store row whose mask each chosen sample was given
+    reference: np.ndarray  # store rows of the `against` split, at most 2048
+    train: np.ndarray  # store rows of the training split, all of them
+
+    def patients(self, rows: np.ndarray) -> np.ndarray:
+        return self.store.rows["patient"].to_numpy()[rows]
+
+    def held_out(self) -> np.ndarray:
+        """Store rows of the val and test patients, with a lesion only where the comparison is; may be empty."""
+        rows = self.store.rows
+        wanted = (rows["split"] != "train").to_numpy()
+        if self.positive_only:
+            wanted = wanted & (rows["mask_pixels"] > 0).to_numpy()
+        return np.flatnonzero(wanted)
+
+    def synthetic_groups(self) -> np.ndarray:
+        """Names [n] of what varies independently: patients of the conditions, else single images."""
+        if self.partners is not None:
+            return self.patients(self.partners)
+        return self.dataset.index["id"].to_numpy()[self.chosen]
+
+
+def choose_sides(run: RunDir, plan: Plan, stage_of: str, against: str, store: SliceStore) -> Sides:
+    """Match the synthetic set with real slices: the same size, and slices with a lesion only if every synthetic one has one."""
+    dataset = read_dataset(run, stage_of)
+    chosen = some_rows(np.arange(len(dataset.index)), plan.seed, "evaluate_synthetic")
+    masks = synthetic_masks(run, plan, dataset, chosen, store)
+    positive_only = masks is not None and bool(masks.any(axis=(1, 2)).all())
+    sample = dataset.read(dataset.outputs[0], chosen[:1])
+    if sample.shape[1:] != (store.size, store.size):
+        raise MedgenError(f"{stage_of}: images of {sample.shape[1]}x{sample.shape[2]}, but the data have {store.size}x{store.size} pixels")
+    return Sides(
+        dataset=dataset, store=store, seed=plan.seed, against=against, positive_only=positive_only, chosen=chosen,
+        partners=partner_rows(dataset, chosen, store),
+        reference=some_rows(store.select(against, positive_only), plan.seed, "evaluate_real"),
+        train=store.select("train", positive_only),
+    )
+
+
+def some_rows(rows: np.ndarray, seed: int, stream: str, most: int = MOST_IMAGES) -> np.ndarray:
+    """At most `most` of `rows`, drawn without preference, in their order."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(rows[rng.permutation(len(rows), seed, stream)[:most]])
+
+
+def partner_rows(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.ndarray | None:
+    """The store row of each sample's real condition, or None if the conditions were not real slices."""
+    records = dataset.index.iloc[chosen]
+    if not (records["condition_kind"] == "real").all():
+        return None
+    row_of = {str(name): number for number, name in enumerate(store.rows["id"])}
+    unknown = [name for name in records["condition"] if name not in row_of]
+    if unknown:
+        raise MedgenError(f"{dataset.name}: the condition {unknown[0]} is no slice of the data; the data have changed since it was generated")
+    return np.array([row_of[name] for name in records["condition"]], dtype=np.int64)
+
+
+def synthetic_masks(run: RunDir, plan: Plan, dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.ndarray | None:
+    """The mask that each sample shows or was given, uint8 [n,H,W]; None for models without masks."""
+    if MASK in dataset.files:
+        return dataset.read(MASK, chosen)
+    partners = partner_rows(dataset, chosen, store)
+    if partners is not None:
+        return store.masks(partners)
+    giver = sources_of(plan, plan.stage(dataset.name)).get("condition")
+    if giver is None:
+        return None
+    masks = read_dataset(run, giver.name)
+    row_of = {name: number for number, name in enumerate(masks.index["id"])}
+    return masks.read(MASK, np.array([row_of[name] for name in dataset.index["condition"].iloc[chosen]]))

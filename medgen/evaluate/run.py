@@ -1,0 +1,141 @@
+"""The evaluate stage: read both sides, compute every metric that applies beside its floor, write metrics.json. Called by cli.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgen import files, rng
+from medgen import plan as plans
+from medgen.data.store import open_store
+from medgen.evaluate import curves, distributions, paired, scores
+from medgen.evaluate.inputs import MASK, Sides, choose_sides
+from medgen.evaluate.scores import Score
+from medgen.plan import Plan
+from medgen.rundir import RunDir
+from medgen.spec import DataSpec
+
+PAIRED = ("mae", "psnr", "ssim", "ms_ssim")
+SHOWN = 48  # samples whose ids are kept for the report's gallery
+SHOWN_PAIRS = 12
+SHOWN_COPIES = 4
+
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progress: Progress) -> list[Path]:
+    """Score one generated dataset and write `metrics.json`; returns the files written. `progress` gets step, total, unit.
+
+    Raises MedgenError if the dataset is missing or does not verify, InputError if the real data are wrong."""
+    plan = plans.read(run)
+    stage = plan.only_stage("evaluate", stage_name)
+    names: list[str] = stage.settings["metrics"]
+    progress(0, len(names), "metrics")
+    data = DataSpec.model_validate(plan.data)
+    store = open_store(data, plan.seed, cache_root, say)
+    sides = choose_sides(run, plan, stage.settings["of"], stage.settings["against"], store)
+    say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
+        f"({sides.against}{', with a lesion' if sides.positive_only else ''})")
+    found, skipped, details = _all_scores(sides, names, say, progress)
+    record = {
+        "schema": scores.METRICS_SCHEMA,
+        "stage": stage_name,
+        "of": sides.dataset.name,
+        "against": sides.against,
+        "positive_only": sides.positive_only,
+        "scores": scores.to_json(found),
+        "skipped": skipped,
+        "counts": _counts(sides),
+        "generation": generation_facts(run, plan, sides.dataset.name),
+        "details": details,
+        "samples": _samples_to_show(sides),
+        "inputs": {
+            "dataset": str((sides.dataset.folder / "index.csv").relative_to(run.root)),
+            "dataset_index_sha256": files.sha256_file(sides.dataset.folder / "index.csv"),
+            "data_fingerprint": store.fingerprint,
+        },
+    }
+    files.write_json(run.metrics(stage_name), record)
+    return [run.metrics(stage_name)]
+
+
+def _all_scores(sides: Sides, names: list[str], say: Say, progress: Progress) -> tuple[list[Score], dict[str, str], dict[str, Any]]:
+    """Scores, the reason for every metric that was asked for and does not apply, and what the charts need."""
+    found: list[Score] = []
+    skipped: dict[str, str] = {}
+    details: dict[str, Any] = {"swd_levels": {}, "curves": {}}
+    images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
+    for number, name in enumerate(names):
+        if name in PAIRED:
+            new, reason = paired.scores_of(name, sides, images)
+        elif name == "swd":
+            new, reason = distributions.sliced_scores(sides, images, details["swd_levels"])
+        else:
+            new, reason = distributions.diversity_scores(sides, images)
+        found += new
+        if reason is not None:
+            skipped[name] = reason
+        for item in new:
+            say(f"{item.metric} {item.channel}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
+        progress(number + 1, len(names), "metrics")
+    new, reason, details["copies"] = distributions.copy_scores(sides, images, SHOWN_COPIES)
+    found += new
+    if reason is not None:
+        skipped["near_train"] = reason
+    details["curves"] = _curves(sides, images)
+    return found, skipped, details
+
+
+def _curves(sides: Sides, images: dict[str, np.ndarray]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for channel, synthetic in images.items():
+        if channel == MASK:
+            result[channel] = {"mask_area": curves.mask_area(sides.store.masks(sides.reference), synthetic)}
+            continue
+        real = sides.store.images(channel, sides.reference)
+        result[channel] = {"intensity": curves.intensity(real, synthetic), "spectrum": curves.spectrum(real, synthetic)}
+    return result
+
+
+def _counts(sides: Sides) -> dict[str, int]:
+    return {
+        "synthetic": len(sides.dataset.index),
+        "synthetic_used": len(sides.chosen),
+        "real": len(sides.reference),
+        "real_patients": len(np.unique(sides.patients(sides.reference))),
+        "train": len(sides.train),
+        "train_patients": len(np.unique(sides.patients(sides.train))),
+        "pairs": 0 if sides.partners is None else len(sides.partners),
+    }
+
+
+def generation_facts(run: RunDir, plan: Plan, stage_name: str) -> dict[str, float]:
+    """Numeric facts of the generate stage's outcomes, added up over its shards (accepted, rejected_empty, ...)."""
+    total: dict[str, float] = {}
+    for task in plan.stage(stage_name).tasks:
+        outcome = run.read_outcome(task.stage, task.shard)
+        for name, value in outcome.facts.items() if outcome is not None else ():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                total[name] = total[name] + value if name in total else value
+    return total
+
+
+def _samples_to_show(sides: Sides) -> dict[str, Any]:
+    """Ids for the report's pictures, drawn at random from the run's seed: nobody picks the good ones."""
+    order = rng.permutation(len(sides.chosen), sides.seed, "report_gallery")
+    real = rng.permutation(len(sides.reference), sides.seed, "report_real")[:SHOWN]
+    identifiers = sides.dataset.index["id"].to_numpy()[sides.chosen]
+    store_ids = sides.store.rows["id"].to_numpy()
+    pairs = []
+    if sides.partners is not None:
+        pairs = [{"synthetic": str(identifiers[i]), "real": str(store_ids[sides.partners[i]])} for i in order[:SHOWN_PAIRS]]
+    return {
+        "synthetic": [str(identifiers[i]) for i in order[:SHOWN]],
+        "real": [str(store_ids[sides.reference[i]]) for i in real],
+        "pairs": pairs,
+    }

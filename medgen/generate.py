@@ -1,0 +1,305 @@
+"""Generation: one shard of images, drawn in fixed chunks so that bytes do not depend on the number of shards.
+
+Called by `medgen generate` through task.perform; collect.py reads the shard folders and their manifests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from medgen import checkpoint, dist, files, rng, spec
+from medgen import plan as planning
+from medgen.checkpoint import Checkpoint
+from medgen.data.image_files import read_slice, write_slice
+from medgen.data.store import SliceStore, open_store
+from medgen.errors import InputError, Interrupted, MedgenError
+from medgen.models.base import DataShape, Model, SampleNoise
+from medgen.models.settings import FamilyConfig, Settings
+from medgen.plan import PlannedStage, Task
+from medgen.rundir import RunDir
+from medgen.spec import SPLITS, Accept
+from medgen.task import Done, Work
+from medgen.train import build_model, check_identity
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The mask an image is made from. mask: uint8 [H, W] in {0, 1}; affine: 4 x 4, voxel to millimetres."""
+
+    id: str
+    kind: str  # "real" or "synthetic"
+    mask: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass
+class Counts:
+    """How the drawn masks were judged."""
+
+    accepted: int = 0
+    rejected_empty: int = 0
+    rejected_large: int = 0
+
+
+@dataclass
+class Generation:
+    """The parts that a shard needs."""
+
+    work: Work
+    stage: PlannedStage
+    config: FamilyConfig
+    model: Model
+    sampling: Settings
+    checkpoint: Checkpoint
+    accept: Accept | None
+    conditions: dict[int, Condition]
+    affine: np.ndarray  # of images without a condition
+    device: torch.device
+    counts: Counts
+
+
+def generate(work: Work) -> Done:
+    """Make one shard; a shard that is already there and verifies is kept as it is."""
+    target = work.run.shard(work.stage.name, work.task.shard)
+    if target.exists():
+        problem = shard_problem(target, work.task)
+        if problem is None:
+            work.say(f"{work.stage.name}: shard {work.task.shard} is complete and verifies; kept")
+            return _done(target)
+        set_aside(work.run, work.stage.name, work.task.shard, problem)
+    with dist.joined_ranks(work.stage.threads) as ranks:
+        work.device_name = ranks.device_name
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        generation = _prepare(work, ranks.device)
+        with files.folder_in_one_move(target) as folder:
+            entries = _draw_shard(generation, folder)
+            files.write_json(folder / MANIFEST, _manifest(generation, entries))
+    return _done(target)
+
+
+def _prepare(work: Work, device: torch.device) -> Generation:
+    stage = work.stage
+    settings = spec.GenerateStage.model_validate(stage.settings)
+    source = work.plan.stage(settings.source)
+    config: FamilyConfig = spec.family_config(source.settings["config"])
+    data = spec.DataSpec.model_validate(work.plan.data)
+    store = open_store(data, work.plan.seed, work.run.cache, work.say)
+    chosen = checkpoint.select(work.run.checkpoints(source.name), settings.checkpoint, work.say)
+    check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
+    model = build_model(source.settings["config"]["model"], config, DataShape(config.input_channels, store.size), work.plan.seed, source.name)
+    for name, module in model.modules().items():
+        module.load_state_dict(chosen.tensors(f"modules.{name}"))
+        module.to(device)
+    accept = (settings.accept or Accept()) if config.output_kind == "mask" else None
+    assert work.task.images is not None
+    indices = range(work.task.images.first, work.task.images.stop)
+    conditions = _conditions(work, settings, data, store, indices) if settings.condition else {}
+    work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
+    return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions,
+                      _plain_affine(store), device, Counts())
+
+
+def _plain_affine(store: SliceStore) -> np.ndarray:
+    """Spacing of the training data, no position: for images that belong to no patient."""
+    row = store.rows.iloc[int(store.select("train")[0])]
+    return np.diag([row.spacing_y_mm, row.spacing_x_mm, row.thickness_mm, 1.0])  # axis 0 runs over rows
+
+
+def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, store: SliceStore, indices: range) -> dict[int, Condition]:
+    """The masks for these image numbers: of a split of the real data (in turn, spread evenly), or of collected masks."""
+    assert settings.condition is not None
+    if settings.condition in SPLITS:
+        rows = store.select(settings.condition, data.positive_only)
+        chosen = {index: int(rows[_spread(index, settings.count, len(rows))]) for index in indices}
+        return {
+            index: Condition(str(store.rows.iloc[row].id), "real", store.masks(np.array([row]))[0], store.affine(row))
+            for index, row in chosen.items()
+        }
+    dataset = work.run.dataset(settings.condition)
+    index_file = dataset / "index.csv"
+    if not index_file.is_file():
+        raise MedgenError(f"{dataset}: the masks are not collected yet; run `medgen collect {work.run.run_id}` first")
+    table = pd.read_csv(index_file, dtype=str, keep_default_na=False)  # row i is image i: collect wrote them in order
+    return {index: _collected_mask(dataset, table.iloc[index]) for index in indices}
+
+
+def _spread(index: int, count: int, available: int) -> int:
+    """Which of `available` conditions image `index` of `count` takes: evenly spread, or in turn if there are too few."""
+    return index * available // count if count <= available else index % available
+
+
+def _collected_mask(dataset: Path, row: pd.Series) -> Condition:
+    path = dataset / row["seg"]
+    if files.sha256_file(path) != row["seg_sha256"]:
+        raise MedgenError(f"{path}: does not match the sha256 in index.csv; it was changed after it was collected")
+    found = read_slice(path)
+    spacing = [float(row["spacing_y_mm"]), float(row["spacing_x_mm"]), float(row["thickness_mm"])]
+    affine = found.affine if found.affine is not None else np.diag([*spacing, 1.0])
+    return Condition(row["id"], "synthetic", (found.array > 0.5).astype(np.uint8), affine)
+
+
+def _draw_shard(generation: Generation, folder: Path) -> list[dict[str, Any]]:
+    """Draw and write all chunks; returns the manifest's entry of every image."""
+    work, entries = generation.work, []
+    assert work.task.images is not None
+    total = work.task.images.stop - work.task.images.first
+    for indices in chunks_of(work.task.images, generation.stage.settings["chunk"]):
+        for index, tries, channels in _draw_chunk(generation, indices):
+            entries.append(_write_image(generation, folder, index, tries, channels))
+        work.progress(len(entries), total, "images")
+        if work.stop.is_set and len(entries) < total:
+            raise Interrupted(f"stopped by {work.stop.signal_name}; this shard starts again next time")
+    return entries
+
+
+def chunks_of(images: planning.Shard, chunk: int) -> Iterator[list[int]]:
+    """Image numbers in groups that start at multiples of `chunk`, whatever the shard."""
+    for first in range(images.first, images.stop, chunk):
+        yield list(range(first, min(first + chunk, images.stop)))
+
+
+def _draw_chunk(generation: Generation, indices: list[int]) -> list[tuple[int, int, dict[str, np.ndarray]]]:
+    """(index, tries, channel name -> [H, W]) of every image; masks that are not acceptable are drawn again."""
+    accepted: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+    limit = generation.accept.tries if generation.accept else 1
+    for attempt in range(limit):
+        pending = [index for index in indices if index not in accepted]
+        if not pending:
+            break
+        for index, channels in zip(pending, _sample(generation, pending, attempt), strict=True):
+            if _is_acceptable(generation, channels):
+                accepted[index] = (attempt + 1, channels)
+    missing = [index for index in indices if index not in accepted]
+    if missing:
+        counts = generation.counts
+        raise InputError(  # the same noise would give the same masks: trying again is useless
+            f"image {missing[0]}: no acceptable mask in {limit} tries (so far {counts.rejected_empty} empty, {counts.rejected_large} too large, "
+            f"{counts.accepted} accepted); train the mask model longer, or relax accept"
+        )
+    return [(index, *accepted[index]) for index in indices]
+
+
+def _sample(generation: Generation, indices: list[int], attempt: int) -> list[dict[str, np.ndarray]]:
+    noise = SampleNoise(generation.work.plan.seed, generation.stage.name, [(index, attempt) for index in indices], generation.device)
+    condition = {}
+    if generation.conditions:
+        masks = np.stack([generation.conditions[index].mask for index in indices]).astype(np.float32)
+        condition["seg"] = torch.from_numpy(masks).unsqueeze(1).to(generation.device)
+    images = generation.model.sample(noise, condition, generation.sampling)
+    arrays = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in images.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise MedgenError(f"images {indices[0]} to {indices[-1]}: channel {name} holds NaN; the checkpoint is not usable, choose another")
+    return [{name: array[place] for name, array in arrays.items()} for place in range(len(indices))]
+
+
+def _is_acceptable(generation: Generation, channels: dict[str, np.ndarray]) -> bool:
+    if generation.accept is None:
+        generation.counts.accepted += 1
+        return True
+    mask = channels["seg"] > 0.5
+    if mask.sum() < generation.accept.min_pixels:
+        generation.counts.rejected_empty += 1
+        return False
+    if mask.mean() > generation.accept.max_fraction:
+        generation.counts.rejected_large += 1
+        return False
+    generation.counts.accepted += 1
+    return True
+
+
+def _write_image(generation: Generation, folder: Path, index: int, tries: int, channels: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Write one image's channels (and the mask it was made from) and return its manifest entry."""
+    name = f"{index:06d}"
+    condition = generation.conditions.get(index)
+    affine = condition.affine if condition else generation.affine
+    everything = {**channels, **({"seg": condition.mask.astype(np.float32)} if condition else {})}
+    written = {}
+    for channel, array in everything.items():
+        relative = Path("images") / name / f"{channel}{SUFFIX[generation.stage.settings['format']]}"
+        write_slice(folder / relative, array, "mask" if channel == "seg" else "image", affine)
+        written[channel] = {"path": str(relative), "sha256": files.sha256_file(folder / relative)}
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return {
+        "id": name,
+        "index": index,
+        "seed": rng.derive_seed(generation.work.plan.seed, generation.stage.name, index, tries - 1),
+        "tries": tries,
+        "condition": condition.id if condition else "",
+        "condition_kind": condition.kind if condition else "none",
+        "spacing_x_mm": round(float(spacing[1]), 6),  # between columns
+        "spacing_y_mm": round(float(spacing[0]), 6),  # between rows
+        "thickness_mm": round(float(spacing[2]), 6),
+        "files": written,
+    }
+
+
+def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    work = generation.work
+    return {
+        "version": MANIFEST_VERSION,
+        "run_id": work.run.run_id,
+        "stage": work.stage.name,
+        "task_hash": work.task.hash,
+        "checkpoint_sha256": generation.checkpoint.sha256,
+        "made_on": {"device": work.device_name, "threads": work.stage.threads, "chunk": generation.stage.settings["chunk"], "torch": torch.__version__},
+        "counts": asdict(generation.counts),
+        "images": entries,
+    }
+
+
+def read_manifest(shard_folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = files.read_json(shard_folder / MANIFEST)
+    return manifest
+
+
+def shard_problem(folder: Path, task: Task) -> str | None:
+    """Why a shard folder cannot be used, in words; None if it is exactly what the plan asks for and every file verifies."""
+    try:
+        manifest = read_manifest(folder)
+        entries, task_hash = manifest["images"], manifest["task_hash"]
+    except FileNotFoundError:
+        return "manifest.json is missing" if folder.exists() else "the shard is missing"
+    except (OSError, ValueError, KeyError):
+        return "manifest.json is not readable"
+    if task_hash != task.hash:
+        return "it was made for another plan"
+    assert task.images is not None
+    if [entry["index"] for entry in entries] != list(range(task.images.first, task.images.stop)):
+        return f"it does not hold exactly images {task.images.first} to {task.images.stop - 1}"
+    for entry in entries:
+        for facts in entry["files"].values():
+            path = folder / facts["path"]
+            if not path.is_file():
+                return f"{facts['path']} is missing"
+            if files.sha256_file(path) != facts["sha256"]:
+                return f"{facts['path']} does not match its sha256"
+    return None
+
+
+def set_aside(run: RunDir, stage: str, shard: int, problem: str) -> None:
+    """Move a bad shard out of the way and forget its outcome, so that it counts as not done."""
+    folder = run.shard(stage, shard)
+    if folder.exists():
+        target = run.quarantine(stage, shard)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, target)
+    run.outcome_file(stage, shard).unlink(missing_ok=True)
+    run.event("shard_set_aside", stage=stage, shard=shard, cause=problem)
+
+
+def _done(target: Path) -> Done:
+    manifest = read_manifest(target)
+    produced = [target / facts["path"] for entry in manifest["images"] for facts in entry["files"].values()]
+    return Done([target / MANIFEST, *produced], {"images": len(manifest["images"]), **manifest["counts"]})

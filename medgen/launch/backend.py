@@ -1,0 +1,85 @@
+"""What a backend must offer: the contract of launch/local.py, and of any scheduler that comes after it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from medgen.errors import Exit
+from medgen.plan import Plan
+from medgen.rundir import RunDir
+
+RANK_ERROR = re.compile(r"^srun: error: .*?: tasks? (\d+).*?: (?!Terminated)(.+)$", re.MULTILINE)
+ATTEMPT_LINE = re.compile(r"^medgen: \S+ shard \d+ attempt (\d+) on ", re.MULTILINE)
+TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Poll:
+    """What a backend knows without looking at outcomes: is anything of the run queued or running, and where."""
+
+    alive: bool
+    where: str
+
+
+class Backend(Protocol):
+    """Everything a backend writes is in the run folder: events, scripts under submissions/, logs."""
+
+    def submit(self, run: RunDir, plan: Plan) -> Exit:
+        """Start what is not done; n calls start it once."""
+
+    def poll(self, run: RunDir) -> Poll:
+        """Cheap and harmless: never a reason to call a task done."""
+
+    def cancel(self, run: RunDir) -> str:
+        """Stop everything of the run, let it save first; returns what happened in words."""
+
+
+def next_attempt(run: RunDir, stage: str, shard: int) -> int:
+    """The number the job script will give to the next start: the first without a log."""
+    attempt = 0
+    while run.log(stage, shard, 0, attempt).exists():
+        attempt += 1
+    return attempt
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last non-empty lines of a text file; none if it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            handle.seek(0, 2)
+            handle.seek(max(0, handle.tell() - TAIL_BYTES))
+            text = handle.read().decode(errors="replace")
+    except OSError:
+        return []
+    # a progress bar rewrites its line with carriage returns: what was last on screen counts
+    return [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines() if line.strip()][-lines:]
+
+
+def guilty_log(run: RunDir, stage: str, shard: int, attempt: int) -> Path:
+    """The log to read after a failure: of the rank srun named first, else of rank 0; the batch log if that is empty."""
+    batch = run.batch_log(stage, shard)
+    try:
+        text = batch.read_text(errors="replace")
+    except OSError:
+        text = ""
+    starts = [match.start() for match in ATTEMPT_LINE.finditer(text) if int(match.group(1)) == attempt]
+    named = RANK_ERROR.search(text, starts[-1]) if starts else None
+    log = run.log(stage, shard, int(named.group(1)) if named else 0, attempt)
+    return log if log.exists() and log.stat().st_size else batch
+
+
+def cause_of(code: int, log: Path) -> str:
+    """One line in words for an exit code and the last words of a log."""
+    last = next(reversed([line for line in tail(log, 20) if not line.startswith("medgen: ended with")]), "")
+    if code == 137:
+        why = "killed by SIGKILL: often too little memory"
+    elif code > 128:
+        why = f"killed by signal {code - 128}"
+    else:
+        why = f"exit code {code}"
+    return f"{why}: {last.strip()[:300]}" if last else why
+
+

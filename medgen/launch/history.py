@@ -1,0 +1,77 @@
+"""The attempts of each task, from the events of a run. Used by the local backend and by watch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from medgen.rundir import RunDir
+
+COMES_BACK = ("will be tried again", "goes on from what it saved")
+
+History = dict[tuple[str, int], "list[Attempt]"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of one task. `ended` is None while it runs; `status` stays None if nobody was there to see it end."""
+
+    attempt: int
+    started: float  # unix seconds
+    devices: int
+    from_step: int  # where it resumed
+    ended: float | None = None
+    status: str | None = None
+    cause: str | None = None
+    comes_back: bool = False
+
+    def span(self, now: float) -> tuple[float, float]:
+        return self.started, max(self.started, now if self.ended is None else self.ended)
+
+    def seconds(self, now: float) -> float:
+        start, end = self.span(now)
+        return end - start
+
+
+def read_history(events: Iterable[dict[str, Any]]) -> History:
+    """(stage, shard) -> its attempts in order."""
+    history: History = {}
+    for event in events:
+        kind = event["event"]
+        if kind == "task_started":
+            attempts = history.setdefault((event["stage"], event["shard"]), [])
+            attempts.append(Attempt(event["attempt"], event["time"], event["devices"], event["from_step"]))
+        if kind == "task_ended" and (event["stage"], event["shard"]) in history:
+            attempts = history[event["stage"], event["shard"]]
+            attempts[-1] = replace(
+                attempts[-1],
+                ended=attempts[-1].started + event["seconds"],
+                status=event["status"],
+                cause=event["cause"],
+                comes_back=event["next"].startswith(COMES_BACK),
+            )
+    return history
+
+
+def close_lost(run: RunDir, history: History) -> dict[tuple[str, int], Attempt]:
+    """With no supervisor alive, an attempt without an end was lost: it counts up to its last heartbeat.
+
+    Changes `history` and returns the lost ones."""
+    lost = {}
+    for (stage, shard), attempts in history.items():
+        last = attempts[-1]
+        if last.ended is None:
+            beat = run.read_heartbeat(stage, shard)
+            seen = beat.time if beat is not None and beat.attempt == last.attempt else last.started
+            lost[stage, shard] = attempts[-1] = replace(last, ended=max(seen, last.started))
+    return lost
+
+
+def seconds_busy(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals: time in which at least one of them ran."""
+    total, reached = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -1,0 +1,346 @@
+"""The local backend: a queue with CPU and GPU slots that runs the very scripts a cluster would run, with bash.
+
+Called by the submit and cancel verbs. One supervisor per run; it holds run/.lock for life and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from medgen import files, plan
+from medgen.errors import Exit, MedgenError
+from medgen.launch.backend import Poll, cause_of, guilty_log, next_attempt
+from medgen.launch.history import close_lost, read_history
+from medgen.launch.ports import job_id_with_free_port
+from medgen.launch.processes import MARK, die_with_parent, kill_marked, signal_group, signal_process, start_ticks
+from medgen.launch.queue import Ending, Job, Queue
+from medgen.launch.script import is_array, job_name, render_script
+from medgen.launch.snapshot import PACKAGE
+from medgen.launch.supervisor import BEAT_SECONDS, Supervisor, beat, living_supervisor, register, retire
+from medgen.plan import Plan, PlannedStage
+from medgen.rundir import RunDir
+
+SAVE_SECONDS = 20  # between TERM and KILL: a step and a save
+POLL_SECONDS = 0.1
+DISPLAY_SECONDS = 0.5
+DETACH_SECONDS = 15
+SHIMS = {"srun": '-m medgen.launch.local_srun "$@"', "scontrol": '-c "print(\'localhost\')"'}
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class AlreadyRunning(MedgenError):
+    """Another process supervises this run now."""
+
+    def __init__(self, run: RunDir, supervisor: Supervisor | None):
+        super().__init__(f"{run.run_id} is already running here ({supervisor or 'it has just been started'})")
+
+
+@dataclass
+class Running:
+    """A started job script."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    attempt: int
+    started: float
+
+
+class LocalBackend:
+    """`submit` returns when the run has ended; `display` is called twice a second meanwhile."""
+
+    def __init__(self, cpus: int, gpus: int, python: str = sys.executable, display: Callable[[], None] = lambda: None, detached: bool = False):
+        self.cpus = cpus
+        self.gpus = gpu_names(gpus)
+        self.python = python
+        self.display = display
+        self.detached = detached
+        self.stop_asked = 0  # how often a signal came
+
+    def submit(self, run: RunDir, planned: Plan) -> Exit:
+        """Run everything that is not done. Raises AlreadyRunning if another process does so now.
+
+        DONE: all is done. FAILED: a task failed for good. INTERRUPTED: a signal came, the tasks saved and ended."""
+        lock = FileLock(run.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise AlreadyRunning(run, living_supervisor(run)) from None
+        before = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
+        try:
+            kill_marked(run.root)  # what a supervisor killed outright may have left
+            register(run, self.detached)
+            return _Supervision(self, run, planned).supervise()
+        except OSError as error:
+            raise MedgenError(f"{run.root}: cannot be written, everything was stopped: {error}") from None
+        finally:
+            retire(run)
+            lock.release()
+            self.show()  # once more, now that nothing runs
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def show(self) -> None:
+        try:
+            self.display()
+        except OSError:  # the terminal or pipe is gone; the run is not
+            self.display = lambda: None
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        self.stop_asked += 1
+
+    def poll(self, run: RunDir) -> Poll:
+        supervisor = living_supervisor(run)
+        return Poll(supervisor is not None, str(supervisor) if supervisor else "nothing runs here")
+
+    def cancel(self, run: RunDir) -> str:
+        return cancel(run)
+
+
+class _Supervision:
+    """One life of a supervisor: its queue and the scripts it has started."""
+
+    def __init__(self, backend: LocalBackend, run: RunDir, planned: Plan):
+        self.backend = backend
+        self.run = run
+        self.queue = Queue(planned, lambda task: run.is_done(task.stage, task.shard, task.hash), backend.cpus, backend.gpus)
+        self.plan = planned
+        self.running: list[Running] = []
+        self.folder = self._write_scripts()
+        self.next_beat = self.next_display = 0.0
+        self._tell_lost()
+
+    def _write_scripts(self) -> Path:
+        folder = self.run.next_submission()
+        for stage in self.plan.stages:
+            files.write_text(folder / f"{stage.name}.sh", render_script(self.plan, stage, self.run.root, self.backend.python))
+        for name, arguments in SHIMS.items():
+            files.write_text(folder / "bin" / name, f'#!/bin/bash\nPYTHONSAFEPATH=1 exec "{sys.executable}" {arguments}\n')
+            (folder / "bin" / name).chmod(0o755)
+        return folder
+
+    def _tell_lost(self) -> None:
+        """End in the events what a killed supervisor could not end."""
+        for (stage, shard), lost in close_lost(self.run, read_history(self.run.events())).items():
+            self.run.event(
+                "task_ended", stage=stage, shard=shard, attempt=lost.attempt, status="interrupted", rc=None,
+                cause="its supervisor was killed", seconds=round(lost.seconds(time.time()), 3), devices=lost.devices,
+                next="goes on from what it saved", log=str(guilty_log(self.run, stage, shard, lost.attempt).relative_to(self.run.root)),
+            )  # fmt: skip
+
+    def supervise(self) -> Exit:
+        waiting = sum(job.state == "waiting" for job in self.queue.jobs)
+        self.run.event("submitted", backend="local", tasks=waiting, pid=os.getpid(), submission=self.folder.name, detached=self.backend.detached)
+        try:
+            while True:
+                self._reap()
+                while not self.backend.stop_asked and (job := self.queue.start_next()):
+                    self._start(job)
+                if self.backend.stop_asked or not self.running:
+                    break
+                self._idle()
+            if self.backend.stop_asked:
+                return self._stop()
+            return self._finish()
+        finally:
+            self._kill_all()  # on every way out, a full disk included
+
+    def _idle(self) -> None:
+        now = time.monotonic()
+        if now >= self.next_beat:
+            beat(self.run)
+            self.next_beat = now + BEAT_SECONDS
+        if now >= self.next_display:
+            self.backend.show()
+            self.next_display = now + DISPLAY_SECONDS
+        time.sleep(POLL_SECONDS)
+
+    def _start(self, job: Job) -> None:
+        stage, shard = job.stage, job.task.shard
+        attempt = next_attempt(self.run, stage.name, shard)
+        batch = self.run.batch_log(stage.name, shard)
+        batch.parent.mkdir(parents=True, exist_ok=True)
+        heartbeat = self.run.read_heartbeat(stage.name, shard)
+        self.run.event(
+            "task_started", stage=stage.name, shard=shard, attempt=attempt, task_hash=job.task.hash, devices=devices_of(stage),
+            from_step=heartbeat.step if heartbeat and stage.kind == "train" else 0, gpus=job.gpus,
+        )  # fmt: skip
+        with batch.open("ab") as output:
+            process = subprocess.Popen(
+                ["bash", str(self.folder / f"{stage.name}.sh")],
+                env=self._environment(job),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C reaches the supervisor alone, which lets the tasks save
+                preexec_fn=die_with_parent(),
+            )
+        self.running.append(Running(job, process, attempt, time.time()))
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        """What Slurm would set; anything of an enclosing Slurm job is taken away first."""
+        stage = job.stage
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))}
+        job_id = job_id_with_free_port()
+        array = {"SLURM_ARRAY_JOB_ID": str(job_id), "SLURM_ARRAY_TASK_ID": str(job.task.shard)} if is_array(stage) else {}
+        return {
+            **kept,
+            **array,
+            MARK: str(self.run.root.resolve()),
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": ",".join(job.gpus),
+            "SLURM_JOB_ID": str(job_id),
+            "SLURM_JOB_NAME": job_name(self.plan, stage),
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_NNODES": "1",
+            "SLURM_NTASKS": str(stage.ranks),
+            "SLURM_NTASKS_PER_NODE": str(stage.ranks),
+            "SLURM_CPUS_PER_TASK": str(stage.threads),
+            "SLURM_RESTART_COUNT": "0",
+        }
+
+    def _reap(self) -> None:
+        for item in list(self.running):
+            if item.process.poll() is not None:
+                self.running.remove(item)
+                signal_group(item.process.pid, signal.SIGKILL)  # what the script left in the background
+                self._settle(item)
+
+    def _settle(self, item: Running) -> None:
+        """Say how a script ended. Its outcome counts, its exit code only where there is none."""
+        stage, shard = item.job.stage, item.job.task.shard
+        code = item.process.returncode if item.process.returncode >= 0 else 128 - item.process.returncode
+        ending, cause = self._ending(item, code)
+        next_action = "stopped" if self.backend.stop_asked and ending == "interrupted" else self.queue.end(item.job, ending)
+        self.run.event(
+            "task_ended", stage=stage.name, shard=shard, attempt=item.attempt, status=ending, rc=code, cause=cause,
+            seconds=round(time.time() - item.started, 3), devices=devices_of(stage), next=next_action,
+            log=str(guilty_log(self.run, stage.name, shard, item.attempt).relative_to(self.run.root)),
+        )  # fmt: skip
+
+    def _ending(self, item: Running, code: int) -> tuple[Ending, str | None]:
+        stage, task = item.job.stage, item.job.task
+        if self.run.is_done(stage.name, task.shard, task.hash):
+            return "done", None
+        outcome = self.run.read_outcome(stage.name, task.shard)
+        fresh = outcome is not None and outcome.attempt == item.attempt and outcome.task_hash == task.hash
+        cause = outcome.cause if outcome is not None and fresh else None
+        if code == Exit.INTERRUPTED or (outcome is not None and fresh and outcome.status == "interrupted"):
+            return "interrupted", cause or "stopped by a signal after saving"
+        if self.backend.stop_asked and code in (0, 130, 137, 143):
+            return "interrupted", cause or "stopped before it could save"
+        cause = cause or cause_of(code, guilty_log(self.run, stage.name, task.shard, item.attempt))
+        if code == 0:
+            cause = f"exit code 0, but no outcome that verifies: {cause}"
+        return ("refused" if code == Exit.BAD_INPUT else "failed"), cause
+
+    def _stop(self) -> Exit:
+        """TERM to everything, time to save, KILL at the end of it or at the second signal."""
+        self.run.event("stopping", tasks=len(self.running), seconds=SAVE_SECONDS)
+        signals_before = self.backend.stop_asked
+        for item in self.running:
+            signal_group(item.process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + SAVE_SECONDS
+        while self.running and time.monotonic() < deadline and self.backend.stop_asked == signals_before:
+            self._reap()
+            self._idle()
+        self._kill_all()
+        self.run.event("stopped", next="the same submit command goes on from here")
+        return Exit.INTERRUPTED
+
+    def _kill_all(self) -> None:
+        for item in self.running:
+            signal_group(item.process.pid, signal.SIGKILL)
+        for item in self.running:
+            item.process.wait()
+        kill_marked(self.run.root)
+        while self.running:
+            self._settle(self.running.pop())
+
+    def _finish(self) -> Exit:
+        for stage, guilty in self.queue.blocked().items():
+            self.run.event("stage_blocked", stage=stage, needs=guilty)
+        done = self.queue.all_done()
+        self.run.event("finished", status="done" if done else "failed", failed=[str(job) for job in self.queue.failed()])
+        return Exit.DONE if done else Exit.FAILED
+
+
+def devices_of(stage: PlannedStage) -> int:
+    """GPUs held by a task, or processes where there is no GPU."""
+    return stage.nodes * stage.gpus_per_node or stage.ranks
+
+
+def gpu_names(count: int) -> list[str]:
+    """What to write into CUDA_VISIBLE_DEVICES for each of the first `count` GPUs this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = [name.strip() for name in visible.split(",") if name.strip()]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def detach(run: RunDir, cpus: int, gpus: int) -> str:
+    """Start a supervisor that outlives this terminal; returns what to tell. Raises AlreadyRunning, or MedgenError if it dies."""
+    if (known := living_supervisor(run)) is not None:
+        raise AlreadyRunning(run, known)
+    run.local_log.parent.mkdir(parents=True, exist_ok=True)
+    with run.local_log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "medgen.launch.local", str(run.root), str(cpus), str(gpus)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + DETACH_SECONDS
+    while time.monotonic() < deadline:
+        known = living_supervisor(run)
+        if known is not None and known.pid == process.pid:
+            return f"{run.run_id} runs in the background ({known}); follow it: medgen watch {run.run_id}"
+        if process.poll() is not None:
+            if process.returncode == Exit.DONE:
+                return f"{run.run_id} is done"
+            if known is not None:
+                raise AlreadyRunning(run, known)
+            raise MedgenError(f"{run.run_id}: the supervisor ended with exit code {process.returncode}; see {run.local_log}")
+        time.sleep(POLL_SECONDS)
+    raise MedgenError(f"{run.run_id}: the supervisor did not start within {DETACH_SECONDS} s; see {run.local_log}")
+
+
+def cancel(run: RunDir) -> str:
+    """Stop the supervisor of a run and all its tasks: TERM, time to save, KILL. Returns what happened in words."""
+    known = living_supervisor(run)
+    if known is None:
+        left = kill_marked(run.root)
+        return f"{run.run_id}: nothing is running" + (f"; {left} left-over processes were killed" if left else "")
+    if known.host != socket.gethostname():
+        raise MedgenError(f"{run.run_id} runs on {known.host}; cancel it there")
+    signal_process(known.pid, signal.SIGTERM)
+    deadline = time.monotonic() + SAVE_SECONDS + 10
+    while start_ticks(known.pid) == known.start_ticks and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    forced = start_ticks(known.pid) == known.start_ticks
+    if forced:
+        signal_process(known.pid, signal.SIGKILL)
+    kill_marked(run.root)
+    run.event("cancelled", pid=known.pid, forced=forced)
+    return f"{run.run_id}: stopped; the same submit command goes on from here"
+
+
+def main() -> None:
+    """The detached supervisor: RUN CPUS GPUS."""
+    run = RunDir(Path(sys.argv[1]))
+    try:
+        code = LocalBackend(int(sys.argv[2]), int(sys.argv[3]), detached=True).submit(run, plan.read(run))
+    except MedgenError as error:
+        print(error, file=sys.stderr, flush=True)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

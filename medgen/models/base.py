@@ -1,0 +1,177 @@
+"""The contract between the training loop, generation and a model family. Every family implements `Model`.
+
+The loop (train.py) moves data and time; the model moves weights. Neither knows the other's name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from medgen import rng
+from medgen.models.settings import FamilyConfig, Settings
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What the data decide for a model: channel names, pixels per side, number of classes."""
+
+    channels: tuple[str, ...]
+    size: int
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one batch size and resolution. Most families have one."""
+
+    name: str
+    epochs: float
+    batch_size: int  # global: over all ranks and accumulation steps
+    size: int
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch.
+
+    channels: name -> [B, 1, H, W] float32 in [0, 1] ("seg": 0 or 1) on the training device.
+    positions: the place of each sample in the whole run's order; noise is drawn by position (see `normal`)."""
+
+    channels: dict[str, Tensor]
+    positions: list[int]
+    seed: int
+    stream: str = "train"
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.channels.values())).device
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Noise [B, *shape]; the same for a sample whatever the number of ranks or interruptions."""
+        indices = [(position,) for position in self.positions]
+        return rng.normal_per_sample(shape, self.seed, f"{self.stream}/{name}", indices).to(self.device)
+
+    def uniform(self, name: str) -> Tensor:
+        """Numbers in [0, 1), shape [B]; per sample like `normal`."""
+        indices = [(position,) for position in self.positions]
+        return rng.uniform_per_sample(self.seed, f"{self.stream}/{name}", indices).to(self.device)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            channels = {name: tensor[part] for name, tensor in self.channels.items()}
+            yield Batch(channels, self.positions[part], self.seed, self.stream)
+
+
+@dataclass
+class StepReport:
+    """What a step or a validation tells the loop. Tensors stay on the device: reading them is the loop's choice.
+
+    scalars: 0-dim tensors; must have "loss".
+    binned: name -> (bin number of each sample [B] int64, value of each sample [B]); averaged per bin by the loop."""
+
+    scalars: dict[str, Tensor]
+    binned: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class StepContext(Protocol):
+    """What the loop offers a model's `step`. `step` counts finished optimizer updates of the main network."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: float
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision for a forward pass; second derivatives belong outside of it."""
+        ...
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module wrapped for data parallelism: one forward, one backward. Not for gradient penalties."""
+        ...
+
+    def micro_batches(self, batch: Batch, module: nn.Module) -> Iterator[tuple[Batch, float]]:
+        """Parts of the batch for accumulation, each with its share of the rank's batch.
+
+        Gradients of `module` (from `parallel`) are exchanged in the last part's backward pass only."""
+        ...
+
+    def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Average .grad over ranks: for families whose losses DDP's wrapper cannot carry."""
+        ...
+
+
+class SampleNoise:
+    """Noise for a batch of images to be generated; image i has its own generator, so neighbours do not matter."""
+
+    def __init__(self, seed: int, stream: str, indices: Sequence[tuple[int, ...]], device: torch.device):
+        self._generators = [rng.torch_generator(seed, stream, *index) for index in indices]
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """The next standard normal draw of every image, [N, *shape] float32."""
+        rows = torch.empty((len(self), *shape))
+        for row, generator in zip(rows, self._generators, strict=True):
+            row.normal_(generator=generator)
+        return rows.to(self.device)
+
+
+class Model(ABC):
+    """A model family. Built from (config, shape); the loop moves `modules()` to the device before training."""
+
+    # metric name -> "lower" or "higher": what checkpoints may be selected by besides "val"
+    selection_metrics: ClassVar[dict[str, str]] = {}
+
+    @abstractmethod
+    def __init__(self, config: Any, shape: DataShape): ...
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights or buffers, by name, EMA included: this is what a checkpoint holds."""
+
+    @abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By name; created on first use, after the modules are on their device."""
+
+    @abstractmethod
+    def phases(self) -> list[Phase]: ...
+
+    @abstractmethod
+    def step(self, batch: Batch, context: StepContext) -> StepReport:
+        """One optimizer update of the main network, with whatever passes the family needs around it."""
+
+    @abstractmethod
+    def validate(self, batch: Batch, context: StepContext) -> StepReport:
+        """Per-sample means on held-out data, with the weights that will be sampled. Runs without gradients."""
+
+    @abstractmethod
+    def sample(self, noise: SampleNoise, condition: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+        """Images by channel name, [N, 1, H, W] float32 in [0, 1] (masks exactly 0 or 1), from averaged weights.
+
+        condition: channel name -> [N, 1, H, W] in [0, 1]; empty for unconditional models."""
+
+    @abstractmethod
+    def describe(self, total_steps: int) -> list[str]:
+        """Lines for the log at the start: parameters, the EMA's true horizon, the schedule."""
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+Say = Callable[[str], None]
+
+__all__ = [
+    "Batch", "DataShape", "FamilyConfig", "Model", "Phase", "SampleNoise", "Say", "StepContext", "StepReport", "count_parameters",
+]

@@ -1,0 +1,85 @@
+"""What the configuration of every model family shares. No torch here: specs are checked on login nodes.
+
+A family's config.py defines `Config(FamilyConfig)`; medgen/spec.py checks it and train.py reads `loop`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from medgen.spec import DataSpec
+
+
+class Settings(BaseModel):
+    """Frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoopSettings(Settings):
+    """What the training loop does around the model's steps; the same for every family."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs with bf16 units, else fp32
+    micro_batch: int | None = Field(None, ge=1)  # samples per backward pass on one rank; default: the whole share
+    validate_epochs: float | None = Field(None, gt=0)  # epochs between validations; default: 50 times per run
+    validate_samples: int = Field(512, ge=1)  # validation slices used, spread evenly over the split
+    checkpoint_minutes: float = Field(10.0, ge=0)  # also after every validation and at the end
+    checkpoint_steps: int | None = Field(None, ge=1)  # additionally every so many steps
+    keep: int = Field(2, ge=2)  # newest checkpoints kept, besides the best ones
+    log_steps: int = Field(10, ge=1)
+    preview_images: int = Field(8, ge=0)  # images in TensorBoard at each validation; 0: none
+    divergence_factor: float = Field(5.0, gt=1)  # stop when the loss stays this many times above its best ...
+    divergence_steps: int = Field(500, ge=1)  # ... for so many steps in a row
+
+
+class FamilyConfig(Settings):
+    """Base of every family's Config. Properties tell the planner what the model eats and makes."""
+
+    loop: LoopSettings = LoopSettings()
+
+    @property
+    def needs_condition(self) -> bool:
+        """True if sampling needs masks."""
+        raise NotImplementedError
+
+    @property
+    def output_kind(self) -> Literal["image", "mask"]:
+        raise NotImplementedError
+
+    @property
+    def output_channels(self) -> tuple[str, ...]:
+        """Channel names of what sampling returns; "seg" is the mask."""
+        raise NotImplementedError
+
+    @property
+    def input_channels(self) -> tuple[str, ...]:
+        """Channel names each training batch must hold."""
+        raise NotImplementedError
+
+    def trains_positive_only(self, data: DataSpec) -> bool:
+        """True if training uses only slices whose mask is not empty."""
+        return data.positive_only
+
+    @classmethod
+    def examples(cls) -> dict[str, dict[str, Any]]:
+        """Tiny configurations by name that train in seconds, one per variant: the contract tests run over all of them."""
+        raise NotImplementedError
+
+    def check_data(self, data: DataSpec) -> None:
+        """Raise ValueError, naming the knob, if the model cannot be trained on these data."""
+        missing = [name for name in self.input_channels if name != "seg" and name not in data.images]
+        if missing:
+            have = ", ".join(data.images) or "none"
+            raise ValueError(f"needs data.images.{missing[0]}; the data have: {have}")
+        if "seg" in self.input_channels and data.mask is None:
+            raise ValueError("needs data.mask: the file name of the label volume")
+
+    def sampling(self, raw: dict[str, Any]) -> Settings:
+        """The checked form of a generate stage's `sampling`. Raises ValueError naming the key."""
+        raise NotImplementedError
+
+    def preview_sampling(self) -> Settings:
+        """A quick setting for the pictures in TensorBoard."""
+        raise NotImplementedError

@@ -1,0 +1,161 @@
+"""Which pictures the report shows, and in which arrangement. Used by build.py.
+
+Samples are drawn at random from the run's seed, or are those that evaluate wrote down; nobody picks the good ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medgen import rng
+from medgen.evaluate.inputs import MASK, Dataset, synthetic_masks
+from medgen.plan import Plan
+from medgen.report.pictures import Tile, mask_tile, tile
+from medgen.rundir import RunDir
+
+if TYPE_CHECKING:
+    from medgen.data.store import SliceStore
+
+SHOWN_TILES = 27  # in the gallery; fewer samples where each has several channels
+SHOWN_PAIRS = 6
+SHOWN_SIDE_BY_SIDE = 8
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Groups of tiles that belong together (the channels of one sample, or mask | real | synthetic)."""
+
+    title: str
+    note: str
+    groups: list[list[Tile]]
+
+
+@dataclass(frozen=True)
+class StagePictures:
+    """The pictures of one generate stage: pairs where they exist, else real beside synthetic; then the gallery."""
+
+    pairs: Panel | None
+    real: Panel | None
+    synthetic: Panel | None
+    gallery: Panel | None
+    copies: Panel | None
+
+
+class Painter:
+    """Turns ids of synthetic samples and real slices into tiles."""
+
+    def __init__(self, run: RunDir, plan: Plan, dataset: Dataset, store: SliceStore | None):
+        self.run, self.plan, self.dataset, self.store = run, plan, dataset, store
+        self.row_of_id = {name: number for number, name in enumerate(dataset.index["id"])}
+        names = () if store is None else store.rows["id"]
+        self.store_row_of_id = {str(name): number for number, name in enumerate(names)}
+
+    def synthetic(self, identifiers: list[str], outlined: bool = True) -> list[list[Tile]]:
+        """One group per sample: its channels, outlined by the mask it was given."""
+        rows = np.array([self.row_of_id[name] for name in identifiers], dtype=np.int64)
+        pictures = {channel: self.dataset.read(channel, rows) for channel in self.dataset.outputs}
+        masks = self._masks(rows) if outlined else None
+        groups = []
+        for number, name in enumerate(identifiers):
+            mask = None if masks is None else masks[number]
+            groups.append([self._tile(pictures[channel][number], channel, mask, "synthetic", name) for channel in pictures])
+        return groups
+
+    def real(self, identifiers: list[str]) -> list[list[Tile]]:
+        """The same channels of real slices, outlined by their own mask. Slices that the data no longer have are left out."""
+        if self.store is None:
+            return []
+        known = [name for name in identifiers if name in self.store_row_of_id]
+        rows = np.array([self.store_row_of_id[name] for name in known], dtype=np.int64)
+        if len(rows) == 0:
+            return []
+        masks = self.store.masks(rows) if self.store.has_masks else None
+        pictures = {channel: masks if channel == MASK else self.store.images(channel, rows) for channel in self.dataset.outputs}
+        groups = []
+        for number, name in enumerate(known):
+            mask = None if masks is None else masks[number]
+            groups.append([self._tile(arrays[number], channel, mask, "real", name)
+                           for channel, arrays in pictures.items() if arrays is not None])
+        return groups
+
+    def _masks(self, rows: np.ndarray) -> np.ndarray | None:
+        if self.dataset.outputs == [MASK] or (self.store is None and MASK not in self.dataset.files):
+            return None
+        if self.store is None:
+            return self.dataset.read(MASK, rows)
+        return synthetic_masks(self.run, self.plan, self.dataset, rows, self.store)
+
+    @staticmethod
+    def _tile(array: np.ndarray, channel: str, mask: np.ndarray | None, kind: str, name: str) -> Tile:
+        if channel == MASK:
+            return mask_tile(array, f"{kind} mask", name, kind)
+        return tile(array, mask, f"{kind} {channel}", kind, name)
+
+
+def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) -> StagePictures:
+    """All pictures of one generate stage. Raises MedgenError if a file of the dataset does not verify."""
+    samples = metrics["samples"] if metrics is not None else random_samples(painter, seed)
+    pairs = _pairs(painter, samples["pairs"][:SHOWN_PAIRS])
+    more = SHOWN_TILES // len(painter.dataset.outputs)
+    synthetic = painter.synthetic(samples["synthetic"][: SHOWN_SIDE_BY_SIDE + more])
+    real = painter.real(samples["real"][:SHOWN_SIDE_BY_SIDE])
+    shown = 0 if pairs is not None else SHOWN_SIDE_BY_SIDE
+    side_by_side = pairs is None
+    rest = synthetic[shown : shown + more]
+    against = metrics["against"] if metrics is not None else "train"
+    return StagePictures(
+        pairs=pairs,
+        real=Panel("Real", f"random slices of the {against} split", real) if side_by_side and real else None,
+        synthetic=Panel("Synthetic", "random samples", synthetic[:SHOWN_SIDE_BY_SIDE]) if side_by_side else None,
+        gallery=Panel("More samples", "drawn at random from the run's seed, not selected", rest) if rest else None,
+        copies=_copies(painter, metrics["details"]["copies"]) if metrics is not None else None,
+    )
+
+
+def random_samples(painter: Painter, seed: int) -> dict[str, Any]:
+    """Samples for a stage that was not evaluated: the same kind of draw that evaluate makes."""
+    identifiers = painter.dataset.index["id"].to_numpy()
+    order = rng.permutation(len(identifiers), seed, "report_gallery")
+    real: list[str] = []
+    if painter.store is not None:
+        rows = np.flatnonzero(painter.store.rows["split"].to_numpy() == "train")
+        if MASK in painter.dataset.files:
+            rows = rows[painter.store.rows["mask_pixels"].to_numpy()[rows] > 0]
+        picked = rows[rng.permutation(len(rows), seed, "report_real")[:SHOWN_SIDE_BY_SIDE]]
+        real = [str(name) for name in painter.store.rows["id"].to_numpy()[picked]]
+    return {"synthetic": [str(identifiers[number]) for number in order], "real": real, "pairs": _conditions(painter, order)}
+
+
+def _conditions(painter: Painter, order: np.ndarray) -> list[dict[str, str]]:
+    index = painter.dataset.index
+    if painter.store is None or not (index["condition_kind"] == "real").all():
+        return []
+    return [{"synthetic": index["id"].iloc[row], "real": index["condition"].iloc[row]} for row in order[:SHOWN_PAIRS]]
+
+
+def _pairs(painter: Painter, pairs: list[dict[str, str]]) -> Panel | None:
+    """mask | real | synthetic, channel by channel."""
+    known = [pair for pair in pairs if pair["real"] in painter.store_row_of_id]
+    if not known:
+        return None
+    real = painter.real([pair["real"] for pair in known])
+    synthetic = painter.synthetic([pair["synthetic"] for pair in known])
+    groups = []
+    for pair, real_tiles, synthetic_tiles in zip(known, real, synthetic, strict=True):
+        row = painter.store_row_of_id[pair["real"]]
+        assert painter.store is not None
+        given = mask_tile(painter.store.masks(np.array([row]))[0], "given mask", pair["real"])
+        groups.append([given, *(item for both in zip(real_tiles, synthetic_tiles, strict=True) for item in both)])
+    return Panel("Pairs", "the model saw the mask alone; the real slice is the one that the mask was drawn on", groups)
+
+
+def _copies(painter: Painter, nearest: list[dict[str, Any]]) -> Panel | None:
+    known = [pair for pair in nearest if pair["real"] in painter.store_row_of_id]
+    if not known:
+        return None
+    synthetic = painter.synthetic([pair["synthetic"] for pair in known])
+    real = painter.real([pair["real"] for pair in known])
+    groups = [[made[0], taken[0]] for made, taken in zip(synthetic, real, strict=True)]
+    return Panel("Nearest training slices", "the synthetic samples that single out one training patient most", groups)

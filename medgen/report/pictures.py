@@ -1,0 +1,54 @@
+"""Slices as inline PNGs with the mask's outline as an SVG path over them. Used by gallery.py."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture: `source` is a data URL, `outline` an SVG path in pixels or empty, `kind` real, synthetic or mask."""
+
+    source: str
+    outline: str
+    width: int
+    height: int
+    label: str
+    kind: str
+    title: str
+
+
+def tile(image: np.ndarray, mask: np.ndarray | None, label: str, kind: str, title: str) -> Tile:
+    """image float [H,W] in [0,1]; mask {0,1} [H,W] to outline, or None."""
+    height, width = image.shape
+    return Tile(_png(image), "" if mask is None else outline(mask), width, height, label, kind, title)
+
+
+def mask_tile(mask: np.ndarray, label: str, title: str, kind: str = "mask") -> Tile:
+    """A mask on its own: filled in the page's colour by the outline path, on black."""
+    return Tile(_png(np.zeros(mask.shape)), outline(mask), mask.shape[1], mask.shape[0], label, f"{kind} filled", title)
+
+
+def outline(mask: np.ndarray) -> str:
+    """The border of a mask {0,1} [H,W] as an SVG path; pixel (row, column) covers [column, column+1] x [row, row+1]."""
+    from skimage.measure import approximate_polygon, find_contours
+
+    loops = find_contours(np.pad(mask.astype(float), 1), 0.5)
+    parts = []
+    for loop in loops:
+        points = approximate_polygon(loop, 0.1) - 0.5  # minus the padding of 1, plus half a pixel to its centre
+        parts.append("M" + "L".join(f"{column:.1f} {row:.1f}" for row, column in points) + "Z")
+    return "".join(parts)
+
+
+def _png(image: np.ndarray) -> str:
+    from PIL import Image
+
+    grey = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    packed = io.BytesIO()
+    Image.fromarray(grey).save(packed, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()

@@ -1,0 +1,334 @@
+"""Training: one loop for every model family. It owns data order, clock, checkpoints, signals and logging.
+
+Called by `medgen train` through task.perform. Everything random is a function of the sample's position in the run,
+so a killed and resumed run gives the same weights as an uninterrupted one."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medgen import checkpoint, dist, models, rng, spec
+from medgen.checkpoint import Checkpoint
+from medgen.context import Context
+from medgen.data.store import SliceStore, open_store
+from medgen.dist import Ranks
+from medgen.errors import InputError, Interrupted, MedgenError
+from medgen.models.base import Batch, DataShape, Model, Phase, SampleNoise
+from medgen.models.settings import FamilyConfig
+from medgen.task import Done, Work
+from medgen.train_log import Averages, TrainingLog
+
+CONTINUE, SAVE, STOP = 0, 1, 2  # what ranks agree on after every step
+
+
+@dataclass
+class Clock:
+    """Where training stands. Everything here is in the checkpoint's state.json.
+
+    position: samples consumed since the phase began; epoch = position / samples in the training split."""
+
+    step: int = 0
+    phase: int = 0
+    phase_start_step: int = 0
+    best_loss: float = math.inf  # of the logged windows; for the divergence stop
+    steps_above: int = 0
+    val: float | None = None
+
+
+@dataclass
+class Training:
+    """The parts that the loop's helpers share."""
+
+    work: Work
+    ranks: Ranks
+    config: FamilyConfig
+    store: SliceStore
+    rows: np.ndarray
+    val_rows: np.ndarray
+    model: Model
+    context: Context
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def folder(self) -> Path:
+        return self.work.run.checkpoints(self.work.stage.name)
+
+    @property
+    def phase(self) -> Phase:
+        return self.model.phases()[self.clock.phase]
+
+    def batch(self, rows: np.ndarray, positions: list[int], stream: str) -> Batch:
+        """Slices by row number as one batch on the device; noise will be drawn by position and stream."""
+        channels = {name: load_channel(self.store, name, rows, self.ranks.device) for name in self.config.input_channels}
+        return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}")
+
+
+def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """[N, 1, H, W] float32 in [0, 1] on the device; "seg" is the mask."""
+    array = store.masks(rows).astype(np.float32) if name == "seg" else store.images(name, rows)
+    return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(1).to(device, non_blocking=True)
+
+
+def train(work: Work) -> Done:
+    """Train one stage to its end, or until a signal: then save and raise Interrupted."""
+    with dist.joined_ranks(work.stage.threads) as ranks:
+        work.is_main, work.device_name = ranks.is_main, ranks.device_name
+        training = _prepare(work, ranks)
+        _resume(training)
+        log = _open_log(training) if ranks.is_main else None
+        try:
+            _run(training, log)
+        finally:
+            if log:
+                log.close()
+        return _finish(training)
+
+
+def _run(training: Training, log: TrainingLog | None) -> None:
+    """The training loop."""
+    work, ranks, model, clock, context = training.work, training.ranks, training.model, training.clock, training.context
+    loop = training.config.loop
+    averages, window_start, window_steps = Averages(), time.monotonic(), 0
+    last_save, saved_step = time.monotonic(), clock.step
+
+    for number, phase in enumerate(model.phases()):
+        if number < clock.phase:
+            continue  # finished before this attempt
+        clock.phase = number
+        samples = len(training.rows)
+        context.steps_per_epoch = samples / phase.batch_size
+        phase_end = clock.phase_start_step + math.ceil(phase.epochs * samples / phase.batch_size)
+        validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
+
+        while clock.step < phase_end:
+            context.step = clock.step
+            positions = _my_positions(clock.step - clock.phase_start_step, phase.batch_size, ranks)
+            rows = training.rows[_sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
+            report = model.step(training.batch(rows, positions, f"train/{clock.phase}"), context)
+            clock.step += 1
+            averages.add(report)
+            window_steps += 1
+            step_in_phase = clock.step - clock.phase_start_step
+            epoch = step_in_phase / context.steps_per_epoch
+
+            if window_steps == loop.log_steps or clock.step == phase_end:
+                values = averages.means()
+                _stop_if_diverged(training, values["loss"], window_steps)
+                values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
+                work.progress(clock.step, context.total_steps, "steps", values["loss"])
+                if log:
+                    log.record(clock.step, epoch, values)
+                averages, window_start, window_steps = Averages(), time.monotonic(), 0
+
+            validated = step_in_phase % validate_steps == 0 or clock.step == phase_end
+            if validated and len(training.val_rows):
+                values = _validate(training)
+                clock.val = values["val_loss"]
+                if log:
+                    log.record(clock.step, epoch, values)
+                    if not work.stop.is_set:
+                        _preview(training, log)
+
+            overdue = time.monotonic() - last_save > loop.checkpoint_minutes * 60 > 0
+            due = validated or (loop.checkpoint_steps and clock.step % loop.checkpoint_steps == 0)
+            wish = STOP if work.stop.is_set else SAVE if due or (overdue and ranks.is_main) else CONTINUE
+            decision = dist.largest(wish, ranks)
+            if decision != CONTINUE and saved_step != clock.step:
+                _save(training, with_val=validated and clock.val is not None)
+                last_save, saved_step = time.monotonic(), clock.step
+            if decision == STOP:
+                raise Interrupted(f"stopped by {work.stop.signal_name or 'another rank'} after step {clock.step}; saved, run again to go on")
+        clock.phase_start_step = phase_end
+
+
+def _prepare(work: Work, ranks: Ranks) -> Training:
+    """Data, model and context, the same on every rank."""
+    config: FamilyConfig = spec.family_config(work.stage.settings["config"])
+    data = spec.DataSpec.model_validate(work.plan.data)
+    store = open_store(data, work.plan.seed, work.run.cache, work.say)
+    positive_only = config.trains_positive_only(data)
+    rows = store.select("train", positive_only)
+    val_rows = _evenly(_select_or_empty(store, "val", positive_only), config.loop.validate_samples)
+    if len(val_rows) == 0:
+        work.say("no validation slices: best-val will not exist; give the data a val split to have it")
+    shape = DataShape(config.input_channels, store.size)
+    model = build_model(work.stage.settings["config"]["model"], config, shape, work.plan.seed, work.stage.name)
+    for module in model.modules().values():
+        module.to(ranks.device)
+    context = Context(ranks, config.loop.precision, config.loop.micro_batch)
+    for phase in model.phases():
+        if phase.batch_size % ranks.world_size:
+            raise InputError(f"batch_size: {phase.batch_size} cannot be shared evenly by {ranks.world_size} ranks; use a multiple")
+        context.total_steps += math.ceil(phase.epochs * len(rows) / phase.batch_size)
+    work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
+             f"{'bf16 autocast' if context.use_bf16 else 'float32'}")
+    return Training(work, ranks, config, store, rows, val_rows, model, context)
+
+
+def build_model(family: str, config: FamilyConfig, shape: DataShape, seed: int, stream: str) -> Model:
+    """A model with initial weights that depend on (seed, stream) alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derive_seed(seed, f"{stream}/init"))
+        model: Model = models.model_class(family)(config, shape)
+    return model
+
+
+def _select_or_empty(store: SliceStore, split: str, positive_only: bool) -> np.ndarray:
+    try:
+        return store.select(split, positive_only)
+    except InputError:
+        return np.array([], dtype=int)
+
+
+def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` rows, spread evenly over all patients and positions."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.arange(count) * len(rows) // count]
+
+
+def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch: float) -> int:
+    epochs = validate_epochs if validate_epochs is not None else phase.epochs / 50
+    return max(1, round(epochs * steps_per_epoch))
+
+
+def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
+    """Positions in the run of this rank's share of the global batch at `step`."""
+    share = batch_size // ranks.world_size
+    first = step * batch_size + ranks.rank * share
+    return list(range(first, first + share))
+
+
+def _sample_order(positions: list[int], samples: int, seed: int, stream: str) -> np.ndarray:
+    """Which sample stands at each position: a fresh permutation per epoch; a batch may reach into the next epoch."""
+    orders = {epoch: rng.permutation(samples, seed, stream, epoch) for epoch in {p // samples for p in positions}}
+    return np.array([orders[position // samples][position % samples] for position in positions])
+
+
+@torch.no_grad()
+def _validate(training: Training) -> dict[str, float]:
+    """Means over the validation slices, shared by all ranks; the same noise every time, so curves compare."""
+    averages, ranks = Averages(), training.ranks
+    size = training.phase.batch_size // ranks.world_size
+    shared = len(training.val_rows) >= ranks.world_size
+    mine = np.arange(len(training.val_rows))[ranks.rank :: ranks.world_size] if shared else np.arange(len(training.val_rows))
+    for start in range(0, len(mine), size):
+        places = mine[start : start + size]
+        batch = training.batch(training.val_rows[places], [int(place) for place in places], "val")
+        averages.add(training.model.validate(batch, training.context), weight=len(places))
+    names, sums = averages.sums()
+    if shared:
+        sums = dist.sum_over_ranks(sums, ranks)
+    return {f"val_{name}": value for name, value in averages.means_from(names, sums).items()}
+
+
+def _preview(training: Training, log: TrainingLog) -> None:
+    """A few samples into TensorBoard, from the same noise and conditions each time."""
+    count = min(training.config.loop.preview_images, len(training.val_rows))
+    if count == 0:
+        return
+    rows = _evenly(training.val_rows, count)
+    condition_names = set(training.config.input_channels) - set(training.config.output_channels)
+    condition = {name: load_channel(training.store, name, rows, training.ranks.device) for name in condition_names}
+    indices = [(number,) for number in range(count)]
+    noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
+    images = training.model.sample(noise, condition, training.config.preview_sampling())
+    for name, channel in {**condition, **images}.items():
+        log.images(name, channel, training.clock.step)
+
+
+def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:
+    """Raise MedgenError if the loss is not finite, or has stayed far above its best for too long."""
+    clock, loop = training.clock, training.config.loop
+    advice = "lower lr, lengthen the warm-up or lower clip_norm; the last good checkpoint is kept"
+    if not math.isfinite(loss):
+        raise MedgenError(f"the loss became {loss} between steps {clock.step - steps + 1} and {clock.step}; {advice}")
+    clock.best_loss = min(clock.best_loss, loss)
+    clock.steps_above = clock.steps_above + steps if loss > loop.divergence_factor * clock.best_loss else 0
+    if clock.steps_above >= loop.divergence_steps:
+        raise MedgenError(
+            f"diverged: the loss ({loss:.4g}) has been more than {loop.divergence_factor:g} times its best ({clock.best_loss:.4g}) "
+            f"for {clock.steps_above} steps, now step {clock.step}; {advice}"
+        )
+
+
+def _identity(training: Training) -> dict[str, Any]:
+    """What must be equal for a checkpoint to continue this training."""
+    work = training.work
+    config = {key: value for key, value in work.stage.settings["config"].items() if key != "loop"}
+    return {"config": config, "seed": work.plan.seed, "data": training.store.fingerprint, "size": training.store.size}
+
+
+def _save(training: Training, with_val: bool) -> None:
+    """Write a checkpoint from rank 0 while the others wait."""
+    if training.ranks.is_main:
+        clock, model = training.clock, training.model
+        objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
+        objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
+        metrics = {"val": {"value": clock.val, "better": "lower"}} if with_val else {}
+        state = {**_identity(training), "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
+        checkpoint.save(training.folder, clock.step, objects, state, metrics)
+        checkpoint.prune(training.folder, training.config.loop.keep)
+    dist.barrier(training.ranks)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _resume(training: Training) -> None:
+    """Load the newest checkpoint that verifies, if there is one. Raises InputError if it is of other data or settings."""
+    found = checkpoint.newest(training.folder, training.work.say)
+    if found is None:
+        for line in training.model.describe(training.context.total_steps):
+            training.work.say(line)
+        return
+    state = found.state()
+    check_identity(found, state, _identity(training))
+    for name, module in training.model.modules().items():
+        module.load_state_dict(found.tensors(f"modules.{name}"))
+    for name, optimizer in training.model.optimizers().items():
+        optimizer.load_state_dict(found.tensors(f"optimizers.{name}"))
+    best_loss = state["clock"]["best_loss"]
+    training.clock = Clock(**{**state["clock"], "best_loss": math.inf if best_loss is None else best_loss})
+    training.work.say(f"resuming from {found.folder} (step {found.step} of {training.context.total_steps})")
+
+
+def check_identity(found: Checkpoint, state: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise InputError naming what differs between a checkpoint and what it is wanted for."""
+    for key, meaning in (("config", "another model configuration"), ("data", "other data"), ("size", "another image size"), ("seed", "another seed")):
+        if key in expected and state.get(key) != expected[key]:
+            raise InputError(f"{found.folder}: this checkpoint is of {meaning}; use the run it belongs to, or another name for this one"
+                             + _difference(state.get(key), expected[key]))
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        return f" (differs in: {', '.join(changed)})"
+    return f" (checkpoint: {str(old)[:16]}, here: {str(new)[:16]})"
+
+
+def _open_log(training: Training) -> TrainingLog:
+    run, stage = training.work.run, training.work.stage.name
+    return TrainingLog(
+        run.training_log(stage), run.tensorboard(stage), training.clock.step, training.context.total_steps,
+        training.work.say, bar=sys.stdout.isatty(),
+    )
+
+
+def _finish(training: Training) -> Done:
+    """The files that make the stage DONE: the commits of every checkpoint kept, and the log."""
+    run, stage = training.work.run, training.work.stage.name
+    last = checkpoint.select(training.folder, "last", training.work.say)
+    facts = {"steps": training.clock.step, "training_slices": len(training.rows), "checkpoint": last.sha256}
+    produced = [*(last.folder / name for name in last.commit["files"]), last.folder / "commit.json", run.training_log(stage)]
+    return Done(produced if training.ranks.is_main else [], facts)

@@ -1,0 +1,136 @@
+"""What training writes while it runs: log.jsonl, TensorBoard, plain lines or a progress bar. Used by train.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from medgen import files
+from medgen.models.base import Say, StepReport
+
+PLAIN_LINE_SECONDS = 15.0
+
+
+class Averages:
+    """Sums step reports on the device and reads them once per window, so that steps do not wait for the GPU."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+        self._bin_sums: dict[str, Tensor] = {}
+
+    def add(self, report: StepReport, weight: float = 1.0) -> None:
+        for name, value in report.scalars.items():
+            self._sums[name] = self._sums[name] + value.detach() * weight if name in self._sums else value.detach() * weight
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+        for name, (bins, values) in report.binned.items():
+            sums = self._bin_sums.setdefault(name, torch.zeros(2, 10, device=values.device))
+            sums[0].index_add_(0, bins, values.detach().float())
+            sums[1].index_add_(0, bins, torch.ones_like(values, dtype=torch.float32))
+
+    def sums(self) -> tuple[list[str], Tensor]:
+        """Everything as one CPU float64 vector, for a sum over ranks, with the names of its parts."""
+        names = list(self._sums)
+        scalars = [torch.stack([self._sums[name].double().cpu() for name in names])] if names else []
+        weights = [torch.tensor([self._weights[name] for name in names], dtype=torch.float64)]
+        bins = [self._bin_sums[name].double().cpu().flatten() for name in self._bin_sums]
+        return names, torch.cat([*scalars, *weights, *bins])
+
+    def means_from(self, names: list[str], vector: Tensor) -> dict[str, float]:
+        """Means of what `sums` returned (possibly summed over ranks); empty bins are left out."""
+        count = len(names)
+        means = {name: float(vector[place] / vector[count + place]) for place, name in enumerate(names)}
+        start = 2 * count
+        for name in self._bin_sums:
+            sums, counts = vector[start : start + 10], vector[start + 10 : start + 20]
+            means |= {f"{name}{number}": float(sums[number] / counts[number]) for number in range(10) if counts[number] > 0}
+            start += 20
+        return means
+
+    def means(self) -> dict[str, float]:
+        names, vector = self.sums()
+        return self.means_from(names, vector)
+
+
+class TrainingLog:
+    """Rank 0's records. Lines after `start_step` from an interrupted attempt are dropped: no step is logged twice."""
+
+    def __init__(self, log_file: Path, tensorboard: Path, start_step: int, total_steps: int, say: Say, bar: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file, self._say, self._total_steps = log_file, say, total_steps
+        _drop_lines_after(log_file, start_step)
+        self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1 if start_step else None)
+        self._bar = _progress_bar() if bar else None
+        self._bar_task = self._bar.add_task("training", total=total_steps, completed=start_step, loss=math.nan) if self._bar else None
+        if self._bar:
+            self._bar.start()
+        self._last_line_time = 0.0
+
+    def record(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """One line in log.jsonl and one point per value in TensorBoard."""
+        line: dict[str, Any] = {"step": step, "epoch": round(epoch, 4), **values, "time": round(time.time(), 3)}
+        files.append_line(self._file, json.dumps(line))
+        for name, value in values.items():
+            self._writer.add_scalar(_tensorboard_name(name), value, step)
+        self._show(step, epoch, values)
+
+    def images(self, name: str, images: Tensor, step: int) -> None:
+        """A grid of [N, 1, H, W] images in [0, 1]."""
+        self._writer.add_images(f"preview/{name}", images.cpu(), step)
+
+    def say(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            self._say(text)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._writer.close()
+
+    def _show(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        if "val_loss" in values:
+            self.say(f"step {step}/{self._total_steps}  epoch {epoch:.1f}  val_loss {values['val_loss']:.5f}")
+            return
+        if self._bar and self._bar_task is not None:
+            self._bar.update(self._bar_task, completed=step, loss=values["loss"])
+        elif time.monotonic() - self._last_line_time > PLAIN_LINE_SECONDS or step == self._total_steps:
+            self._last_line_time = time.monotonic()
+            self._say(f"step {step}/{self._total_steps}  epoch {epoch:.1f}  loss {values['loss']:.5f}  {values['seconds_per_step']:.3f} s/step")
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.5f}"), TimeRemainingColumn(),
+    )
+
+
+def _tensorboard_name(name: str) -> str:
+    kind = "val" if name.startswith("val_") else "train"
+    base = name.removeprefix("val_")
+    return f"timestep_loss/{kind}_{base[6:]}" if base.startswith("loss_t") else f"{kind}/{base}"
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # cut by a kill
+    files.write_text(path, "".join(line + "\n" for line in kept))

@@ -1,0 +1,186 @@
+"""The model contract, run over every family and every variant that its config names. A new family needs no line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from medgen import models
+from medgen.context import Context
+from medgen.dist import Ranks
+from medgen.models.base import Batch, DataShape, Model, SampleNoise
+from medgen.train import build_model
+
+CPU = torch.device("cpu")
+SIZE = 16
+VARIANTS = [(family, name) for family in models.families() for name in models.config_class(family).examples()]
+
+
+def make(family: str, name: str, seed: int = 1) -> tuple[Any, Model]:
+    config = models.config_class(family).model_validate(models.config_class(family).examples()[name])
+    return config, build_model(family, config, DataShape(config.input_channels, SIZE), seed, "test")
+
+
+def batch_of(config: Any, step: int, size: int = 4, first: int = 0, count: int | None = None) -> Batch:
+    """Smooth images and blob masks, the same for the same step; optionally only some of the batch."""
+    generator = torch.Generator().manual_seed(step)
+    channels = {}
+    for name in config.input_channels:
+        smooth = torch.nn.functional.interpolate(torch.rand(size, 1, 4, 4, generator=generator), SIZE, mode="bilinear")
+        channels[name] = (smooth > 0.6).float() if name == "seg" else smooth
+    part = slice(first, first + (count or size))
+    return Batch({name: tensor[part] for name, tensor in channels.items()}, list(range(step * size, (step + 1) * size))[part], seed=1)
+
+
+def context(micro_batch: int | None = None) -> Context:
+    made = Context(Ranks(0, 1, 0, CPU), "fp32", micro_batch)
+    made.total_steps, made.steps_per_epoch = 20, 10.0
+    return made
+
+
+def train(model: Model, config: Any, steps: range, where: Context | None = None) -> list[float]:
+    where = where or context()
+    losses = []
+    for where.step in steps:
+        losses.append(float(model.step(batch_of(config, where.step), where).scalars["loss"]))
+    return losses
+
+
+def state_of(model: Model) -> dict[str, Any]:
+    return {**{f"modules.{key}": module.state_dict() for key, module in model.modules().items()},
+            **{f"optimizers.{key}": optimizer.state_dict() for key, optimizer in model.optimizers().items()}}
+
+
+def load_into(model: Model, state: dict[str, Any]) -> None:
+    for key, module in model.modules().items():
+        module.load_state_dict(state[f"modules.{key}"])
+    for key, optimizer in model.optimizers().items():
+        optimizer.load_state_dict(state[f"optimizers.{key}"])
+
+
+def sample(model: Model, config: Any, indices: list[int]) -> dict[str, torch.Tensor]:
+    names = [name for name in config.input_channels if name not in config.output_channels]
+    whole = batch_of(config, 0, size=8).channels
+    condition = {name: whole[name][indices] for name in names}
+    settings = config.preview_sampling().model_copy(update={"steps": 3})
+    return model.sample(SampleNoise(1, "test", [(index,) for index in indices], CPU), condition, settings)
+
+
+def assert_same(left: Any, right: Any, path: str = "") -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same(left[key], right[key], f"{path}/{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for number, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_same(one, other, f"{path}/{number}")
+    else:
+        assert left == right, path
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_config_is_frozen_and_complete(family: str, name: str) -> None:
+    config, model = make(family, name)
+    with pytest.raises(ValueError, match="frozen"):
+        config.loop = None
+    with pytest.raises(ValueError, match="no_such_key"):
+        type(config).model_validate({**type(config).examples()[name], "no_such_key": 1})
+    assert type(config).model_validate(config.model_dump(mode="json")) == config, "the resolved form in a run must read back"
+    assert model.phases() and all(phase.epochs > 0 and phase.batch_size > 0 for phase in model.phases())
+    assert all(isinstance(line, str) and line for line in model.describe(100))
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_training_lowers_the_loss_on_one_batch(family: str, name: str) -> None:
+    config, model = make(family, name)
+    where = context()
+    where.steps_per_epoch = 100.0
+    held_out = [float(model.validate(batch_of(config, 0), where).scalars["loss"])]
+    for where.step in range(30):
+        report = model.step(batch_of(config, 0), where)
+        assert all(tensor.dim() == 0 and bool(torch.isfinite(tensor)) for tensor in report.scalars.values())
+        for bins, values in report.binned.values():
+            assert bins.shape == values.shape == (4,) and bool(((bins >= 0) & (bins < 10)).all())
+    held_out.append(float(model.validate(batch_of(config, 0), where).scalars["loss"]))
+    assert held_out[1] < held_out[0]
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_stopped_and_resumed_is_uninterrupted(family: str, name: str, tmp_path: Any) -> None:
+    config, whole = make(family, name)
+    train(whole, config, range(7))
+    _, first = make(family, name)
+    train(first, config, range(3))
+    torch.save(state_of(first), tmp_path / "state.pt")
+    _, second = make(family, name, seed=99)
+    load_into(second, torch.load(tmp_path / "state.pt", weights_only=True))
+    train(second, config, range(3, 7))
+    assert_same(state_of(whole), state_of(second))
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_accumulated_micro_batches_are_the_whole_batch(family: str, name: str) -> None:
+    config, whole = make(family, name)
+    _, parts = make(family, name)
+    whole_losses = train(whole, config, range(2))
+    part_losses = train(parts, config, range(2), context(micro_batch=3))
+    assert part_losses == pytest.approx(whole_losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_a_step_leaves_the_global_generator_alone(family: str, name: str) -> None:
+    config, model = make(family, name)
+    before = torch.get_rng_state()
+    train(model, config, range(1))
+    sample(model, config, [0, 1])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_samples_have_the_promised_form_and_their_own_noise(family: str, name: str) -> None:
+    config, model = make(family, name)
+    train(model, config, range(3))
+    images = sample(model, config, [0, 1, 2])
+    assert tuple(images) == config.output_channels
+    for channel, tensor in images.items():
+        assert tensor.shape == (3, 1, SIZE, SIZE) and tensor.dtype == torch.float32
+        assert float(tensor.min()) >= 0 and float(tensor.max()) <= 1
+        if channel == "seg":
+            assert set(tensor.unique().tolist()) <= {0.0, 1.0}
+    again = sample(model, config, [2, 1])
+    for channel, tensor in images.items():
+        assert torch.allclose(again[channel][0], tensor[2], atol=1e-4) and torch.allclose(again[channel][1], tensor[1], atol=1e-4)
+        if channel != "seg":
+            assert not torch.equal(tensor[0], tensor[1])
+
+
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_what_is_sampled_and_validated_are_the_averaged_weights(family: str, name: str) -> None:
+    config, model = make(family, name)
+    train(model, config, range(4))
+    averaged = {key for key in model.modules() if key.startswith("ema")}
+    if not averaged:
+        pytest.skip("this variant averages nothing")
+
+    def outputs() -> list[float]:
+        loss = float(model.validate(batch_of(config, 9), context()).scalars["loss"])
+        pixels = torch.cat([tensor.flatten() for tensor in sample(model, config, [0, 1]).values()])
+        return [loss, float(pixels.sum()), float(pixels.square().sum())]
+
+    before = outputs()
+    _scramble(model, set(model.modules()) - averaged)
+    assert outputs() == before, "raw weights are used somewhere"
+    _scramble(model, averaged)
+    assert outputs() != before, "the averaged weights are used nowhere"
+
+
+def _scramble(model: Model, keys: set[str]) -> None:
+    with torch.no_grad():
+        for key in keys:
+            for parameter in model.modules()[key].parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(0))

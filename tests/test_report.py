@@ -1,0 +1,233 @@
+"""The report: complete, self-contained, and still a report when stages are missing or have failed."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import fake_run
+import numpy as np
+import pytest
+
+from medgen.evaluate.run import evaluate_run
+from medgen.report import charts, gather, words
+from medgen.report.build import build_report
+from medgen.report.pictures import outline
+from medgen.rundir import RunDir
+from medgen.spec import DataSpec
+
+COUNT = 48
+VOID = {"meta", "input", "img", "br", "line", "path", "circle", "rect", "polygon", "link"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, pictures, addresses; and whether every tag is closed."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.addresses: list[str] = []
+        self.labels: list[str] = []
+        self.words: list[str] = []
+        self.identifiers: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open_tags, f"not closed: {self.open_tags}"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.addresses += [value for name, value in attributes if name in ("src", "href") and value]
+        if tag == "img":
+            self.labels.append(values["alt"] or "")
+        if values.get("id"):
+            self.identifiers.append(values["id"] or "")
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Self-closed tags stay out of the stack."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open_tags and self.open_tags[-1] not in ("style", "pre"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> RunDir:
+    run, _ = fake_run.full_run(tmp_path_factory.mktemp("fake"), cache, patients=8, size=32, count=COUNT)
+    for number, name in enumerate(("evaluate_masks", "evaluate_images", "evaluate_pairs")):
+        evaluate_run(run, name, cache, fake_run.quiet, lambda *_: None)
+        fake_run.finish(run, name, 1900 + number, 5)
+    return run
+
+
+@pytest.fixture
+def run(finished: RunDir, tmp_path: Path) -> RunDir:
+    return RunDir(shutil.copytree(finished.root, tmp_path / finished.run_id))
+
+
+def page_of(run: RunDir, cache: Path, say: object = fake_run.quiet) -> Page:
+    assert callable(say)
+    assert build_report(run, "report", cache, say) == [run.report]
+    return Page(run.report.read_text())
+
+
+def test_everything_is_there(run: RunDir, cache: Path) -> None:
+    page = page_of(run, cache)
+    assert {"masks", "images", "pairs", "training", "course", "provenance"} <= set(page.identifiers)
+    for wanted in ("brain_demo", "48 synthetic masks", "48 synthetic bravo images", "Sliced Wasserstein distance", "times the floor",
+                   "rejected empty", "Did the models learn?", "4f1c0de9b7a2", "data fingerprint", "c0ffee", "masks are drawn from nothing",
+                   "computer-drawn phantoms", "complete", "no interval: ", "The real side is"):
+        assert wanted in page.text, wanted
+    kinds = {label.rpartition(" ")[0] for label in page.labels}
+    assert kinds == {"given mask", "real bravo", "synthetic bravo", "real mask", "synthetic mask"}
+    html = run.report.read_text()
+    assert html.count('<svg class="chart"') == 2 * 2 + 1 + 2 * 2  # two image sets, masks, two trainings
+    assert html.count('class="outline"') > 100
+
+
+def test_it_needs_no_network(run: RunDir, cache: Path) -> None:
+    page = page_of(run, cache)
+    assert page.addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    html = run.report.read_text()
+    assert not re.search(r"url\(|@import|<script|https?://", html)
+    assert all(address[1:] in page.identifiers for address in page.addresses if address.startswith("#"))
+    assert len(html) < 3 * 2**20
+
+
+def test_every_number_of_the_metrics_is_on_the_page(run: RunDir, cache: Path) -> None:
+    page = page_of(run, cache)
+    for stage in ("evaluate_masks", "evaluate_images", "evaluate_pairs"):
+        record = gather.read_metrics(run, stage)
+        assert record is not None
+        for score in record["scores"]:
+            assert words.number(score["value"]) in page.text
+            assert words.number(score["floor"]) in page.text
+            assert score["protocol"] in page.text
+
+
+def test_the_gallery_is_drawn_from_the_seed(run: RunDir, cache: Path) -> None:
+    first = page_of(run, cache).labels
+    assert page_of(run, cache).labels == first
+
+
+def test_stages_that_never_ran_are_named(run: RunDir, cache: Path) -> None:
+    for folder in ("images", "evaluate_images", "evaluate_pairs", "evaluate_masks", "train_bravo"):
+        shutil.rmtree(run.stage(folder))
+        for outcome in (run.root / "outcome").glob(f"*{folder}*.json"):
+            outcome.unlink()
+    page = page_of(run, cache)
+    assert "incomplete" in page.text
+    assert "images has not been collected yet" in page.text
+    assert "This set was not evaluated" in page.text
+    assert any(label.startswith("given mask") for label in page.labels), "pairs need no evaluation to be shown"
+
+
+def test_train_generate_report_is_enough(tmp_path: Path, cache: Path, finished: RunDir) -> None:
+    data = DataSpec(format="phantom", patients=8, size=32)
+    run = fake_run.make_run(tmp_path, data, [
+        fake_run.planned("train", "train", [], {"config": {"model": "other"}}),
+        fake_run.planned("samples", "generate", ["train"], {"from": "train", "count": 6, "condition": None}, 6),
+        fake_run.planned("report", "report", ["samples"], {}),
+    ])
+    images = fake_run.blurred(np.random.default_rng(0).uniform(size=(6, 32, 32)), 2)
+    fake_run.write_dataset(run, "samples", {"bravo": images}, None, "none")
+    page = page_of(run, cache)
+    assert "6 synthetic bravo images" in page.text
+    assert "training" not in page.identifiers
+
+
+def test_a_failure_is_told_with_its_cause(run: RunDir, cache: Path) -> None:
+    fake_run.finish(run, "images", 1700, 60, status="failed", cause="node-7 ran out of memory", attempt=2)
+    fake_run.finish(run, "images", 1800, 60, status="failed", cause="loss is <b>not a number</b> at step 40", attempt=3)
+    page = page_of(run, cache)
+    assert "partly failed" in page.text
+    assert "loss is <b>not a number</b> at step 40" in page.text, "causes are text, not markup"
+    assert "node-7 ran out of memory" in page.text, "earlier attempts are told too"
+    assert "What went wrong on the way" in page.text
+
+
+def test_a_report_without_the_real_data_says_so_and_shows_the_rest(run: RunDir, cache: Path, tmp_path: Path) -> None:
+    import json
+
+    plan = json.loads(run.plan.read_text())
+    plan["data"] |= {"format": "nifti", "root": str(tmp_path / "gone")}
+    del plan["data"]["patients"]
+    run.plan.write_text(json.dumps(plan))
+    said: list[str] = []
+    page = page_of(run, cache, said.append)
+    assert any("real pictures are left out" in line and "gone" in line for line in said)
+    assert any(label.startswith("synthetic bravo") for label in page.labels)
+    assert not any(label.startswith("real") for label in page.labels)
+
+
+def test_a_damaged_dataset_costs_its_pictures_only(run: RunDir, cache: Path) -> None:
+    for path in (run.dataset("images") / "bravo").iterdir():
+        path.write_bytes(b"")
+    page = page_of(run, cache)
+    assert "No pictures" in page.text and "has changed since it was collected" in page.text
+    assert any(label.startswith("synthetic mask") for label in page.labels)
+
+
+def test_a_log_cut_by_a_crash_still_gives_curves(run: RunDir, cache: Path) -> None:
+    with open(run.training_log("train_seg"), "a") as log:
+        log.write('{"step": 410, "lo')
+    curves = gather.training_curves(run, "train_seg")
+    assert curves is not None
+    assert curves.steps[-1] == 400
+    assert len(curves.bins) == 10
+    assert curves.bins[0] > curves.bins[9]
+    page_of(run, cache)
+
+
+def test_device_hours_count_every_attempt(run: RunDir) -> None:
+    from medgen import plan as plans
+
+    fake_run.finish(run, "images", 1000, 3600, status="failed", cause="killed", attempt=2)
+    fake_run.finish(run, "images", 5000, 1800, attempt=3)
+    facts = {stage.name: stage for stage in gather.all_stages(run, plans.read(run))}
+    assert facts["images"].device_hours == pytest.approx((240 + 3600 + 1800) / 3600)
+    assert facts["images"].status == "done"
+    assert [attempt.status for attempt in facts["images"].attempts] == ["done", "failed", "done"]
+
+
+def test_the_outline_of_a_mask_goes_around_its_pixels() -> None:
+    mask = np.zeros((6, 6), np.uint8)
+    mask[2:4, 1:3] = 1
+    numbers = [float(text) for text in re.findall(r"-?[\d.]+", outline(mask))]
+    columns, rows = numbers[::2], numbers[1::2]
+    assert (min(columns), max(columns), min(rows), max(rows)) == (1.0, 3.0, 2.0, 4.0)
+    assert outline(np.zeros((6, 6), np.uint8)) == ""
+    assert outline(np.ones((6, 6), np.uint8)).count("M") == 1, "a mask that touches the border is closed there"
+
+
+def test_charts_map_values_to_places() -> None:
+    axis = charts.Axis(0, 10, 100, 200)
+    assert (axis(0), axis(5), axis(10)) == (100, 150, 200)
+    logarithmic = charts.Axis(0.01, 100, 0, 400, logarithmic=True)
+    assert logarithmic(1) == 200
+    assert set(logarithmic.ticks(5)) >= {0.01, 1, 100}
+    assert charts.line_chart([], "x", "y") == ""
+    flat = charts.line_chart([charts.Series("flat", [1, 2], [3, 3], "first")], "x", "y", allow_logarithmic=True)
+    assert "nan" not in flat
+    assert "log scale" in charts.line_chart([charts.Series("steep", [1, 2], [1, 1e4], "first")], "x", "y", allow_logarithmic=True)
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0.0, "0"), (0.12345, "0.123"), (0.0012345, "0.00123"), (1.0, "1.00"), (27.69, "27.7"), (999.0, "999"), (12345, "12,345"), (1e-5, "1e-05"),
+])
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert words.number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (59.9, "1 min"), (250, "4 min 10 s"), (12300, "3 h 25 min"), (190800, "2 d 5 h")])
+def test_durations_for_people(seconds: float, text: str) -> None:
+    assert words.duration(seconds) == text

@@ -1,0 +1,324 @@
+"""What watch says about a run: the truth order, and the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import launch_stub
+import pytest
+from launch_stub import REPOSITORY, build, wait_until
+from rich.console import Console
+
+from medgen.errors import Exit
+from medgen.launch.history import seconds_busy
+from medgen.launch.local import LocalBackend
+from medgen.launch.supervisor import register, retire
+from medgen.rundir import Heartbeat, Outcome, RunDir
+from medgen.watch.live import describe_event, list_runs, watch
+from medgen.watch.state import RunState, StageState, read_state, to_json
+from medgen.watch.view import duration, percent, render, runs_table
+
+STAGES = [
+    {"name": "train", "kind": "train"},
+    {"name": "images", "kind": "generate", "tasks": 4, "needs": ["train"]},
+    {"name": "collect_images", "kind": "collect", "needs": ["images"], "of": "images"},
+    {"name": "report", "kind": "report", "needs": ["train", "images", "collect_images"]},
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made, _ = build(tmp_path, STAGES)
+    return made
+
+
+def event(run: RunDir, kind: str, seconds_ago: float, **facts: Any) -> None:
+    with run.events_file.open("a") as handle:
+        handle.write(json.dumps({"time": time.time() - seconds_ago, "event": kind, "host": "here", **facts}) + "\n")
+
+
+def started(run: RunDir, seconds_ago: float, stage: str = "train", shard: int = 0, attempt: int = 0, from_step: int = 0, devices: int = 1) -> None:
+    event(run, "task_started", seconds_ago, stage=stage, shard=shard, attempt=attempt, devices=devices, from_step=from_step)
+
+
+def ended(run: RunDir, status: str, seconds: float, stage: str = "train", shard: int = 0, attempt: int = 0, next_action: str = "not tried again", cause: str | None = None) -> None:
+    event(run, "task_ended", 0, stage=stage, shard=shard, attempt=attempt, status=status, cause=cause, seconds=seconds, next=next_action)
+
+
+def beat(run: RunDir, step: int, seconds_ago: float = 0, stage: str = "train", shard: int = 0, attempt: int = 0) -> None:
+    run.write_heartbeat(Heartbeat(stage, shard, attempt, step, 100, "steps", 0.25, time.time() - seconds_ago, "here", 1))
+
+
+def outcome(run: RunDir, status: Any, stage: str = "train", shard: int = 0, attempt: int = 0, task_hash: str | None = None, cause: str | None = None) -> None:
+    now = time.time()
+    made = run.stage(stage) / f"{shard}.bin"
+    made.parent.mkdir(exist_ok=True)
+    made.write_text("x")
+    run.write_outcome(
+        Outcome(run.run_id, stage, shard, task_hash or f"{stage}{shard}", attempt, status, cause, "here", "cpu", 1, now - 36, now, [run.produced(made)])
+    )
+
+
+def stage_of(run: RunDir, name: str = "train") -> StageState:
+    return next(stage for stage in read_state(run).stages if stage.name == name)
+
+
+def screen(state: RunState, width: int = 130) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(render(state))
+    return console.export_text()
+
+
+def test_nothing_has_started(run: RunDir) -> None:
+    state = read_state(run)
+    assert state.verdict == "not started"
+    assert {stage.word for stage in state.stages} == {"pending"}
+    assert state.stages[3].waits_for == ["collect_images"]  # the rest is implied
+
+
+def test_a_verified_outcome_beats_everything_else(run: RunDir) -> None:
+    started(run, 50)
+    ended(run, "failed", 40)
+    outcome(run, "done")
+    assert stage_of(run).word == "done"
+    (run.stage("train") / "0.bin").unlink()
+    assert stage_of(run).word == "failed"
+
+
+def test_an_outcome_of_another_plan_counts_for_nothing(run: RunDir) -> None:
+    outcome(run, "done", task_hash="of-another-plan")
+    assert stage_of(run).word == "pending"
+
+
+def test_exit_0_without_outcome_is_not_done(run: RunDir) -> None:
+    started(run, 50)
+    ended(run, "failed", 50, cause="exit code 0, but no outcome that verifies")
+    assert stage_of(run).word == "failed"
+    assert read_state(run).verdict == "failed"
+
+
+def test_running_stalled_and_lost(run: RunDir) -> None:
+    register(run, False)
+    started(run, 200)
+    assert stage_of(run).word == "running"  # no heartbeat yet: it imports and reads data
+    beat(run, 10, seconds_ago=5)
+    assert stage_of(run).word == "running"
+    beat(run, 10, seconds_ago=61)
+    assert stage_of(run).word == "stalled"
+    retire(run)
+    state = read_state(run)
+    assert state.stages[0].word == "interrupted"
+    assert state.stages[0].tasks[0].cause == "its supervisor ended without a word"
+    assert state.verdict == "interrupted"
+    assert 135 < state.stages[0].seconds < 145  # up to its last heartbeat
+
+
+def test_stopping_is_shown_until_it_is_over(run: RunDir) -> None:
+    register(run, False)
+    event(run, "submitted", 60)
+    started(run, 50)
+    event(run, "stopping", 1)
+    assert read_state(run).verdict == "stopping"
+    assert "A second Ctrl-C kills them" in screen(read_state(run))
+    retire(run)
+    assert read_state(run).verdict == "interrupted"
+    register(run, False)
+    event(run, "submitted", 0)
+    assert read_state(run).verdict == "running"
+
+
+def test_a_supervisor_record_of_a_dead_process_does_not_count(run: RunDir) -> None:
+    register(run, False)
+    record = json.loads(run.supervisor.read_text())
+    run.supervisor.write_text(json.dumps({**record, "start_ticks": record["start_ticks"] + 1}))
+    assert read_state(run).where is None
+
+
+def test_a_stage_started_by_hand_is_seen_by_its_heartbeat(run: RunDir) -> None:
+    beat(run, 50)
+    state = read_state(run)
+    assert state.stages[0].word == "running"
+    assert state.verdict == "running"
+
+
+def test_a_task_that_comes_back_is_pending(run: RunDir) -> None:
+    register(run, False)
+    started(run, 50)
+    ended(run, "failed", 50, next_action="will be tried again", cause="exit code 1")
+    assert stage_of(run).word == "pending"
+    retire(run)
+    assert stage_of(run).word == "failed"
+
+
+def test_an_old_heartbeat_is_not_that_of_the_new_attempt(run: RunDir) -> None:
+    register(run, False)
+    started(run, 300)
+    ended(run, "interrupted", 100, next_action="goes on")
+    beat(run, 60, seconds_ago=200)
+    started(run, 10, attempt=1, from_step=60)
+    stage = stage_of(run)
+    assert stage.word == "running"
+    assert stage.tasks[0].step == 0
+
+
+def test_failure_blocks_what_needs_it(run: RunDir) -> None:
+    started(run, 50)
+    ended(run, "failed", 50, cause="exit code 1: ValueError: no")
+    log = run.log("train", 0, 0, 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("one\ntwo\nValueError: no\n")
+    state = read_state(run)
+    assert [stage.word for stage in state.stages] == ["failed", "blocked", "blocked", "blocked"]
+    text = screen(state)
+    for part in ("failed", "exit code 1: ValueError: no", "r0.a0.log", "│ two", "needs train", "goes on from here"):
+        assert part in text
+
+
+def test_the_guilty_rank_is_the_one_srun_named(run: RunDir) -> None:
+    started(run, 50)
+    ended(run, "failed", 50, cause="exit code 1")
+    for rank in range(2):
+        run.log("train", 0, rank, 0).parent.mkdir(parents=True, exist_ok=True)
+        run.log("train", 0, rank, 0).write_text(f"rank {rank} speaks\n")
+    run.batch_log("train", 0).write_text("medgen: train shard 0 attempt 0 on here at now\nsrun: error: n1: task 1: Exited with exit code 1\n")
+    assert stage_of(run).tasks[0].last_lines == ["rank 1 speaks"]
+
+
+def test_progress_eta_and_hours(run: RunDir) -> None:
+    register(run, False)
+    started(run, 100, from_step=20, devices=4)
+    beat(run, 60)
+    state = read_state(run)
+    stage = state.stages[0]
+    assert stage.fraction == 0.6
+    assert stage.eta_seconds == pytest.approx(100, abs=3)  # 40 steps took 100 s
+    assert state.device_hours == pytest.approx(4 * 100 / 3600, rel=0.05)
+    assert state.seconds == pytest.approx(100, abs=2)
+
+
+def test_hours_of_failed_attempts_count(run: RunDir) -> None:
+    started(run, 7200)
+    ended(run, "failed", 3600)
+    started(run, 3600, attempt=1)
+    ended(run, "done", 1800, attempt=1)
+    outcome(run, "done", attempt=1)
+    assert read_state(run).device_hours == pytest.approx(1.5)
+
+
+def test_shards(run: RunDir) -> None:
+    register(run, False)
+    for shard in range(3):
+        started(run, 30, "images", shard)
+    for shard in range(2):
+        ended(run, "done", 10, "images", shard)
+        outcome(run, "done", "images", shard)
+    beat(run, 50, stage="images", shard=2)
+    stage = stage_of(run, "images")
+    assert stage.counts == {"done": 2, "running": 1, "pending": 1}
+    assert stage.fraction == pytest.approx(2.5 / 4)
+    assert stage.eta_seconds == pytest.approx(15)
+    assert "2/4 shards" in screen(read_state(run))
+
+
+@pytest.mark.parametrize("width", [60, 80, 107, 108, 200])
+def test_the_screen_fits_every_width(run: RunDir, width: int) -> None:
+    test_shards(run)
+    text = screen(read_state(run), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert all(stage["name"] in text for stage in STAGES)
+
+
+def test_json_is_json(run: RunDir) -> None:
+    test_shards(run)
+    assert json.loads(json.dumps(to_json(read_state(run))))["stages"][1]["counts"]["done"] == 2
+
+
+def test_once_has_an_exit_code(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert watch(run, once=True) == Exit.UNFINISHED
+    started(run, 10)
+    ended(run, "failed", 10, cause="x")
+    assert watch(run, once=True, as_json=True) == Exit.FAILED
+    for stage in read_state(run).stages:
+        for task in stage.tasks:
+            outcome(run, "done", stage.name, task.shard)
+    capsys.readouterr()
+    assert watch(run, once=True) == Exit.DONE
+    assert "Report:" in capsys.readouterr().out
+
+
+def test_reading_changes_nothing(run: RunDir) -> None:
+    test_shards(run)
+    before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*")}
+    read_state(run)
+    assert before == {path: path.stat().st_mtime_ns for path in run.root.rglob("*")}
+
+
+def test_every_event_of_a_real_run_has_words(tmp_path: Path) -> None:
+    run, plan = build(tmp_path, STAGES, {"train": {"crashes": 1}, "collect_images": {"told_failures": 9}})
+    LocalBackend(2, 0, python=launch_stub.interpreter(tmp_path)).submit(run, plan)
+    lines = [describe_event(event) for event in run.events()]
+    assert None not in lines
+    text = "\n".join(line or "" for line in lines)
+    for part in ("train shard 0: failed: exit code 1", "will be tried again", "done in", "report: not started, because collect_images failed", "ended; failed: collect_images"):
+        assert part in text
+
+
+def test_list_of_runs(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MEDGEN_RUNS", str(tmp_path))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "plan.json").write_text("{")
+    assert list_runs() == Exit.DONE
+    printed = capsys.readouterr()
+    assert run.run_id in printed.out
+    assert "broken" in printed.err
+    list_runs(as_json=True)
+    [record] = json.loads(capsys.readouterr().out)
+    assert record["verdict"] == "not started"
+    assert runs_table([read_state(run)], time.time())
+
+
+def test_no_runs_yet_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MEDGEN_RUNS", str(tmp_path))
+    list_runs()
+    assert "no runs in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", [b"q", b"\x03"])
+def test_leaving_the_live_screen_leaves_the_jobs_alone(run: RunDir, key: bytes) -> None:
+    register(run, False)
+    started(run, 10)
+    controller, terminal = pty.openpty()
+    program = f"import sys; from pathlib import Path; from medgen.rundir import RunDir; from medgen.watch.live import watch; sys.exit(watch(RunDir(Path({str(run.root)!r}))))"
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0), env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    os.set_blocking(controller, False)
+
+    def has_shown() -> bool:
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(controller, 65536)
+        return b"q or Ctrl-C leaves" in shown
+
+    wait_until(has_shown)
+    os.write(controller, key)
+    assert watcher.wait(10) == Exit.UNFINISHED
+    os.close(controller)
+
+
+def test_numbers_in_words() -> None:
+    assert [duration(seconds) for seconds in (0, 59.4, 185, 7800, 273600)] == ["0s", "59s", "3m 05s", "2h 10m", "3d 4h"]
+    assert [percent(fraction) for fraction in (0, 0.999, 1.0, 0.29)] == ["0%", "99%", "100%", "29%"]
+    assert seconds_busy([(0, 10), (5, 20), (30, 31)]) == 21
