@@ -104,7 +104,7 @@ def _try_model(checked: Spec, planned: Plan, name: str, stage: TrainStage, store
     loss = float(model.step(batch, context).scalars["loss"])
     with torch.no_grad():
         model.validate(batch, context)
-    conditions = {channel: channels[channel] for channel in config.input_channels if channel not in config.output_channels}
+    conditions = {channel: channels[channel] for channel in config.condition_channels}
     settings = config.preview_sampling().model_copy(update={"steps": 2})
     images = model.sample(SampleNoise(checked.seed, "check", [(number,) for number in range(len(batch))], cpu), conditions, settings)
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in images.values()):

@@ -26,7 +26,7 @@ from medgen.plan import PlannedStage, Task
 from medgen.rundir import RunDir
 from medgen.spec import SPLITS, Accept
 from medgen.task import Done, Work
-from medgen.train import build_model, check_identity
+from medgen.train import build_model, check_identity, load_channel
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -35,11 +35,11 @@ SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 
 @dataclass(frozen=True)
 class Condition:
-    """The mask an image is made from. mask: uint8 [H, W] in {0, 1}; affine: 4 x 4, voxel to millimetres."""
+    """What an image is made from. channels: name -> float32 [H, W] in [0, 1]; affine: 4 x 4, (row, column, 0) to millimetres."""
 
     id: str
     kind: str  # "real" or "synthetic"
-    mask: np.ndarray
+    channels: dict[str, np.ndarray]
     affine: np.ndarray
 
 
@@ -104,7 +104,7 @@ def _prepare(work: Work, device: torch.device) -> Generation:
     accept = (settings.accept or Accept()) if config.output_kind == "mask" else None
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
-    conditions = _conditions(work, settings, data, store, indices) if settings.condition else {}
+    conditions = _conditions(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions,
                       _plain_affine(store), device, Counts())
@@ -116,22 +116,23 @@ def _plain_affine(store: SliceStore) -> np.ndarray:
     return np.diag([row.spacing_y_mm, row.spacing_x_mm, row.thickness_mm, 1.0])  # axis 0 runs over rows
 
 
-def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, store: SliceStore, indices: range) -> dict[int, Condition]:
-    """The masks for these image numbers: of a split of the real data (in turn, spread evenly), or of collected masks."""
+def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, names: tuple[str, ...], store: SliceStore, indices: range) -> dict[int, Condition]:
+    """What these images are made from: slices of a split of the real data, spread evenly; or collected masks, one each."""
     assert settings.condition is not None
     if settings.condition in SPLITS:
         rows = store.select(settings.condition, data.positive_only)
-        chosen = {index: int(rows[_spread(index, settings.count, len(rows))]) for index in indices}
-        return {
-            index: Condition(str(store.rows.iloc[row].id), "real", store.masks(np.array([row]))[0], store.affine(row))
-            for index, row in chosen.items()
-        }
+        return {index: _real_condition(store, names, int(rows[_spread(index, settings.count, len(rows))])) for index in indices}
     dataset = work.run.dataset(settings.condition)
     index_file = dataset / "index.csv"
     if not index_file.is_file():
         raise MedgenError(f"{dataset}: the masks are not collected yet; run `medgen collect {work.run.run_id}` first")
     table = pd.read_csv(index_file, dtype=str, keep_default_na=False)  # row i is image i: collect wrote them in order
     return {index: _collected_mask(dataset, table.iloc[index]) for index in indices}
+
+
+def _real_condition(store: SliceStore, names: tuple[str, ...], row: int) -> Condition:
+    channels = {name: load_channel(store, name, np.array([row]), torch.device("cpu"))[0, 0].numpy() for name in names}
+    return Condition(str(store.rows.iloc[row].id), "real", channels, store.affine(row))
 
 
 def _spread(index: int, count: int, available: int) -> int:
@@ -146,7 +147,7 @@ def _collected_mask(dataset: Path, row: pd.Series) -> Condition:
     found = read_slice(path)
     spacing = [float(row["spacing_y_mm"]), float(row["spacing_x_mm"]), float(row["thickness_mm"])]
     affine = found.affine if found.affine is not None else np.diag([*spacing, 1.0])
-    return Condition(row["id"], "synthetic", (found.array > 0.5).astype(np.uint8), affine)
+    return Condition(row["id"], "synthetic", {"seg": (found.array > 0.5).astype(np.float32)}, affine)
 
 
 def _draw_shard(generation: Generation, folder: Path) -> list[dict[str, Any]]:
@@ -193,9 +194,9 @@ def _draw_chunk(generation: Generation, indices: list[int]) -> list[tuple[int, i
 def _sample(generation: Generation, indices: list[int], attempt: int) -> list[dict[str, np.ndarray]]:
     noise = SampleNoise(generation.work.plan.seed, generation.stage.name, [(index, attempt) for index in indices], generation.device)
     condition = {}
-    if generation.conditions:
-        masks = np.stack([generation.conditions[index].mask for index in indices]).astype(np.float32)
-        condition["seg"] = torch.from_numpy(masks).unsqueeze(1).to(generation.device)
+    for name in generation.config.condition_channels:
+        stacked = np.stack([generation.conditions[index].channels[name] for index in indices])
+        condition[name] = torch.from_numpy(stacked).unsqueeze(1).to(generation.device)
     images = generation.model.sample(noise, condition, generation.sampling)
     arrays = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in images.items()}
     for name, array in arrays.items():
@@ -224,9 +225,9 @@ def _write_image(generation: Generation, folder: Path, index: int, tries: int, c
     name = f"{index:06d}"
     condition = generation.conditions.get(index)
     affine = condition.affine if condition else generation.affine
-    everything = {**channels, **({"seg": condition.mask.astype(np.float32)} if condition else {})}
+    mask = {"seg": condition.channels["seg"]} if condition and "seg" in condition.channels else {}
     written = {}
-    for channel, array in everything.items():
+    for channel, array in {**channels, **mask}.items():
         relative = Path("images") / name / f"{channel}{SUFFIX[generation.stage.settings['format']]}"
         write_slice(folder / relative, array, "mask" if channel == "seg" else "image", affine)
         written[channel] = {"path": str(relative), "sha256": files.sha256_file(folder / relative)}

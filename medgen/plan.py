@@ -4,6 +4,7 @@ Called by the submit verb; stages load plan.json from the run folder."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def shard_ranges(count: int, chunk: int, shards: int) -> list[Shard]:
     """Split `count` images into `shards` runs of whole chunks whose lengths differ by one chunk at most."""
     chunks = -(-count // chunk)
     edges = [chunks * number // shards * chunk for number in range(shards + 1)]
-    return [Shard(first, min(stop, count)) for first, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [Shard(first, min(stop, count)) for first, stop in itertools.pairwise(edges)]
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

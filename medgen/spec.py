@@ -417,9 +417,10 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
     if not isinstance(source, TrainStage):
         raise spec_document.error((*path, "from"), f"{stage.source} is a {source.kind} stage; name a train stage")
     config = family_config(source.config)
-    if config.needs_condition and stage.condition is None:
-        raise spec_document.error(path, f"the model of {stage.source} is conditioned on masks; add condition: test or a generate stage of masks")
-    if not config.needs_condition and stage.condition is not None:
+    if config.condition_channels and stage.condition is None:
+        needed = ", ".join(config.condition_channels)
+        raise spec_document.error(path, f"the model of {stage.source} is conditioned on {needed}; add condition: test or a generate stage of masks")
+    if not config.condition_channels and stage.condition is not None:
         raise spec_document.error((*path, "condition"), f"the model of {stage.source} takes no condition; remove it")
     if stage.accept is not None and config.output_kind != "mask":
         raise spec_document.error((*path, "accept"), f"accept judges masks; the model of {stage.source} makes images")
@@ -427,6 +428,9 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         giver = spec.stages[stage.condition]
         if not isinstance(giver, GenerateStage):
             raise spec_document.error((*path, "condition"), f"{stage.condition} is a {giver.kind} stage; name a generate stage of masks, or one of {', '.join(SPLITS)}")
+        if config.condition_channels != ("seg",):
+            needed = ", ".join(config.condition_channels)
+            raise spec_document.error((*path, "condition"), f"{stage.condition} makes masks, the model of {stage.source} needs {needed}; write condition: test")
         giver_source = spec.stages[giver.source]
         if isinstance(giver_source, TrainStage) and family_config(giver_source.config).output_kind != "mask":
             raise spec_document.error((*path, "condition"), f"{stage.condition} makes images, not masks")

@@ -236,8 +236,7 @@ def _preview(training: Training, log: TrainingLog) -> None:
     if count == 0:
         return
     rows = _evenly(training.val_rows, count)
-    condition_names = set(training.config.input_channels) - set(training.config.output_channels)
-    condition = {name: load_channel(training.store, name, rows, training.ranks.device) for name in condition_names}
+    condition = {name: load_channel(training.store, name, rows, training.ranks.device) for name in training.config.condition_channels}
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
     images = training.model.sample(noise, condition, training.config.preview_sampling())

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from medgen import files
-from medgen.models.base import Say, StepReport
+from medgen.models.base import BINS, Say, StepReport
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -31,7 +31,7 @@ class Averages:
             self._sums[name] = self._sums[name] + value.detach() * weight if name in self._sums else value.detach() * weight
             self._weights[name] = self._weights.get(name, 0.0) + weight
         for name, (bins, values) in report.binned.items():
-            sums = self._bin_sums.setdefault(name, torch.zeros(2, 10, device=values.device))
+            sums = self._bin_sums.setdefault(name, torch.zeros(2, BINS, device=values.device))
             sums[0].index_add_(0, bins, values.detach().float())
             sums[1].index_add_(0, bins, torch.ones_like(values, dtype=torch.float32))
 
@@ -49,9 +49,9 @@ class Averages:
         means = {name: float(vector[place] / vector[count + place]) for place, name in enumerate(names)}
         start = 2 * count
         for name in self._bin_sums:
-            sums, counts = vector[start : start + 10], vector[start + 10 : start + 20]
-            means |= {f"{name}{number}": float(sums[number] / counts[number]) for number in range(10) if counts[number] > 0}
-            start += 20
+            sums, counts = vector[start : start + BINS], vector[start + BINS : start + 2 * BINS]
+            means |= {f"{name}{number}": float(sums[number] / counts[number]) for number in range(BINS) if counts[number] > 0}
+            start += 2 * BINS
         return means
 
     def means(self) -> dict[str, float]:

@@ -147,6 +147,15 @@ def test_no_interval_from_a_handful_of_patients() -> None:
     assert intervals.describe(np.arange(7), "patient") == "95% bootstrap over 7 patients"
 
 
+def test_a_share_of_none_still_has_an_interval() -> None:
+    from scipy.stats import binomtest
+
+    for found, count in ((0, 48), (7, 48), (48, 48)):
+        expected = binomtest(found, count).proportion_ci(method="wilson")
+        assert intervals.share_interval(found / count, np.arange(count)) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert intervals.share_interval(0.5, np.zeros(48)) is None
+
+
 def test_pairs_of_images_count_by_both_members() -> None:
     first, second = np.triu_indices(12, k=1)
     found = intervals.mean_interval(np.ones(len(first)), [first, second], 1, "test")

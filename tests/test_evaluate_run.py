@@ -50,7 +50,9 @@ def test_pairs_get_every_metric_beside_its_floor(run: RunDir, cache: Path) -> No
     assert value_of(record, "mae")["value"] < 0.5 * value_of(record, "mae")["floor"]
     assert value_of(record, "ssim")["value"] > value_of(record, "ssim")["floor"] + 0.2
     # and its patches are not those of real images
-    assert value_of(record, "swd")["value"] > 1.3 * value_of(record, "swd")["floor"]
+    finest = record["details"]["swd_levels"]["bravo"][0]
+    assert finest["pixels"] == 32
+    assert finest["value"] > 1.3 * finest["floor"]
     assert record["counts"]["pairs"] == COUNT
     assert record["positive_only"] is True
 

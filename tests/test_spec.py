@@ -114,7 +114,7 @@ def test_a_config_file_is_found_and_its_mistakes_name_it(tmp_path: Path) -> None
     text = GOOD.replace("{model: diffusion, mode: bravo}", "net.yaml")
     with pytest.raises(InputError, match=r"net.yaml:3:1: stages.train.config.epohs: unknown key; did you mean 'epochs'"):
         load(tmp_path, text)
-    with pytest.raises(InputError, match="no such file: gone.yaml"):
+    with pytest.raises(InputError, match=r"no such file: gone\.yaml"):
         load(tmp_path, text.replace("net.yaml", "gone.yaml"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -89,7 +90,7 @@ def test_single_steps_have_the_variance_of_the_paper() -> None:
 def test_sampling_starts_at_pure_noise_and_never_repeats(timesteps: int, steps: int) -> None:
     times = sampling_times(timesteps, steps)
     assert times[0] == timesteps - 1 and times[-1] >= 0 and len(times) == steps
-    assert all(earlier > later for earlier, later in zip(times, times[1:], strict=False))
+    assert all(earlier > later for earlier, later in itertools.pairwise(times))
 
 
 def test_noising_ends_where_it_should() -> None:

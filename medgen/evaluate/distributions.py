@@ -137,9 +137,9 @@ def copy_scores(sides: Sides, images: Images, shown: int) -> tuple[list[Score], 
         f"{len(sides.train)} training slices, over the nearest of another training patient; "
         f"threshold {result.threshold:.4f} = 1st percentile of {len(held_out)} "
         f"held-out slices of {len(np.unique(sides.patients(held_out)))} val and test patients; "
-        f"{intervals.describe(groups, 'patient' if sides.partners is not None else 'image')}; seed {sides.seed}"
+        f"{intervals.describe(groups, 'patient' if sides.partners is not None else 'image', 'Wilson interval')}; seed {sides.seed}"
     )
-    interval = intervals.mean_interval(below, [groups], sides.seed, "interval_near_train")
+    interval = intervals.share_interval(float(below.mean()), groups)
     floor = float((result.held_out_ratios < result.threshold).mean())
     return [score("near_train", " + ".join(channels), below.mean(), interval, floor, len(synthetic), protocol)], None, nearest
 

@@ -10,6 +10,7 @@ REPLICATES = 1000
 # With fewer groups the percentiles of a bootstrap are the extremes of the sample, not a 95% interval
 FEWEST_GROUPS = 5
 COVERAGE_PERCENTILES = (2.5, 97.5)
+Z = 1.959964  # the same coverage for a normal distribution
 
 
 def draw_weights(groups: int, replicates: int, seed: int, stream: str) -> np.ndarray:
@@ -36,10 +37,21 @@ def mean_interval(values: np.ndarray, memberships: list[np.ndarray], seed: int, 
     return float(low), float(high)
 
 
-def describe(groups: np.ndarray, unit: str) -> str:
-    """The words for a protocol: which groups were resampled, or why there is no interval."""
+def share_interval(share: float, groups: np.ndarray) -> tuple[float, float] | None:
+    """95% Wilson interval of a share, counting groups and not images; a bootstrap of 0 or 1 would have no width."""
+    count = len(np.unique(groups))
+    if count < FEWEST_GROUPS:
+        return None
+    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    # rounded: the lower end of a share of 0 is 0, not 7e-18
+    return max(0.0, round(float(middle - half), 12)), min(1.0, round(float(middle + half), 12))
+
+
+def describe(groups: np.ndarray, unit: str, method: str = "bootstrap") -> str:
+    """The words for a protocol: over which groups the interval is, or why there is none."""
     count = len(np.unique(groups))
     if count < FEWEST_GROUPS:
         plural = unit if count == 1 else unit + "s"
         return f"no interval: {count} {plural}, at least {FEWEST_GROUPS} are needed"
-    return f"95% bootstrap over {count} {unit}s"
+    return f"95% {method} over {count} {unit}s"

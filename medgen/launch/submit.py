@@ -48,6 +48,23 @@ def prepare(spec_path: Path, overrides: Sequence[str], site_name: str | None, ru
     return Prepared(run, fitted, checked, profile, spec_path, notes)
 
 
+def check_data(checked: spec.Spec) -> str:
+    """Look at every file's header before anything is queued; returns one line about the data.
+
+    Raises InputError for unusable files, or if a stage names a split that has no patients."""
+    from medgen.data.index import check_headers
+
+    report = check_headers(checked.data, checked.seed)
+    for name, stage in checked.stages.items():
+        wanted = [stage.condition] if isinstance(stage, spec.GenerateStage) and stage.condition in spec.SPLITS else []
+        wanted += [stage.against] if isinstance(stage, spec.EvaluateStage) else []
+        for split in wanted:
+            if not report.patients.get(str(split)):
+                have = ", ".join(f"{count} {known}" for known, count in report.patients.items())
+                raise InputError(f"stages.{name} uses the {split} split, which has no patients; the data have: {have}")
+    return report.text()
+
+
 def create_run(spec_path: Path, overrides: Sequence[str], site_name: str | None, runs_root: Path) -> tuple[RunDir, Plan]:
     """Make the run folder, or find it again: same science, same folder, nothing in it is made anew."""
     prepared = prepare(spec_path, overrides, site_name, runs_root)

@@ -14,7 +14,7 @@ from medgen import plan
 from medgen.errors import Exit
 from medgen.launch.dry import describe
 from medgen.launch.local import AlreadyRunning, LocalBackend, detach
-from medgen.launch.submit import Prepared, create, prepare
+from medgen.launch.submit import Prepared, check_data, create, prepare
 from medgen.launch.supervisor import living_supervisor
 from medgen.rundir import RunDir
 
@@ -42,6 +42,7 @@ def submit(
     if dry_run:
         print(json.dumps(plan.to_json(prepared.plan), indent=1) if as_json else describe(prepared.plan, prepared.run.root), end="\n" if as_json else "")
         return Exit.DONE
+    tell([check_data(prepared.spec)])
     tell(create(prepared))
     try:
         code = _start(prepared, display, detached)

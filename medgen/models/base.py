@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from medgen import rng
 from medgen.models.settings import FamilyConfig, Settings
 
+BINS = 10  # of every binned quantity in a StepReport: deciles of the diffusion time, say
+
 
 @dataclass(frozen=True)
 class DataShape:
@@ -77,7 +79,7 @@ class StepReport:
     """What a step or a validation tells the loop. Tensors stay on the device: reading them is the loop's choice.
 
     scalars: 0-dim tensors; must have "loss".
-    binned: name -> (bin number of each sample [B] int64, value of each sample [B]); averaged per bin by the loop."""
+    binned: name -> (bin number of each sample [B] int64 in range(BINS), value of each sample [B]); averaged per bin."""
 
     scalars: dict[str, Tensor]
     binned: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -173,5 +175,5 @@ def count_parameters(module: nn.Module) -> int:
 Say = Callable[[str], None]
 
 __all__ = [
-    "Batch", "DataShape", "FamilyConfig", "Model", "Phase", "SampleNoise", "Say", "StepContext", "StepReport", "count_parameters",
+    "BINS", "Batch", "DataShape", "FamilyConfig", "Model", "Phase", "SampleNoise", "Say", "StepContext", "StepReport", "count_parameters",
 ]

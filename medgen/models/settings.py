@@ -40,11 +40,6 @@ class FamilyConfig(Settings):
     loop: LoopSettings = LoopSettings()
 
     @property
-    def needs_condition(self) -> bool:
-        """True if sampling needs masks."""
-        raise NotImplementedError
-
-    @property
     def output_kind(self) -> Literal["image", "mask"]:
         raise NotImplementedError
 
@@ -57,6 +52,11 @@ class FamilyConfig(Settings):
     def input_channels(self) -> tuple[str, ...]:
         """Channel names each training batch must hold."""
         raise NotImplementedError
+
+    @property
+    def condition_channels(self) -> tuple[str, ...]:
+        """What sampling needs: the inputs that are not outputs. Empty for unconditional models."""
+        return tuple(name for name in self.input_channels if name not in self.output_channels)
 
     def trains_positive_only(self, data: DataSpec) -> bool:
         """True if training uses only slices whose mask is not empty."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
-LOG_FROM_RATIO = 20  # a curve that spans more than this is drawn on a logarithmic axis
+LEFT, RIGHT, TOP, BOTTOM = 56, 22, 12, 40
+LOG_FROM_RATIO = 10  # a curve that spans more than this is drawn on a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Axis:
             decades = self.high - self.low
             found = LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)).tick_values(low, high)
         else:
-            found = MaxNLocator(count).tick_values(low, high)
+            found = MaxNLocator(count, steps=[1, 2, 5, 10]).tick_values(low, high)
         slack = 1e-9 * (high - low)
         return [float(tick) for tick in found if low - slack <= tick <= high + slack]
 

@@ -18,7 +18,8 @@ from medgen.rundir import RunDir
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore
 
-SHOWN_TILES = 27  # in the gallery; fewer samples where each has several channels
+SHOWN_SAMPLES = 27  # in the gallery: full rows on a wide page
+SHOWN_GROUPS = 12  # where a sample has several channels
 SHOWN_PAIRS = 6
 SHOWN_SIDE_BY_SIDE = 8
 
@@ -98,7 +99,7 @@ def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) 
     """All pictures of one generate stage. Raises MedgenError if a file of the dataset does not verify."""
     samples = metrics["samples"] if metrics is not None else random_samples(painter, seed)
     pairs = _pairs(painter, samples["pairs"][:SHOWN_PAIRS])
-    more = SHOWN_TILES // len(painter.dataset.outputs)
+    more = SHOWN_SAMPLES if len(painter.dataset.outputs) == 1 else SHOWN_GROUPS
     synthetic = painter.synthetic(samples["synthetic"][: SHOWN_SIDE_BY_SIDE + more])
     real = painter.real(samples["real"][:SHOWN_SIDE_BY_SIDE])
     shown = 0 if pairs is not None else SHOWN_SIDE_BY_SIDE

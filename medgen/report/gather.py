@@ -167,14 +167,21 @@ def training_curves(run: RunDir, stage: str) -> TrainingCurves | None:
     records = [record for line in lines if (record := _parsed(line)) is not None and "step" in record]
     losses = [record for record in records if "loss" in record]
     validated = [record for record in records if "val_loss" in record]
-    names = [f"loss_t{number}" for number in range(GROUPED_BINS)]
-    binned = [record for record in records if all(name in record for name in names)]
-    last = binned[-max(1, len(binned) // 10):]
     return TrainingCurves(
         [record["step"] for record in losses], [record["loss"] for record in losses],
         [record["step"] for record in validated], [record["val_loss"] for record in validated],
-        [sum(record[name] for record in last) / len(last) for name in names] if last else [],
+        _last_bins(losses),
     )
+
+
+def _last_bins(records: list[dict[str, Any]]) -> list[float]:
+    """Mean loss per tenth of the timesteps at the end of training; a line leaves out the tenths that no sample fell into."""
+    names = [f"loss_t{number}" for number in range(GROUPED_BINS)]
+    for count in (max(1, len(records) // 10), len(records)):  # a short log fills its bins only as a whole
+        values = [[record[name] for record in records[-count:] if name in record] for name in names]
+        if all(values):
+            return [sum(found) / len(found) for found in values]
+    return []
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

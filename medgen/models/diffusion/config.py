@@ -111,10 +111,6 @@ class Config(FamilyConfig):
         return find_mode(self.mode)
 
     @property
-    def needs_condition(self) -> bool:
-        return bool(self.mode_class.conditions)
-
-    @property
     def output_kind(self) -> Literal["image", "mask"]:
         return self.mode_class.output_kind()
 

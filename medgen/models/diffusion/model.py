@@ -10,13 +10,12 @@ from ema_pytorch import EMA
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
-from medgen.models.base import Batch, DataShape, Phase, SampleNoise, StepContext, StepReport, count_parameters
+from medgen.models.base import BINS, Batch, DataShape, Phase, SampleNoise, StepContext, StepReport, count_parameters
 from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.strategies import make_strategy
 from medgen.models.settings import Settings
 
-TIME_BINS = 10
 WARMUP_START = 0.1  # the learning rate begins at this share of its full value
 
 
@@ -103,7 +102,7 @@ class Model(Family):
         return (prediction.float() - target).square().mean(dim=(1, 2, 3)), self.strategy.time_fraction(times)
 
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        return {"loss_t": ((fraction * TIME_BINS).long().clamp(0, TIME_BINS - 1), loss)}
+        return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
 
     def _joined(self, channels: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
         """[0, 1] channels by name as one [-1, 1] tensor [N, C, H, W]."""
