@@ -29,6 +29,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run: its name, id
 StageName = Annotated[str | None, typer.Option("--stage", help="which stage; needed if there are several of this kind", show_default=False)]
 Shard = Annotated[int, typer.Option("--shard", help="which shard of the stage")]
 Attempt = Annotated[int, typer.Option("--attempt", hidden=True)]
+Again = Annotated[bool, typer.Option("--again", help="do it anew even if it is done")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 
 
@@ -101,33 +102,33 @@ def cancel(run: RunName) -> None:
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
-def train(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+def train(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
     """Train a model, or go on where an earlier attempt stopped."""
     _perform("train", run, stage, shard, attempt)
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
-def generate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+def generate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
     """Make one shard of images."""
     _perform("generate", run, stage, shard, attempt)
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
-def collect(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+def collect(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
     """Verify all shards of a generate stage and publish them as one dataset."""
-    _perform("collect", run, stage, shard, attempt)
+    _perform("collect", run, stage, shard, attempt, again)
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
-def evaluate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+def evaluate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
     """Compare a synthetic dataset with real data."""
-    _perform("evaluate", run, stage, shard, attempt)
+    _perform("evaluate", run, stage, shard, attempt, again)
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
-def report(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 1) -> None:
+def report(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
     """Write the run's page: pictures, curves, scores, provenance."""
-    _perform("report", run, stage, shard, attempt)
+    _perform("report", run, stage, shard, attempt, again)
 
 
 @app.command(rich_help_panel="Data")
@@ -154,10 +155,10 @@ def phantoms(
     print(f"{patients} patients in {folder}")
 
 
-def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int) -> None:
+def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int, again: bool = False) -> None:
     from medgen import rundir, task
 
-    raise typer.Exit(task.perform(rundir.find_run(run), kind, stage, shard, attempt))
+    raise typer.Exit(task.perform(rundir.find_run(run), kind, stage, shard, attempt, again))
 
 
 def _print(value: Any, as_json: bool) -> None:

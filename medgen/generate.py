@@ -71,6 +71,10 @@ class Generation:
 
 def generate(work: Work) -> Done:
     """Make one shard; a shard that is already there and verifies is kept as it is."""
+    settings = spec.GenerateStage.model_validate(work.stage.settings)
+    work.require(settings.source)
+    if settings.condition and settings.condition not in SPLITS:
+        work.require(planning.collect_name(settings.condition))
     target = work.run.shard(work.stage.name, work.task.shard)
     if target.exists():
         problem = shard_problem(target, work.task)
@@ -81,16 +85,15 @@ def generate(work: Work) -> Done:
     with dist.joined_ranks(work.stage.threads) as ranks:
         work.device_name = ranks.device_name
         torch.use_deterministic_algorithms(True, warn_only=True)
-        generation = _prepare(work, ranks.device)
+        generation = _prepare(work, settings, ranks.device)
         with files.folder_in_one_move(target) as folder:
             entries = _draw_shard(generation, folder)
             files.write_json(folder / MANIFEST, _manifest(generation, entries))
     return _done(target)
 
 
-def _prepare(work: Work, device: torch.device) -> Generation:
+def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> Generation:
     stage = work.stage
-    settings = spec.GenerateStage.model_validate(stage.settings)
     source = work.plan.stage(settings.source)
     config: FamilyConfig = spec.family_config(source.settings["config"])
     data = spec.DataSpec.model_validate(work.plan.data)
@@ -123,10 +126,7 @@ def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, n
         rows = store.select(settings.condition, data.positive_only)
         return {index: _real_condition(store, names, int(rows[_spread(index, settings.count, len(rows))])) for index in indices}
     dataset = work.run.dataset(settings.condition)
-    index_file = dataset / "index.csv"
-    if not index_file.is_file():
-        raise MedgenError(f"{dataset}: the masks are not collected yet; run `medgen collect {work.run.run_id}` first")
-    table = pd.read_csv(index_file, dtype=str, keep_default_na=False)  # row i is image i: collect wrote them in order
+    table = pd.read_csv(dataset / "index.csv", dtype=str, keep_default_na=False)  # row i is image i: collect wrote them in order
     return {index: _collected_mask(dataset, table.iloc[index]) for index in indices}
 
 

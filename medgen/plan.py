@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from medgen import files
@@ -16,7 +15,6 @@ from medgen.site import Site
 from medgen.spec import (
     AnyStage,
     CollectStage,
-    EvaluateStage,
     GenerateStage,
     Resources,
     Spec,
@@ -245,16 +243,3 @@ def read(run: RunDir) -> Plan:
     except (OSError, ValueError) as error:
         raise InputError(f"{run.plan}: cannot be read: {error}") from None
     return from_json(record, str(run.plan))
-
-
-def sources_of(plan: Plan, stage: PlannedStage) -> dict[str, PlannedStage]:
-    """The planned stages a generate or evaluate stage names: `from`, `condition`, `of`."""
-    named = {key: stage.settings.get(key) for key in ("from", "condition", "of")}
-    return {key: plan.stage(name) for key, name in named.items() if name in {item.name for item in plan.stages}}
-
-
-def spec_path(run: Path) -> Path:
-    return RunDir(run).spec
-
-
-__all__ = ["EvaluateStage", "Plan", "PlannedStage", "Shard", "Task", "make_plan", "read", "shard_ranges", "to_json"]

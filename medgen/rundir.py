@@ -176,6 +176,10 @@ class RunDir:
     def outcome_file(self, stage: str, shard: int) -> Path:
         return self.root / "outcome" / f"{stage}.{shard}.json"
 
+    def task_lock(self, stage: str, shard: int) -> Path:
+        """Held by the process that works on a task, and free again the moment it dies."""
+        return self.root / "hb" / f"{stage}.{shard}.lock"
+
     def heartbeat_file(self, stage: str, shard: int) -> Path:
         return self.root / "hb" / f"{stage}.{shard}.json"
 

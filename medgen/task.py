@@ -4,6 +4,7 @@ cli.py calls `perform` for train, generate, collect, evaluate and report; the wo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -19,13 +20,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from medgen import plan as planning
 from medgen.errors import Exit, InputError, Interrupted, MedgenError
 from medgen.plan import Plan, PlannedStage
 from medgen.plan import Task as PlannedTask
-from medgen.rundir import Heartbeat, Outcome, Produced, RunDir, Status
+from medgen.rundir import Heartbeat, Outcome, RunDir, Status
 
 HEARTBEAT_SECONDS = 5.0
+LOCK_SECONDS = 20.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 # what the machine, not medgen, is to blame for: told in one line
 SYSTEM_FAULTS = {
@@ -77,6 +81,14 @@ class Work:
     def progress(self, step: int, total: int, unit: str, loss: float | None = None) -> None:
         self._progress = {"step": step, "total": total, "unit": unit, "loss": loss}
 
+    def require(self, stage_name: str) -> None:
+        """Raise InputError unless every task of another stage is done: nothing is made from half of something."""
+        needed = self.plan.stage(stage_name)
+        waiting = [task for task in needed.tasks if not self.run.is_done(task.stage, task.shard, task.hash)]
+        if waiting:
+            raise InputError(f"{self.stage.name} needs {stage_name}, where {len(waiting)} of {len(needed.tasks)} tasks are not done; "
+                             f"submit the spec again, or run `medgen {needed.kind} {self.run.run_id} --stage {stage_name}` first")
+
     def heartbeat(self) -> None:
         if self.is_main:
             self.run.write_heartbeat(
@@ -99,41 +111,77 @@ def work_of(kind: str) -> Callable[[Work], Done]:
     return function
 
 
-def perform(run: RunDir, kind: str, stage_name: str | None, shard: int, attempt: int) -> Exit:
-    """Run one task and write its outcome. Returns the exit code; errors of any kind are told, never raised."""
+def perform(run: RunDir, kind: str, stage_name: str | None, shard: int, attempt: int, again: bool = False) -> Exit:
+    """Run one task and write its outcome; one that is done already only `again`. Returns the exit code.
+
+    Whatever goes wrong in the work is told and written down, never raised; a wrong stage or shard raises InputError."""
     rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
     plan = planning.read(run)
     stage = plan.only_stage(kind, stage_name)
     task = _task(stage, shard)
     work = Work(run, plan, stage, task, attempt, StopFlag(), is_main=rank == 0)
-    if run.is_done(stage.name, shard, task.hash):
+    if run.is_done(stage.name, shard, task.hash) and not again:
         work.say(f"{stage.name}: already done")
         return Exit.DONE
+    if not work.is_main:
+        return _work_and_tell(work, kind)
+    lock = FileLock(run.task_lock(stage.name, shard))
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)  # an earlier attempt may be about to die
+    except Timeout:
+        raise InputError(f"{stage.name}: another process is working on shard {shard} of {run.run_id} right now; see `medgen watch {run.run_id}`") from None
+    except OSError as error:
+        raise InputError(f"{run.root}: {explain_os_error(error)}") from None
+    try:
+        if run.is_done(stage.name, shard, task.hash) and not again:  # by that other process
+            return Exit.DONE
+        return _work_and_tell(work, kind)
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How work ended; `cause` in words unless it is done."""
+
+    status: Status
+    code: Exit
+    cause: str | None = None
+    done: Done = Done([])
+
+
+def _work_and_tell(work: Work, kind: str) -> Exit:
+    """Do the work between heartbeats and write its outcome, however it ends."""
     work.stop.install()
     started = time.time()
-    beating = threading.Event()
-    beats = threading.Thread(target=_beat_until, args=(work, beating), daemon=True)
+    finished = threading.Event()
+    beats = threading.Thread(target=_beat_until, args=(work, finished), daemon=True)
     beats.start()
     try:
-        done = work_of(kind)(work)
-        status, cause, code = "done", None, Exit.DONE
+        ending = _ending_of(work, kind)
+    finally:
+        finished.set()
+        beats.join()
+    if ending.cause is not None:
+        print(f"{work.stage.name}: {ending.status}: {ending.cause}", file=sys.stderr, flush=True)
+    return _write_outcome(work, ending, started)
+
+
+def _ending_of(work: Work, kind: str) -> _Ending:
+    try:
+        return _Ending("done", Exit.DONE, done=work_of(kind)(work))
     except Interrupted as error:
-        done, status, cause, code = Done([]), "interrupted", str(error), Exit.INTERRUPTED
+        return _Ending("interrupted", Exit.INTERRUPTED, str(error))
     except MedgenError as error:
-        done, status, cause, code = Done([]), "failed", str(error), error.exit_code
+        return _Ending("failed", error.exit_code, str(error))
     except OSError as error:
-        if error.errno not in SYSTEM_FAULTS:
-            traceback.print_exc()
-        done, status, cause, code = Done([]), "failed", explain_os_error(error), Exit.BAD_INPUT
+        if error.errno in SYSTEM_FAULTS:
+            return _Ending("failed", Exit.BAD_INPUT, explain_os_error(error))
+        traceback.print_exc()
+        return _Ending("failed", Exit.FAILED, f"{type(error).__name__}: {error}")
     except Exception as error:  # a defect of medgen or a library: the traceback belongs in the log
         traceback.print_exc()
-        done, status, cause, code = Done([]), "failed", f"{type(error).__name__}: {error}", Exit.FAILED
-    finally:
-        beating.set()
-        beats.join()
-    if cause is not None:
-        print(f"{stage.name}: {status}: {cause}", file=sys.stderr, flush=True)
-    return _write_outcome(work, done, status, cause, code, started)  # type: ignore[arg-type]
+        return _Ending("failed", Exit.FAILED, f"{type(error).__name__}: {error}")
 
 
 def explain_os_error(error: OSError) -> str:
@@ -150,30 +198,28 @@ def _task(stage: PlannedStage, shard: int) -> PlannedTask:
 def _beat_until(work: Work, finished: threading.Event) -> None:
     """Heartbeats from a thread, so that a long step is not taken for a dead one; watch compares the steps."""
     while True:
-        try:
+        with contextlib.suppress(OSError):  # a heartbeat is a courtesy: the outcome will tell
             work.heartbeat()
-        except OSError:
-            pass  # the outcome will tell: a heartbeat is a courtesy
         if finished.wait(HEARTBEAT_SECONDS):
             return
 
 
-def _write_outcome(work: Work, done: Done, status: Status, cause: str | None, code: Exit, started: float) -> Exit:
+def _write_outcome(work: Work, ending: _Ending, started: float) -> Exit:
     if not work.is_main:
-        if status == "failed":
-            work.run.event("rank_failed", stage=work.stage.name, shard=work.task.shard, attempt=work.attempt, cause=cause)
-        return code
+        if ending.status == "failed":
+            work.run.event("rank_failed", stage=work.stage.name, shard=work.task.shard, attempt=work.attempt, cause=ending.cause)
+        return ending.code
     try:
-        produced: list[Produced] = [work.run.produced(path) for path in done.files]
         work.heartbeat()
         work.run.write_outcome(
             Outcome(
                 run_id=work.run.run_id, stage=work.stage.name, shard=work.task.shard, task_hash=work.task.hash,
-                attempt=work.attempt, status=status, cause=cause, host=socket.gethostname(), device=work.device_name,
-                devices=work.stage.ranks, started=started, ended=time.time(), files=produced, facts=done.facts,
+                attempt=work.attempt, status=ending.status, cause=ending.cause, host=socket.gethostname(), device=work.device_name,
+                devices=work.stage.ranks, started=started, ended=time.time(),
+                files=[work.run.produced(path) for path in ending.done.files], facts=ending.done.facts,
             )
         )
     except OSError as error:
         print(f"{work.stage.name}: the outcome could not be written: {explain_os_error(error)}", file=sys.stderr, flush=True)
         return Exit.BAD_INPUT
-    return code
+    return ending.code

@@ -64,8 +64,9 @@ def test_one_command_gives_models_images_scores_and_a_report_and_twice_does_noth
 
     # the generated dataset can be read again as data
     again = {"version": 1, "name": "again", "stages": {"train": {"kind": "train", "config": {**TINY_NET, "mode": "bravo"}}},
-             "data": {"format": "csv", "root": str(run / "images" / "dataset" / "index.csv"), "images": {"bravo": "bravo"}, "mask": "seg", "size": 16, "content": 0.0}}
-    assert "14 slices" not in medgen("check", write_spec(again)).stderr
+             "data": {"format": "csv", "root": str(run / "images" / "dataset" / "index.csv"), "images": {"bravo": "bravo"}, "mask": "seg", "size": 16, "content": 0.0, "window": {"fixed": [0, 1]}}}
+    checked = json.loads(medgen("check", write_spec(again), "--json").stdout)
+    assert sum(split["slices"] for split in checked["data"]["splits"].values()) == 14
 
 
 SHARDED = {"train_seg", "masks", "train_bravo", "images"}
@@ -81,7 +82,7 @@ def test_any_number_of_shards_gives_the_same_bytes(tmp_path: Path, medgen: Medge
     for shards in (3, 7):
         for stage in ("masks", "images"):
             shutil.rmtree(run / stage)
-            for path in (run / "outcome").glob(f"*{stage}.*"):
+            for path in [*(run / "outcome").glob(f"*{stage}.*"), *(run / "hb").glob(f"{stage}.*")]:
                 path.unlink()
         override = [f"-ostages.masks.shards={shards}", f"-ostages.images.shards={shards}"]
         if shards == 3:

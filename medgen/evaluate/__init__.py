@@ -5,6 +5,7 @@ Start at run.evaluate_run; one file per group of metrics: pairs, diversity, slic
 from __future__ import annotations
 
 from medgen import files
+from medgen.plan import collect_name
 from medgen.task import Done, Work
 
 
@@ -12,6 +13,7 @@ def evaluate(work: Work) -> Done:
     """One evaluate stage: writes metrics.json. The facts are the scores by name, for watch and the outcome."""
     from medgen.evaluate.run import evaluate_run
 
+    work.require(collect_name(work.stage.settings["of"]))
     written = evaluate_run(work.run, work.stage.name, work.run.cache, work.say, work.progress)
     found = files.read_json(written[0])["scores"]
     return Done(written, {f"{score['metric']} {score['channel']}": round(score["value"], 5) for score in found})

@@ -14,7 +14,7 @@ import pandas as pd
 from medgen import files, rng
 from medgen.data import image_files
 from medgen.errors import MedgenError
-from medgen.plan import Plan, sources_of
+from medgen.plan import Plan
 from medgen.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def choose_sides(run: RunDir, plan: Plan, stage_of: str, against: str, store: Sl
     """Match the synthetic set with real slices: the same size, and slices with a lesion only if every synthetic one has one."""
     dataset = read_dataset(run, stage_of)
     chosen = some_rows(np.arange(len(dataset.index)), plan.seed, "evaluate_synthetic")
-    masks = synthetic_masks(run, plan, dataset, chosen, store)
+    masks = synthetic_masks(dataset, chosen, store)
     positive_only = masks is not None and bool(masks.any(axis=(1, 2)).all())
     sample = dataset.read(dataset.outputs[0], chosen[:1])
     if sample.shape[1:] != (store.size, store.size):
@@ -151,16 +151,9 @@ def partner_rows(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.
     return np.array([row_of[name] for name in records["condition"]], dtype=np.int64)
 
 
-def synthetic_masks(run: RunDir, plan: Plan, dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.ndarray | None:
+def synthetic_masks(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.ndarray | None:
     """The mask that each sample shows or was given, uint8 [n,H,W]; None for models without masks."""
     if MASK in dataset.files:
         return dataset.read(MASK, chosen)
     partners = partner_rows(dataset, chosen, store)
-    if partners is not None:
-        return store.masks(partners)
-    giver = sources_of(plan, plan.stage(dataset.name)).get("condition")
-    if giver is None:
-        return None
-    masks = read_dataset(run, giver.name)
-    row_of = {name: number for number, name in enumerate(masks.index["id"])}
-    return masks.read(MASK, np.array([row_of[name] for name in dataset.index["condition"].iloc[chosen]]))
+    return store.masks(partners) if partners is not None and store.has_masks else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medgen import rng
-from medgen.models.settings import FamilyConfig, Settings
+from medgen.models.settings import Settings
 
 BINS = 10  # of every binned quantity in a StepReport: deciles of the diffusion time, say
 
@@ -173,7 +173,3 @@ def count_parameters(module: nn.Module) -> int:
 
 
 Say = Callable[[str], None]
-
-__all__ = [
-    "BINS", "Batch", "DataShape", "FamilyConfig", "Model", "Phase", "SampleNoise", "Say", "StepContext", "StepReport", "count_parameters",
-]

@@ -86,7 +86,7 @@ class Painter:
             return None
         if self.store is None:
             return self.dataset.read(MASK, rows)
-        return synthetic_masks(self.run, self.plan, self.dataset, rows, self.store)
+        return synthetic_masks(self.dataset, rows, self.store)
 
     @staticmethod
     def _tile(array: np.ndarray, channel: str, mask: np.ndarray | None, kind: str, name: str) -> Tile:
