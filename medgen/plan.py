@@ -177,15 +177,17 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
     resources = stage.resources
     stage_hash = files.sha256_json([run_id, name, science[name]])
     tasks = _tasks(name, stage, stage_hash)
+    gpus_per_node = _gpus_per_node(stage, resources, site)
+    ranks_per_node = max(gpus_per_node, resources.processes or 1)
     parallel = stage.parallel if isinstance(stage, GenerateStage) and stage.parallel else len(tasks)
     return PlannedStage(
         name=name,
         kind=stage.kind,
         needs=_needs(name, stages),
         nodes=resources.nodes,
-        ranks_per_node=resources.ranks_per_node,
-        gpus_per_node=resources.gpus_on_node,
-        threads=_threads(stage, resources, site),
+        ranks_per_node=ranks_per_node,
+        gpus_per_node=gpus_per_node,
+        threads=_threads(stage, resources, ranks_per_node, gpus_per_node, site),
         time_minutes=resources.time or DEFAULT_TIME_MINUTES[stage.kind],
         mem_mebibytes=resources.mem,
         parallel=parallel,
@@ -195,13 +197,21 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
     )
 
 
-def _threads(stage: AnyStage, resources: Resources, site: Site) -> int:
-    """CPU threads per process: what was asked for; else one for each shard, the whole machine for the rest."""
+def _gpus_per_node(stage: AnyStage, resources: Resources, site: Site) -> int:
+    """What was asked for; where nothing was said, stages with a network take one GPU of a machine that has any."""
+    if resources.gpus_asked is not None:
+        return resources.gpus_asked
+    takes_one = stage.kind in ("train", "generate") and resources.processes is None
+    return min(1, site.gpus) if takes_one else 0
+
+
+def _threads(stage: AnyStage, resources: Resources, ranks_per_node: int, gpus_per_node: int, site: Site) -> int:
+    """CPU threads per process: what was asked for; else one for each shard, a GPU's share of the cores, or all of them."""
     if resources.cpus is not None:
-        return max(1, resources.cpus // resources.ranks_per_node)
+        return max(1, resources.cpus // ranks_per_node)
     if isinstance(stage, GenerateStage):
         return 1
-    return max(1, site.cpus // resources.ranks_per_node)
+    return max(1, site.cpus // max(ranks_per_node, site.gpus if gpus_per_node else 1))
 
 
 def _tasks(name: str, stage: AnyStage, stage_hash: str) -> list[Task]:

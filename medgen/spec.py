@@ -87,21 +87,14 @@ class Resources(Frozen):
             raise ValueError("gpus and gpus_per_node both given; keep gpus_per_node for several nodes, gpus for one")
         if self.gpus is not None and self.nodes > 1:
             raise ValueError("gpus counts the GPUs of one node; with nodes write gpus_per_node")
-        if self.processes is not None and self.gpus_on_node > 0:
+        if self.processes is not None and self.gpus_asked:
             raise ValueError("processes is for runs without GPUs; with GPUs there is one process per GPU")
         return self
 
     @property
-    def gpus_on_node(self) -> int:
-        return self.gpus_per_node if self.gpus_per_node is not None else (self.gpus or 0)
-
-    @property
-    def ranks_per_node(self) -> int:
-        return self.gpus_on_node or self.processes or 1
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
+    def gpus_asked(self) -> int | None:
+        """GPUs per node, or None if nothing was said."""
+        return self.gpus_per_node if self.gpus_per_node is not None else self.gpus
 
 
 class Window(Frozen):

@@ -120,7 +120,7 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             epoch = step_in_phase / context.steps_per_epoch
 
             if window_steps == loop.log_steps or clock.step == phase_end:
-                values = averages.means()
+                values = averages.means(ranks)
                 _stop_if_diverged(training, values["loss"], window_steps)
                 values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
                 work.progress(clock.step, context.total_steps, "steps", values["loss"])
@@ -137,10 +137,9 @@ def _run(training: Training, log: TrainingLog | None) -> None:
                     if not work.stop.is_set:
                         _preview(training, log)
 
-            overdue = time.monotonic() - last_save > loop.checkpoint_minutes * 60 > 0
-            due = validated or (loop.checkpoint_steps and clock.step % loop.checkpoint_steps == 0)
-            wish = STOP if work.stop.is_set else SAVE if due or (overdue and ranks.is_main) else CONTINUE
-            decision = dist.largest(wish, ranks)
+            due = validated or (loop.checkpoint_steps is not None and clock.step % loop.checkpoint_steps == 0)
+            overdue = loop.checkpoint_minutes > 0 and time.monotonic() - last_save > loop.checkpoint_minutes * 60
+            decision = dist.largest(STOP if work.stop.is_set else SAVE if due or overdue else CONTINUE, ranks)
             if decision != CONTINUE and saved_step != clock.step:
                 _save(training, with_val=validated and clock.val is not None)
                 last_save, saved_step = time.monotonic(), clock.step
@@ -218,16 +217,13 @@ def _validate(training: Training) -> dict[str, float]:
     """Means over the validation slices, shared by all ranks; the same noise every time, so curves compare."""
     averages, ranks = Averages(), training.ranks
     size = training.phase.batch_size // ranks.world_size
-    shared = len(training.val_rows) >= ranks.world_size
-    mine = np.arange(len(training.val_rows))[ranks.rank :: ranks.world_size] if shared else np.arange(len(training.val_rows))
+    everyone = np.arange(len(training.val_rows))
+    mine = everyone[ranks.rank :: ranks.world_size] if len(everyone) >= ranks.world_size else everyone
     for start in range(0, len(mine), size):
         places = mine[start : start + size]
         batch = training.batch(training.val_rows[places], [int(place) for place in places], "val")
         averages.add(training.model.validate(batch, training.context), weight=len(places))
-    names, sums = averages.sums()
-    if shared:
-        sums = dist.sum_over_ranks(sums, ranks)
-    return {f"val_{name}": value for name, value in averages.means_from(names, sums).items()}
+    return {f"val_{name}": value for name, value in averages.means(ranks).items()}
 
 
 def _preview(training: Training, log: TrainingLog) -> None:

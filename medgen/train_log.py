@@ -12,7 +12,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from medgen import files
+from medgen import dist, files
+from medgen.dist import Ranks
 from medgen.models.base import BINS, Say, StepReport
 
 PLAIN_LINE_SECONDS = 15.0
@@ -35,28 +36,20 @@ class Averages:
             sums[0].index_add_(0, bins, values.detach().float())
             sums[1].index_add_(0, bins, torch.ones_like(values, dtype=torch.float32))
 
-    def sums(self) -> tuple[list[str], Tensor]:
-        """Everything as one CPU float64 vector, for a sum over ranks, with the names of its parts."""
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Means over everything added on all ranks; empty bins are left out. Every rank must call it."""
         names = list(self._sums)
-        scalars = [torch.stack([self._sums[name].double().cpu() for name in names])] if names else []
-        weights = [torch.tensor([self._weights[name] for name in names], dtype=torch.float64)]
-        bins = [self._bin_sums[name].double().cpu().flatten() for name in self._bin_sums]
-        return names, torch.cat([*scalars, *weights, *bins])
-
-    def means_from(self, names: list[str], vector: Tensor) -> dict[str, float]:
-        """Means of what `sums` returned (possibly summed over ranks); empty bins are left out."""
-        count = len(names)
-        means = {name: float(vector[place] / vector[count + place]) for place, name in enumerate(names)}
-        start = 2 * count
+        scalars = torch.stack([self._sums[name].double().cpu() for name in names])
+        weights = torch.tensor([self._weights[name] for name in names], dtype=torch.float64)
+        bins = [sums.double().cpu().flatten() for sums in self._bin_sums.values()]
+        total = dist.sum_over_ranks(torch.cat([scalars, weights, *bins]), ranks)
+        means = {name: float(total[place] / total[len(names) + place]) for place, name in enumerate(names)}
+        start = 2 * len(names)
         for name in self._bin_sums:
-            sums, counts = vector[start : start + BINS], vector[start + BINS : start + 2 * BINS]
+            sums, counts = total[start : start + BINS], total[start + BINS : start + 2 * BINS]
             means |= {f"{name}{number}": float(sums[number] / counts[number]) for number in range(BINS) if counts[number] > 0}
             start += 2 * BINS
         return means
-
-    def means(self) -> dict[str, float]:
-        names, vector = self.sums()
-        return self.means_from(names, vector)
 
 
 class TrainingLog:

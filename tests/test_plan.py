@@ -71,3 +71,13 @@ def test_shards_are_whole_chunks_and_cover_everything_once(count: int, chunk: in
     assert all(shard.first % chunk == 0 and shard.stop > shard.first for shard in shards)
     sizes = [-(-(shard.stop - shard.first) // chunk) for shard in shards]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_stage_with_a_network_takes_a_gpu_where_there_is_one() -> None:
+    import yaml
+
+    checked = spec.check(document.parse(yaml.safe_dump(tiny_spec()), "job.yaml"))
+    with_gpus = {stage.name: stage for stage in plan.make_plan(checked, Site(name="test", cpus=8, gpus=2)).stages}
+    assert [with_gpus[name].gpus_per_node for name in ("train_seg", "images", "evaluate", "report")] == [1, 1, 0, 0]
+    assert {stage.gpus_per_node for stage in planned().stages} == {0}
+    assert with_stage("images", resources={"gpus": 0}).stage("images").gpus_per_node == 0

@@ -56,7 +56,7 @@ MISTAKES = [
     ("count: 8", "count: 8, shards: 3", "shards: 3 is more than the 2 chunks of 4 that make 8 images"),
     ("of: images", "of: image", "there is no stage 'image'; the stages are: train, images, evaluate, report"),
     ("of: images", "of: train", "train is a train stage; name a generate stage"),
-    ("condition: test, ", "", "the model of train is conditioned on masks; add condition"),
+    ("condition: test, ", "", "the model of train is conditioned on seg; add condition"),
     ("kind: report", "kind: report, needs: [report]", "the stages wait for each other: report -> report"),
     ("time: 12h", "time: 10:00:00", "job.yaml:8:32: stages.train.resources.time: YAML reads the unquoted 10:00:00 as a number of seconds"),
     ("mode: bravo}", "mode: bravo, lr: 1e-4}", "job.yaml:7:49: stages.train.config.lr: YAML reads 1e-4 as text; write 1.0e-4"),
