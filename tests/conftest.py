@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -41,6 +42,31 @@ def tiny_spec(**changes: Any) -> dict[str, Any]:
     }
     spec.update(changes)
     return spec
+
+
+def unavailable(what: str) -> NoReturn:
+    """This machine cannot run a test: said loudly, and a failure where CI=true, because there it should."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"could not run: {what}")
+    pytest.skip(what)
+
+
+@pytest.fixture
+def private_mounts() -> list[str]:
+    """The start of a command that may mount small or read-only disks seen by nobody else."""
+    prefix = ["unshare", "-rm"]
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        unavailable("this machine lets nobody mount a small disk (unshare -rm)")
+    return prefix
+
+
+@pytest.fixture
+def glioma() -> Path:
+    """Real volumes: $MEDGEN_GLIOMA, or shared/data/glioma beside the checkout."""
+    folder = Path(os.environ.get("MEDGEN_GLIOMA", REPOSITORY.parent / "shared" / "data" / "glioma"))
+    if not folder.is_dir():
+        unavailable(f"no real data at {folder}; set MEDGEN_GLIOMA")
+    return folder
 
 
 @pytest.fixture(scope="session")

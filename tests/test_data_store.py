@@ -257,12 +257,8 @@ def test_imports_stay_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
 
-GLIOMA = Path(os.environ.get("MEDGEN_GLIOMA", REPOSITORY.parent / "shared/data/glioma"))
-
-
-@pytest.mark.skipif(not GLIOMA.is_dir(), reason="real data are not on this machine; set MEDGEN_GLIOMA")
-def test_real_glioma_volumes(tmp_path: Path) -> None:
-    data = DataSpec(root=GLIOMA, images={"bravo": "t1_gd.nii.gz"}, mask="seg.nii.gz", size=64, every=10)
+def test_real_glioma_volumes(tmp_path: Path, glioma: Path) -> None:
+    data = DataSpec(root=glioma, images={"bravo": "t1_gd.nii.gz"}, mask="seg.nii.gz", size=64, every=10)
     report = check_headers(data, 1)
     assert report.shapes == [(240, 240, 155)] and report.patients == {"train": 6, "val": 1, "test": 1}
     store, _ = opened(data, tmp_path / "cache")

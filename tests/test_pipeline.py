@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_NET, tiny_spec
+from conftest import REPOSITORY, TINY_NET, tiny_spec
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 WriteSpec = Callable[[dict[str, Any]], Path]
@@ -267,18 +267,34 @@ def test_a_runs_folder_that_cannot_be_written_is_told(medgen: Medgen, write_spec
     assert "/proc/medgen" in done.stderr and "MEDGEN_RUNS" in done.stderr
 
 
-def test_a_full_disk_stops_with_its_name_and_the_run_goes_on_when_there_is_room(tmp_path: Path, write_spec: WriteSpec, environment: dict[str, str]) -> None:
-    if shutil.which("unshare") is None:
-        pytest.skip("needs unshare to mount a small disk")
+def test_a_full_disk_stops_with_its_name_and_the_run_goes_on_when_there_is_room(tmp_path: Path, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str]) -> None:
     spec, disk = write_spec(tiny_spec()), tmp_path / "disk"
     disk.mkdir()
     # fill the disk while the first training runs, then make room and submit again
-    script = ('mount -t tmpfs -o size=40m none "$1" || exit 77; export MEDGEN_RUNS="$1/runs"; mkdir "$1/runs"\n'
+    script = ('mount -t tmpfs -o size=40m none "$1"; export MEDGEN_RUNS="$1/runs"; mkdir "$1/runs"\n'
               'dd if=/dev/zero of="$1/filler" bs=1M count=23 2>/dev/null; "$0" -m medgen submit "$2" --local; echo "first $?"\n'
               'rm "$1/filler"; "$0" -m medgen submit "$2" --local; echo "second $?"')
-    done = subprocess.run(["unshare", "-rm", "bash", "-c", script, sys.executable, str(disk), str(spec)], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip("this machine lets nobody mount a small disk")
+    done = subprocess.run([*private_mounts, "bash", "-c", script, sys.executable, str(disk), str(spec)], env=environment, cwd=tmp_path, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert "first 1" in lines and "second 0" in lines, done.stdout + done.stderr
     assert "MiB are free" in done.stdout + done.stderr or "disk is full" in done.stdout + done.stderr
+
+
+def test_a_run_folder_that_became_read_only_is_told(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str]) -> None:
+    run = _prepare_training(tmp_path, medgen, write_spec)
+    script = ('mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"\n'
+              '"$0" -m medgen train "$2"; echo "train $?"; "$0" -m medgen submit "$3" --local; echo "submit $?"; "$0" -m medgen watch "$2" --once; echo "watch $?"')
+    arguments = [sys.executable, str(tmp_path / "runs"), str(run), str(tmp_path / "train.yaml")]
+    done = subprocess.run([*private_mounts, "bash", "-c", script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert {"train 2", "submit 2", "watch 4"} <= set(done.stdout.splitlines()), done.stdout + done.stderr
+    assert done.stderr.lower().count("read-only") >= 2 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_real_volumes_go_through_check_and_data(glioma: Path, tmp_path: Path, medgen: Medgen, environment: dict[str, str]) -> None:
+    environment["MEDGEN_GLIOMA"] = str(glioma)
+    small = ["-odata.size=32", "-odata.every=8", "-ostages.train.config.channels=[8,16]", "-ostages.train.config.attention=[false,true]", "-ostages.train.config.head_channels=8"]
+    checked = json.loads(medgen("check", REPOSITORY / "jobs" / "glioma_dual.yaml", *small, "--json").stdout)
+    assert {split: facts["patients"] for split, facts in checked["data"]["splits"].items()} == {"train": 6, "val": 1, "test": 1}
+    assert checked["data"]["spacing_mm"] == {"x": [7.5, 7.5], "y": [7.5, 7.5], "thickness": [1.0, 1.0]}
+    medgen("data", REPOSITORY / "jobs" / "glioma_dual.yaml", *small, "--out", tmp_path / "summary")
+    assert (tmp_path / "summary" / "contact_sheet.png").stat().st_size > 10_000
