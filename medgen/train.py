@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,12 @@ def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
 
 def _sample_order(positions: list[int], samples: int, seed: int, stream: str) -> np.ndarray:
     """Which sample stands at each position: a fresh permutation per epoch; a batch may reach into the next epoch."""
-    orders = {epoch: rng.permutation(samples, seed, stream, epoch) for epoch in {p // samples for p in positions}}
-    return np.array([orders[position // samples][position % samples] for position in positions])
+    return np.array([_epoch_order(samples, seed, stream, position // samples)[position % samples] for position in positions])
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(samples: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+    return rng.permutation(samples, seed, stream, epoch)
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ class TrainingLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._file, self._say, self._total_steps = log_file, say, total_steps
+        log_file.parent.mkdir(parents=True, exist_ok=True)
         _drop_lines_after(log_file, start_step)
         self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1 if start_step else None)
         self._bar = _progress_bar() if bar else None
@@ -70,7 +71,8 @@ class TrainingLog:
     def record(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line in log.jsonl and one point per value in TensorBoard."""
         line: dict[str, Any] = {"step": step, "epoch": round(epoch, 4), **values, "time": round(time.time(), 3)}
-        files.append_line(self._file, json.dumps(line))
+        with open(self._file, "a") as handle:  # not synced: a curve may lose its last lines in a power cut, a step may not wait
+            handle.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(_tensorboard_name(name), value, step)
         self._show(step, epoch, values)
