@@ -40,8 +40,8 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """One hash over all files: commit.json names each with its own."""
-        return files.sha256_json(self.commit)
+        """One hash over all weights and optimizer states; what was logged on the way is not part of it."""
+        return files.sha256_json({name: facts["sha256"] for name, facts in self.commit["files"].items() if name.endswith(".pt")})
 
     def tensors(self, name: str) -> Any:
         """The object saved under `name`, on the CPU."""
@@ -140,13 +140,12 @@ def _refuse_full_disk(folder: Path, objects: dict[str, Any]) -> None:
 def problem_with(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, in words; None if every file matches its commit."""
     try:
-        commit = files.read_json(folder / "commit.json")
-        expected = dict(commit["files"])
+        commit = _read_commit(folder)
     except FileNotFoundError:
         return "it was never committed (no commit.json)"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return "commit.json is not readable"
-    for name, facts in expected.items():
+    for name, facts in commit["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -155,6 +154,24 @@ def problem_with(folder: Path) -> str | None:
         if files.sha256_file(path) != facts["sha256"]:
             return f"{name} does not match its sha256"
     return None
+
+
+def _read_commit(folder: Path) -> dict[str, Any]:
+    """commit.json in the form that `save` writes. Raises ValueError if it has any other, OSError if it cannot be read."""
+    try:
+        commit: dict[str, Any] = files.read_json(folder / "commit.json")
+        well_formed = (
+            commit["version"] == FORMAT_VERSION
+            and folder.name == f"step-{commit['step']:06d}"
+            and "state.json" in commit["files"]
+            and all(isinstance(facts["size_bytes"], int) and isinstance(facts["sha256"], str) for facts in commit["files"].values())
+            and all(isinstance(facts["value"], int | float) and facts["better"] in ("lower", "higher") for facts in commit["metrics"].values())
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: not a commit: {error}") from None
+    if not well_formed:
+        raise ValueError(f"{folder}: not a commit of this checkpoint")
+    return commit
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -167,7 +184,7 @@ def _committed(folder: Path) -> list[Checkpoint]:
     checkpoints = []
     for step, path in _step_folders(folder):
         try:
-            checkpoints.append(Checkpoint(path, step, files.read_json(path / "commit.json")))
+            checkpoints.append(Checkpoint(path, step, _read_commit(path)))
         except (OSError, ValueError):
             continue
     return checkpoints
@@ -181,11 +198,21 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for step, path in found:
         problem = problem_with(path)
         if problem is None:
-            return Checkpoint(path, step, files.read_json(path / "commit.json"))
+            return Checkpoint(path, step, _read_commit(path))
         say(f"skipping checkpoint {path}: {problem}")
     if found:
         raise MedgenError(f"{folder}: {len(found)} checkpoints, none of them verifies; move them away to start from zero")
     return None
+
+
+def set_aside_newer(folder: Path, good: Checkpoint) -> None:
+    """Rename what `newest` skipped to bad-step-..., so that it neither counts as kept nor as progress; clear half-written ones."""
+    files.sweep_temporaries(folder, "step-*")
+    for step, path in _step_folders(folder):
+        if step > good.step:
+            target = folder / f"bad-{path.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
 
 
 def _best(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
@@ -213,6 +240,12 @@ def select(folder: Path, selector: str, say: Callable[[str], None]) -> Checkpoin
     if problem is not None:
         raise MedgenError(f"{chosen.folder}: the {selector} checkpoint cannot be used: {problem}; choose another with checkpoint: last")
     return chosen
+
+
+def selectable(folder: Path, say: Callable[[str], None]) -> dict[str, Checkpoint]:
+    """What every selector stands for now: `last`, and `best-<metric>` for every metric there is."""
+    metrics = sorted({name for item in _committed(folder) for name in item.metrics})
+    return {selector: select(folder, selector, say) for selector in ["last", *(f"best-{name}" for name in metrics)]}
 
 
 def prune(folder: Path, keep: int) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from medgen import plan, rundir, site, spec
 from medgen.errors import InputError
+from medgen.launch import submit
 from medgen.plan import Plan
 from medgen.spec import Spec, TrainStage
 
@@ -30,6 +31,7 @@ def check(spec_path: Path, overrides: Sequence[str], site_name: str | None) -> T
     """Spec, plan, data and one step of every model. Raises InputError for the first thing that is wrong."""
     checked = spec.load(spec_path, overrides)
     planned = plan.make_plan(checked, site.load(site_name))
+    submit.check_data(checked)
     store, summary = _open(checked)
     tasks = sum(len(stage.tasks) for stage in planned.stages)
     record: dict[str, Any] = {"run_id": planned.run_id, "stages": len(planned.stages), "tasks": tasks, "data": summary, "models": {}}
@@ -109,6 +111,10 @@ def _try_model(checked: Spec, planned: Plan, name: str, stage: TrainStage, store
     images = model.sample(SampleNoise(checked.seed, "check", [(number,) for number in range(len(batch))], cpu), conditions, settings)
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in images.values()):
         raise InputError(f"stages.{name}: the first step gives a loss of {loss}; look at the data with `medgen data`")
+    ranks = planned.stage(name).ranks
+    for phase in model.phases():
+        if phase.batch_size % ranks:
+            raise InputError(f"stages.{name}: batch_size: {phase.batch_size} cannot be shared evenly by {ranks} ranks; use a multiple")
     steps = sum(math.ceil(phase.epochs * len(rows) / phase.batch_size) for phase in model.phases())
     # weights and averages as they are, and Adam's two moments
     return {"parameters": parameters, "checkpoint_mebibytes": (sizes + 8 * parameters) / 2**20, "steps": steps,

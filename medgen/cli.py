@@ -18,7 +18,7 @@ from medgen.errors import Exit, MedgenError
 EPILOG = "Exit codes: 0 done, 1 a stage failed, 2 wrong input, 3 interrupted (run it again to go on), 4 not finished yet (watch --once)."
 
 app = typer.Typer(
-    help="Synthetic medical images from one job spec: train, generate, evaluate, report; on Slurm or on one machine.",
+    help="Synthetic medical images from one job spec: train, generate, evaluate, report.",
     epilog=EPILOG, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -47,7 +47,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command(rich_help_panel="Jobs")
 def submit(
     spec: SpecPath, override: Override = None, site: SiteName = None,
-    local: Annotated[bool, typer.Option("--local", help="run on this machine (the default where there is no sbatch)")] = False,
+    local: Annotated[bool, typer.Option("--local", help="run on this machine; the default where there is no sbatch")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and every script, change nothing")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="return at once; the run goes on when the terminal closes")] = False,
     as_json: AsJson = False,
@@ -57,6 +57,7 @@ def submit(
     from medgen.launch import verbs
     from medgen.watch import live
 
+    verbs.require_local(local or dry_run)
     code = verbs.submit(
         spec, override or [], site, rundir.runs_root(),
         display=live.display, watch=live.watch, dry_run=dry_run, detached=detach, as_json=as_json,
@@ -149,9 +150,14 @@ def phantoms(
     seed: Annotated[int, typer.Option(min=0)] = 42,
 ) -> None:
     """Draw brain-like volumes (bravo, t1_pre, t1_gd and lesion masks) as NIfTI, to try everything without data."""
+    from medgen import files
     from medgen.data.phantoms import write_phantoms
+    from medgen.errors import InputError
 
-    write_phantoms(folder, patients, seed)
+    if folder.exists():
+        raise InputError(f"{folder} exists; name a new folder, two cohorts must not mix")
+    with files.folder_in_one_move(folder) as temporary:
+        write_phantoms(temporary, patients, seed)
     print(f"{patients} patients in {folder}")
 
 

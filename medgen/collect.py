@@ -100,6 +100,7 @@ def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, man
         "images": len(table),
         "seed": work.plan.seed,
         "checkpoint_sha256": manifests[0]["checkpoint_sha256"],
+        "data_fingerprint": manifests[0]["data_fingerprint"],
         "made_on": manifests[0]["made_on"],
         "counts": _counts(manifests),
         "index_sha256": index_sha256,
@@ -121,4 +122,6 @@ def _dataset_problem(dataset: Path, table: pd.DataFrame) -> str | None:
 
 
 def _done(dataset: Path, table: pd.DataFrame, manifests: list[dict[str, Any]]) -> Done:
-    return Done([dataset / INDEX, dataset / DATASET_MANIFEST], {"images": len(table), **_counts(manifests)})
+    columns = [name for name in table.columns if f"{name}_sha256" in table.columns]
+    images = [dataset / path for column in columns for path in table[column]]
+    return Done([dataset / INDEX, dataset / DATASET_MANIFEST, *images], {"images": len(table), **_counts(manifests)})

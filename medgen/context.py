@@ -37,8 +37,12 @@ class Context:
         if self.ranks.world_size == 1:
             return module
         if id(module) not in self._wrapped:
-            devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-            self._wrapped[id(module)] = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+            on_gpu = self.ranks.device.type == "cuda"
+            # DDP regroups its buckets after the first step of a process, and sums change in their last bit with the grouping:
+            # looking for unused parameters keeps the first grouping, so that a resumed run on the CPU equals an uninterrupted one
+            self._wrapped[id(module)] = DistributedDataParallel(
+                module, device_ids=[self.ranks.device] if on_gpu else None, gradient_as_bucket_view=True, find_unused_parameters=not on_gpu
+            )
         return self._wrapped[id(module)]
 
     def micro_batches(self, batch: Batch, module: nn.Module) -> Iterator[tuple[Batch, float]]:

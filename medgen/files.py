@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SEAL = "seal.json"
 CHUNK_BYTES = 64 * 2**20  # one os.write stops at 2,147,479,552 bytes; hashing and copying use the same block
 
 
@@ -59,11 +60,13 @@ def read_json(path: Path) -> Any:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write, so that lines of several processes never mix."""
+    """Append one line in a single write, so that lines of several processes never mix; a line cut by a crash is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, (line + "\n").encode())
+        size_bytes = os.fstat(descriptor).st_size
+        cut = size_bytes > 0 and os.pread(descriptor, 1, size_bytes - 1) != b"\n"
+        os.write(descriptor, (("\n" if cut else "") + line + "\n").encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -102,6 +105,31 @@ def sha256_file(path: Path) -> str:
         while block := handle.read(CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write seal.json: size and sha256 of every file in the folder, for `broken_seal`."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(folder / SEAL, {str(path.relative_to(folder)): [path.stat().st_size, sha256_file(path)] for path in found})
+
+
+def broken_seal(folder: Path) -> str | None:
+    """Why a sealed folder is not what it was, in words; None if every file verifies."""
+    try:
+        expected = {name: (int(size_bytes), str(digest)) for name, (size_bytes, digest) in read_json(folder / SEAL).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return f"{SEAL} is missing or not readable"
+    for name, (size_bytes, digest) in expected.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size_bytes or sha256_file(path) != digest:
+            return f"{name} is missing or changed"
+    return None
+
+
+def sweep_temporaries(folder: Path, pattern: str) -> None:
+    """Remove what a killed writer left: `.<pattern>.<8 hex>.tmp`. Only for folders that nobody else writes now."""
+    for path in folder.glob(f".{pattern}.????????.tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256_json(value: Any) -> str:

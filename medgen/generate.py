@@ -66,6 +66,7 @@ class Generation:
     conditions: dict[int, Condition]
     affine: np.ndarray  # of images without a condition
     device: torch.device
+    data_fingerprint: str
     counts: Counts
 
 
@@ -76,6 +77,7 @@ def generate(work: Work) -> Done:
     if settings.condition and settings.condition not in SPLITS:
         work.require(planning.collect_name(settings.condition))
     target = work.run.shard(work.stage.name, work.task.shard)
+    files.sweep_temporaries(target.parent, target.name)
     if target.exists():
         problem = shard_problem(target, work.task)
         if problem is None:
@@ -98,7 +100,7 @@ def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> 
     config: FamilyConfig = spec.family_config(source.settings["config"])
     data = spec.DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
-    chosen = checkpoint.select(work.run.checkpoints(source.name), settings.checkpoint, work.say)
+    chosen = _promised_checkpoint(work, source.name, settings.checkpoint)
     check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
     model = build_model(source.settings["config"]["model"], config, DataShape(config.input_channels, store.size), work.plan.seed, source.name)
     for name, module in model.modules().items():
@@ -110,7 +112,29 @@ def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> 
     conditions = _conditions(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions,
-                      _plain_affine(store), device, Counts())
+                      _plain_affine(store), device, store.fingerprint, Counts())
+
+
+def _promised_checkpoint(work: Work, source: str, selector: str) -> Checkpoint:
+    """The checkpoint that the finished training ended with. Raises MedgenError if it is not there any more.
+
+    An older one must not take its place in silence: the training counts as not done, and makes the lost one again."""
+    folder = work.run.checkpoints(source)
+    outcome = work.run.read_outcome(source, 0)
+    promised = outcome.facts["checkpoints"] if outcome is not None else {}
+    if selector not in promised:
+        raise InputError(f"checkpoint: {selector}: {source} has none; use one of: {', '.join(promised)}")
+    try:
+        chosen = checkpoint.select(folder, selector, work.say)
+    except MedgenError as error:
+        problem = str(error)
+    else:
+        if chosen.sha256 == promised[selector]:
+            return chosen
+        problem = f"{folder}: the {selector} checkpoint that {source} ended with is damaged"
+    work.run.outcome_file(source, 0).unlink(missing_ok=True)
+    work.run.event("checkpoint_lost", stage=source, cause=problem)
+    raise MedgenError(f"{problem}; submit the spec again: training goes on from the last good one")
 
 
 def _plain_affine(store: SliceStore) -> np.ndarray:
@@ -142,8 +166,8 @@ def _spread(index: int, count: int, available: int) -> int:
 
 def _collected_mask(dataset: Path, row: pd.Series) -> Condition:
     path = dataset / row["seg"]
-    if files.sha256_file(path) != row["seg_sha256"]:
-        raise MedgenError(f"{path}: does not match the sha256 in index.csv; it was changed after it was collected")
+    if not path.is_file() or files.sha256_file(path) != row["seg_sha256"]:
+        raise MedgenError(f"{path}: is missing or does not match the sha256 in index.csv; submit the spec again, it is collected anew")
     found = read_slice(path)
     spacing = [float(row["spacing_y_mm"]), float(row["spacing_x_mm"]), float(row["thickness_mm"])]
     affine = found.affine if found.affine is not None else np.diag([*spacing, 1.0])
@@ -254,6 +278,7 @@ def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str
         "stage": work.stage.name,
         "task_hash": work.task.hash,
         "checkpoint_sha256": generation.checkpoint.sha256,
+        "data_fingerprint": generation.data_fingerprint,
         "made_on": {"device": work.device_name, "threads": work.stage.threads, "chunk": generation.stage.settings["chunk"], "torch": torch.__version__},
         "counts": asdict(generation.counts),
         "images": entries,
@@ -267,25 +292,26 @@ def read_manifest(shard_folder: Path) -> dict[str, Any]:
 
 def shard_problem(folder: Path, task: Task) -> str | None:
     """Why a shard folder cannot be used, in words; None if it is exactly what the plan asks for and every file verifies."""
+    assert task.images is not None
     try:
         manifest = read_manifest(folder)
-        entries, task_hash = manifest["images"], manifest["task_hash"]
+        if manifest["task_hash"] != task.hash:
+            return "it was made for another plan"
+        if [entry["index"] for entry in manifest["images"]] != list(range(task.images.first, task.images.stop)):
+            return f"it does not hold exactly images {task.images.first} to {task.images.stop - 1}"
+        written = [(str(facts["path"]), facts["sha256"]) for entry in manifest["images"] for facts in entry["files"].values()]
+        complete = written and manifest["counts"].keys() == asdict(Counts()).keys() and manifest["data_fingerprint"]
     except FileNotFoundError:
         return "manifest.json is missing" if folder.exists() else "the shard is missing"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not readable"
-    if task_hash != task.hash:
-        return "it was made for another plan"
-    assert task.images is not None
-    if [entry["index"] for entry in entries] != list(range(task.images.first, task.images.stop)):
-        return f"it does not hold exactly images {task.images.first} to {task.images.stop - 1}"
-    for entry in entries:
-        for facts in entry["files"].values():
-            path = folder / facts["path"]
-            if not path.is_file():
-                return f"{facts['path']} is missing"
-            if files.sha256_file(path) != facts["sha256"]:
-                return f"{facts['path']} does not match its sha256"
+    if not complete:
+        return "manifest.json is not complete"
+    for name, digest in written:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if files.sha256_file(folder / name) != digest:
+            return f"{name} does not match its sha256"
     return None
 
 

@@ -235,13 +235,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def from_json(record: dict[str, Any], source: str) -> Plan:
-    if record.get("version") != PLAN_VERSION:
-        raise InputError(f"{source}: made by another version of medgen (plan version {record.get('version')}, here {PLAN_VERSION})")
-    stages = []
-    for stage in record["stages"]:
-        tasks = [Task(**{**task, "images": Shard(**task["images"]) if task["images"] else None}) for task in stage["tasks"]]
-        stages.append(PlannedStage(**{**stage, "tasks": tasks}))
-    return Plan(**{**record, "stages": stages})
+    if not isinstance(record, dict) or "version" not in record:
+        raise InputError(f"{source}: not a plan; remove the file and submit the spec again to write it anew")
+    if record["version"] != PLAN_VERSION:
+        raise InputError(f"{source}: made by another version of medgen (plan version {record['version']}, here {PLAN_VERSION})")
+    try:
+        stages = []
+        for stage in record["stages"]:
+            tasks = [Task(**{**task, "images": Shard(**task["images"]) if task["images"] else None}) for task in stage["tasks"]]
+            stages.append(PlannedStage(**{**stage, "tasks": tasks}))
+        return Plan(**{**record, "stages": stages})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{source}: not a plan ({error}); remove the file and submit the spec again to write it anew") from None
 
 
 def read(run: RunDir) -> Plan:

@@ -190,20 +190,30 @@ class RunDir:
         """The last outcome of a task, or None if there is none or it is not readable."""
         try:
             record = files.read_json(self.outcome_file(stage, shard))
-            return Outcome(**{**record, "files": [Produced(**item) for item in record["files"]]})
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            outcome = Outcome(**{**record, "files": [Produced(**item) for item in record["files"]]})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+        return outcome if _is_plausible(outcome) else None
 
     def is_done(self, stage: str, shard: int, task_hash: str) -> bool:
         """True if the task has a DONE outcome for exactly this plan and its files are there with the right size.
 
         Contents are re-hashed by `collect` and by whoever reads them."""
+        outcome = self._done_outcome(stage, shard, task_hash)
+        return outcome is not None and all(self._has_size(item) for item in outcome.files)
+
+    def verifies(self, stage: str, shard: int, task_hash: str) -> bool:
+        """`is_done`, and every file still has the sha256 it was written with: reads all of them."""
+        outcome = self._done_outcome(stage, shard, task_hash)
+        if outcome is None or not all(self._has_size(item) for item in outcome.files):
+            return False
+        return all(files.sha256_file(self.root / item.path) == item.sha256 for item in outcome.files)
+
+    def _done_outcome(self, stage: str, shard: int, task_hash: str) -> Outcome | None:
         outcome = self.read_outcome(stage, shard)
-        if outcome is None or outcome.status != "done":
-            return False
-        if outcome.task_hash != task_hash or outcome.run_id != self.run_id:
-            return False
-        return all(self._has_size(item) for item in outcome.files)
+        if outcome is None or outcome.status != "done" or not outcome.files:
+            return None
+        return outcome if outcome.task_hash == task_hash and outcome.run_id == self.run_id else None
 
     def _has_size(self, item: Produced) -> bool:
         try:
@@ -224,9 +234,10 @@ class RunDir:
 
     def read_heartbeat(self, stage: str, shard: int) -> Heartbeat | None:
         try:
-            return Heartbeat(**files.read_json(self.heartbeat_file(stage, shard)))
-        except (FileNotFoundError, ValueError, TypeError):
+            beat = Heartbeat(**files.read_json(self.heartbeat_file(stage, shard)))
+        except (OSError, ValueError, TypeError):
             return None
+        return beat if all(isinstance(number, int | float) for number in (beat.step, beat.total, beat.time, beat.attempt)) else None
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl: kind, time, host and the facts."""
@@ -234,28 +245,37 @@ class RunDir:
         files.append_line(self.events_file, json.dumps(record))
 
     def events(self) -> list[dict[str, Any]]:
-        """All events in order; a last line cut by a crash is left out."""
+        """All events in order; lines that are cut or damaged are left out."""
         try:
-            lines = self.events_file.read_text().splitlines()
+            lines = self.events_file.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
         records = []
         for line in lines:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("time"), int | float):
+                records.append(record)
         return records
+
+
+def _is_plausible(outcome: Outcome) -> bool:
+    """True if the fields that are calculated with hold numbers and texts: the file may have been damaged or edited."""
+    numbers = (outcome.shard, outcome.attempt, outcome.devices, outcome.started, outcome.ended)
+    texts = (outcome.stage, outcome.task_hash, outcome.status, *(item.path for item in outcome.files))
+    return all(isinstance(value, int | float) for value in numbers) and all(isinstance(value, str) for value in texts)
 
 
 def runs_root() -> Path:
     """Where runs live: $MEDGEN_RUNS, else ./runs."""
-    return Path(os.environ.get(RUNS_VARIABLE, "runs")).absolute()
+    return Path(os.environ.get(RUNS_VARIABLE) or "runs").expanduser().absolute()
 
 
 def cache_root(runs: Path) -> Path:
     """The slice caches of the runs in this folder."""
-    return Path(os.environ.get(CACHE_VARIABLE, runs / ".cache")).absolute()
+    return Path(os.environ.get(CACHE_VARIABLE) or runs / ".cache").expanduser().absolute()
 
 
 def find_run(name: str) -> RunDir:

@@ -14,8 +14,9 @@ from medgen.document import Document
 from medgen.errors import InputError
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
+PROJECT = Path(__file__).parent.parent  # a checkout's own configs/, for specs that were copied elsewhere
 DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(d|h|m)")
 CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?")
 MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
@@ -24,7 +25,7 @@ MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
 class Frozen(BaseModel):
     """Base of everything a user can write: unknown keys refused, values fixed after construction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 def parse_minutes(value: Any) -> int:
@@ -138,7 +139,7 @@ class DataSpec(Frozen):
     images: dict[str, str] = {}  # channel name -> file name (nifti) or column (csv)
     mask: str | None = None  # file name or column of the label volume
     mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
-    size: int = Field(128, ge=16)  # pixels; slices become size x size
+    size: int = Field(128, ge=16, le=2048)  # pixels; slices become size x size
     window: Window = Window(percentiles=(0.0, 99.5))
     axis: int = Field(2, ge=0, le=2)  # 0 sagittal, 1 coronal, 2 axial slices
     content: float = Field(0.05, ge=0, lt=1)  # smallest share of non-background pixels a slice must have
@@ -305,7 +306,7 @@ class Spec(Frozen):
 
     version: Literal[1]
     name: str
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**63)
     data: DataSpec
     stages: dict[StageName, Annotated[Stage, Field(discriminator="kind")]] = Field(min_length=1)
 
@@ -313,7 +314,7 @@ class Spec(Frozen):
     @classmethod
     def _name_is_a_folder_name(cls, value: str) -> str:
         if not RUN_NAME.fullmatch(value):
-            raise ValueError(f"use letters, digits, _ and - (it names a folder), got {value!r}")
+            raise ValueError(f"use up to 60 letters, digits, _ and - (it names a folder), got {value!r}")
         return value
 
 
@@ -336,6 +337,9 @@ def check(spec_document: Document) -> Spec:
     for name, stage in spec.stages.items():
         _check_references(spec, spec_document, name, stage)
     _check_cycles(spec, spec_document)
+    reports = [name for name, stage in spec.stages.items() if isinstance(stage, ReportStage)]
+    if len(reports) > 1:
+        raise spec_document.error(("stages", reports[1]), f"a run has one report, and {reports[0]} is it; remove one of them")
     return spec
 
 
@@ -346,7 +350,7 @@ def _graft_configs(spec_document: Document, spec_folder: Path) -> None:
         if not isinstance(stage, dict) or not isinstance(stage.get("config"), str):
             continue
         written = Path(stage["config"])
-        candidates = [spec_folder / written, spec_folder.parent / written, Path.cwd() / written]
+        candidates = [spec_folder / written, spec_folder.parent / written, Path.cwd() / written, PROJECT / written]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             looked = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
@@ -436,6 +440,14 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "sampling"), text) from None
 
 
+def _waits_for(spec: Spec, name: str) -> list[str]:
+    """The stages that must end before this one; a report waits for all others."""
+    stage = spec.stages[name]
+    if isinstance(stage, ReportStage):
+        return [*stage.needs, *(other for other, item in spec.stages.items() if not isinstance(item, ReportStage))]
+    return stage.inputs()
+
+
 def _check_cycles(spec: Spec, spec_document: Document) -> None:
     done: set[str] = set()
 
@@ -444,7 +456,7 @@ def _check_cycles(spec: Spec, spec_document: Document) -> None:
             circle = " -> ".join((*trail[trail.index(name):], name))
             raise spec_document.error(("stages", name), f"the stages wait for each other: {circle}")
         if name not in done:
-            for needed in spec.stages[name].inputs():
+            for needed in _waits_for(spec, name):
                 visit(needed, (*trail, name))
             done.add(name)
 

@@ -27,6 +27,7 @@ from medgen.models.settings import FamilyConfig
 from medgen.task import Done, Work
 from medgen.train_log import Averages, TrainingLog
 
+MIN_VALIDATE_STEPS = 50  # by default: a validation with its pictures costs as much as several steps
 CONTINUE, SAVE, STOP = 0, 1, 2  # what ranks agree on after every step
 
 
@@ -97,7 +98,7 @@ def _run(training: Training, log: TrainingLog | None) -> None:
     """The training loop."""
     work, ranks, model, clock, context = training.work, training.ranks, training.model, training.clock, training.context
     loop = training.config.loop
-    averages, window_start, window_steps = Averages(), time.monotonic(), 0
+    averages, window_start, window_steps, last_loss = Averages(), time.monotonic(), 0, None
     last_save, saved_step = time.monotonic(), clock.step
 
     for number, phase in enumerate(model.phases()):
@@ -120,15 +121,17 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             step_in_phase = clock.step - clock.phase_start_step
             epoch = step_in_phase / context.steps_per_epoch
 
-            if window_steps == loop.log_steps or clock.step == phase_end:
+            work.progress(clock.step, context.total_steps, "steps", last_loss)
+            if step_in_phase % loop.log_steps == 0 or clock.step == phase_end:
                 values = averages.means(ranks)
                 _stop_if_diverged(training, values["loss"], window_steps)
                 values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
-                work.progress(clock.step, context.total_steps, "steps", values["loss"])
+                last_loss = values["loss"]
                 if log:
                     log.record(clock.step, epoch, values)
                 averages, window_start, window_steps = Averages(), time.monotonic(), 0
 
+            step_ended = time.monotonic()
             validated = step_in_phase % validate_steps == 0 or clock.step == phase_end
             if validated and len(training.val_rows):
                 values = _validate(training)
@@ -144,6 +147,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             if decision != CONTINUE and saved_step != clock.step:
                 _save(training, with_val=validated and clock.val is not None)
                 last_save, saved_step = time.monotonic(), clock.step
+            if validated or decision != CONTINUE:
+                window_start += time.monotonic() - step_ended  # the pace of steps, not of what stands between them
             if decision == STOP:
                 raise Interrupted(f"stopped by {work.stop.signal_name or 'another rank'} after step {clock.step}; saved, run again to go on")
         clock.phase_start_step = phase_end
@@ -196,8 +201,9 @@ def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch: float) -> int:
-    epochs = validate_epochs if validate_epochs is not None else phase.epochs / 50
-    return max(1, round(epochs * steps_per_epoch))
+    if validate_epochs is not None:
+        return max(1, round(validate_epochs * steps_per_epoch))
+    return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))
 
 
 def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
@@ -293,6 +299,8 @@ def _resume(training: Training) -> None:
         return
     state = found.state()
     check_identity(found, state, _identity(training))
+    if training.ranks.is_main:
+        checkpoint.set_aside_newer(training.folder, found)
     for name, module in training.model.modules().items():
         module.load_state_dict(found.tensors(f"modules.{name}"))
     for name, optimizer in training.model.optimizers().items():
@@ -328,7 +336,13 @@ def _open_log(training: Training) -> TrainingLog:
 def _finish(training: Training) -> Done:
     """The files that make the stage DONE: the commits of every checkpoint kept, and the log."""
     run, stage = training.work.run, training.work.stage.name
-    last = checkpoint.select(training.folder, "last", training.work.say)
-    facts = {"steps": training.clock.step, "training_slices": len(training.rows), "checkpoint": last.sha256}
-    produced = [*(last.folder / name for name in last.commit["files"]), last.folder / "commit.json", run.training_log(stage)]
-    return Done(produced if training.ranks.is_main else [], facts)
+    chosen = checkpoint.selectable(training.folder, training.work.say)
+    facts = {
+        "steps": training.clock.step,
+        "training_slices": len(training.rows),
+        "data": training.store.fingerprint,
+        "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
+    }
+    folders = {found.folder: found for found in chosen.values()}
+    produced = [folder / name for folder, found in folders.items() for name in (*found.commit["files"], "commit.json")]
+    return Done([*produced, run.training_log(stage)] if training.ranks.is_main else [], facts)

@@ -60,6 +60,7 @@ class TrainingLog:
 
         self._file, self._say, self._total_steps = log_file, say, total_steps
         log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.touch()
         _drop_lines_after(log_file, start_step)
         self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1 if start_step else None)
         self._bar = _progress_bar() if bar else None
@@ -118,7 +119,7 @@ def _tensorboard_name(name: str) -> str:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return
     kept = []
@@ -126,6 +127,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # cut by a kill
     files.write_text(path, "".join(line + "\n" for line in kept))

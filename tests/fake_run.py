@@ -56,7 +56,7 @@ def finish(run: RunDir, stage: str, start_s: float, seconds: float, facts: dict[
            cause: str | None = None, attempt: int = 1) -> None:
     """Write the outcome of a stage's only task."""
     outcome = Outcome(run.run_id, stage, 0, f"{stage}-hash", attempt, status, cause, "node-7", "cpu", 1,  # type: ignore[arg-type]
-                      START + start_s, START + start_s + seconds, [], facts or {})
+                      START + start_s, START + start_s + seconds, [run.produced(run.plan)] if status == "done" else [], facts or {})
     run.write_outcome(outcome)
     files.append_line(run.events_file, json.dumps({
         "time": outcome.ended, "event": "task_ended", "host": "node-7", "stage": stage, "shard": 0, "attempt": attempt,
@@ -90,6 +90,8 @@ def write_dataset(run: RunDir, stage: str, images: dict[str, np.ndarray], condit
             record |= {channel: str(path.relative_to(folder)), f"{channel}_sha256": files.sha256_file(path)}
         records.append(record | {"seed": SEED, "checkpoint_sha256": "c0ffee" * 10, "tries": 1})
     pd.DataFrame(records).to_csv(folder / "index.csv", index=False)
+    marker = run.root / "fingerprint"  # left by full_run: of the data the set was made from
+    files.write_json(folder / "manifest.json", {"data_fingerprint": marker.read_text() if marker.exists() else ""})
 
 
 def blurred(images: np.ndarray, sigma_pixels: float = 0.7) -> np.ndarray:
@@ -126,6 +128,7 @@ def full_run(root: Path, cache: Path, patients: int = 8, size: int = 32, count: 
     order = rng.permutation(len(train), SEED, "fake_masks")
     picked = train[order[np.arange(count) % len(train)]]
     tested = test[np.arange(count) * 7 % len(test)]
+    (run.root / "fingerprint").write_text(store.fingerprint)
     write_dataset(run, "masks", {"seg": shifted_masks(store.masks(picked))}, None, "none")
     write_dataset(run, "images", {"bravo": blurred(store.images("bravo", picked)), "seg": store.masks(picked)},
                   [f"masks-{number:06d}" for number in range(count)], "synthetic")

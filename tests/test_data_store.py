@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(root: Path, tmp_path: Path) -> N
             opened(spec(root, size=64), cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    assert not isinstance(caught.value, InputError)
+    assert caught.value.exit_code == 2
     assert len(list(cache.glob("slices-*"))) == 1 and not list(cache.glob(".*.tmp"))
     store, _ = opened(spec(root, size=64), cache)
     assert len(store.rows) == 20

@@ -116,6 +116,7 @@ def test_dual_images_are_scored_per_channel_and_for_their_difference(tmp_path: P
     ])
     rows = store.select("test", positive_only=True)[np.arange(20) % 10]
     pre, gd = store.images("t1_pre", rows), store.images("t1_gd", rows)
+    (run.root / "fingerprint").write_text(store.fingerprint)
     conditions = [str(name) for name in store.rows["id"].to_numpy()[rows]]
 
     def difference(images: dict[str, np.ndarray]) -> float:

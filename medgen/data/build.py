@@ -33,6 +33,11 @@ def mapped(folder: Path, name: str) -> np.ndarray:
     return _mapped(str(folder / f"{name}.npy"))
 
 
+def forget_maps() -> None:
+    """Open arrays anew: their files were replaced."""
+    _mapped.cache_clear()
+
+
 @lru_cache(maxsize=64)
 def _mapped(path: str) -> np.ndarray:
     try:
@@ -53,7 +58,7 @@ def _state(path: Path) -> str:
 def _remembered(cache_root: Path) -> dict[str, str]:
     try:
         return dict(files.read_json(cache_root / HASHES))
-    except (OSError, ValueError):  # none yet, or unreadable: hash again
+    except (OSError, ValueError, TypeError):  # none yet, or unreadable: hash again
         return {}
 
 
@@ -159,7 +164,9 @@ def build(data: DataSpec, sources: list[Source], hashes: Hashes, folder: Path, s
         _require_slices(data, tally)
         for array in arrays.values():
             array.finish()
+        stack.close()  # what is sealed must be on disk
         files.write_json(temporary / ROWS, rows)
+        files.seal(temporary)
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     say(f"slice cache ready: {len(rows)} slices, {megabytes:.0f} MB")
 

@@ -4,6 +4,7 @@ Called by train, generate and evaluate through open_store; submit calls index.ch
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,11 +88,12 @@ def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str],
     for note in notes:
         say(note)
     known = build.known_hashes(cache_root, sources)
-    if known is not None and (folder := build.folder_of(data, sources, known, cache_root)).is_dir():
+    if known is not None and files.broken_seal(folder := build.folder_of(data, sources, known, cache_root)) is None:
         return _load(data, sources, known, folder, notes)
     with _locked(cache_root):
         hashes = build.hash_sources(cache_root, sources, say)
         folder = build.folder_of(data, sources, hashes, cache_root)
+        _discard_broken(folder, say)
         if not folder.is_dir():
             build.build(data, sources, hashes, folder, say)
     return _load(data, sources, hashes, folder, notes)
@@ -120,14 +122,25 @@ def _phantoms(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], 
     patients = index.phantom_patients(data)
     key = files.sha256_json([PHANTOM_VERSION, patients, seed, fractions])[:12]
     folder = cache_root / f"phantoms-{key}"
-    if folder.is_dir():
+    if files.broken_seal(folder) is None:
         return folder
     with _locked(cache_root):
+        _discard_broken(folder, say)
         if not folder.is_dir():
             say(f"drawing {patients} phantoms in {folder}")
             with files.folder_in_one_move(folder) as temporary:
                 write_phantoms(temporary, patients, seed, fractions=fractions)
+                files.seal(temporary)
     return folder
+
+
+def _discard_broken(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove a cache that is not what was written: it is made again from its sources. Under the lock."""
+    problem = files.broken_seal(folder) if folder.is_dir() else None
+    if problem is not None:
+        say(f"{folder}: {problem}; it is built again")
+        shutil.rmtree(folder)
+        build.forget_maps()
 
 
 @contextmanager
@@ -142,4 +155,4 @@ def _locked(cache_root: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise MedgenError(f"{cache_root}: another process has been building this cache for {LOCK_TIMEOUT_S // 3600} hours; look for a hung job") from None
     except OSError as error:
-        raise MedgenError(f"{cache_root}: the slice cache cannot be written: {error.strerror or error} ({error.filename or cache_root}); free space or give a writable folder, nothing half-built was left") from error
+        raise InputError(f"{cache_root}: the slice cache cannot be written: {error.strerror or error} ({error.filename or cache_root}); free space or give a writable folder, nothing half-built was left") from error

@@ -11,6 +11,7 @@ import numpy as np
 from medgen import files, rng
 from medgen import plan as plans
 from medgen.data.store import open_store
+from medgen.errors import InputError
 from medgen.evaluate import curves, distributions, paired, scores
 from medgen.evaluate.inputs import MASK, Sides, choose_sides
 from medgen.evaluate.scores import Score
@@ -39,6 +40,12 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     data = DataSpec.model_validate(plan.data)
     store = open_store(data, plan.seed, cache_root, say)
     sides = choose_sides(run, plan, stage.settings["of"], stage.settings["against"], store)
+    made_from = files.read_json(run.dataset(stage.settings["of"]) / "manifest.json")["data_fingerprint"]
+    if made_from != store.fingerprint:
+        raise InputError(
+            f"the data have changed since {stage.settings['of']} was made from them (then {made_from[:12]}, now {store.fingerprint[:12]}): "
+            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
+        )
     say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
         f"({sides.against}{', with a lesion' if sides.positive_only else ''})")
     found, skipped, details = _all_scores(sides, names, say, progress)

@@ -26,7 +26,7 @@ from medgen.launch.queue import Ending, Job, Queue
 from medgen.launch.script import is_array, job_name, render_script
 from medgen.launch.snapshot import PACKAGE
 from medgen.launch.supervisor import BEAT_SECONDS, Supervisor, beat, living_supervisor, register, retire
-from medgen.plan import Plan, PlannedStage
+from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 
 SAVE_SECONDS = 20  # between TERM and KILL: a step and a save
@@ -34,7 +34,7 @@ POLL_SECONDS = 0.1
 DISPLAY_SECONDS = 0.5
 DETACH_SECONDS = 15
 SHIMS = {"srun": '-m medgen.launch.local_srun "$@"', "scontrol": '-c "print(\'localhost\')"'}
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 class AlreadyRunning(MedgenError):
@@ -111,12 +111,21 @@ class _Supervision:
     def __init__(self, backend: LocalBackend, run: RunDir, planned: Plan):
         self.backend = backend
         self.run = run
-        self.queue = Queue(planned, lambda task: run.is_done(task.stage, task.shard, task.hash), backend.cpus, backend.gpus)
+        self.queue = Queue(planned, self._still_verifies, backend.cpus, backend.gpus)
         self.plan = planned
         self.running: list[Running] = []
         self.folder = self._write_scripts()
         self.next_beat = self.next_display = 0.0
         self._tell_lost()
+
+    def _still_verifies(self, task: Task) -> bool:
+        """What an earlier submit finished counts only if its files are what they were; else it is told and made again."""
+        if self.run.verifies(task.stage, task.shard, task.hash):
+            return True
+        if self.run.is_done(task.stage, task.shard, task.hash):
+            self.run.outcome_file(task.stage, task.shard).unlink(missing_ok=True)
+            self.run.event("outcome_withdrawn", stage=task.stage, shard=task.shard, cause="a file does not match the sha256 it was written with")
+        return False
 
     def _write_scripts(self) -> Path:
         folder = self.run.next_submission()

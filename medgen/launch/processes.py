@@ -35,8 +35,11 @@ def die_with_parent() -> Callable[[], None]:
 
 def end_with_parent() -> None:
     """The same for a process that its parent started in the ordinary way: here the script that calls srun."""
+    parent = os.getppid()
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent == 1 or os.getppid() != parent:  # it ended before prctl was called
+        os._exit(137)
 
 
 def start_ticks(pid: int) -> int | None:

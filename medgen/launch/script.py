@@ -31,7 +31,7 @@ def render_script(plan: Plan, stage: PlannedStage, run_root: Path, python: str) 
         ["#!/bin/bash", *(f"#SBATCH {directive}" for directive in _directives(plan, stage, run))],
         ["# The warning signal goes to every process: ignored here, ranks install their own handler.", "trap '' USR2", "set -Eeuo pipefail"],
         _attempt(stage, run),
-        plan.setup,
+        ["set +u  # module and conda read variables that are not set", *plan.setup, "set -u"] if plan.setup else [],
         _environment(stage, run),
         _srun(stage, run, python),
     ]

@@ -5,13 +5,14 @@ What shows the progress is handed in, because watch may import launch and not th
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from medgen import plan
-from medgen.errors import Exit
+from medgen.errors import Exit, InputError
 from medgen.launch.dry import describe
 from medgen.launch.local import AlreadyRunning, LocalBackend, detach
 from medgen.launch.submit import Prepared, check_data, create, prepare
@@ -52,6 +53,12 @@ def submit(
     if as_json:
         print(json.dumps({"run_id": prepared.run.run_id, "path": str(prepared.run.root), "exit": int(code)}))
     return code
+
+
+def require_local(local: bool) -> None:
+    """Raise InputError on a login node, where a training would run beside everyone's editors."""
+    if not local and shutil.which("sbatch") is not None:
+        raise InputError("this machine has sbatch, and submitting to Slurm is not built yet; --local runs the job on this machine itself")
 
 
 def _start(prepared: Prepared, display: Display, detached: bool) -> Exit:

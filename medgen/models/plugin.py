@@ -24,8 +24,8 @@ def load(name: str, base: type) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{name!r}: cannot import {module_name}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
+        raise ValueError(f"{name!r}: cannot import {module_name}: {type(error).__name__}: {error}") from None
     if not hasattr(module, class_name):
         raise ValueError(f"{name!r}: {module_name} ({module.__file__}) has no {class_name}")
     found = getattr(module, class_name)

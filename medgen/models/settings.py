@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Settings(BaseModel):
     """Frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoopSettings(Settings):
@@ -23,7 +23,7 @@ class LoopSettings(Settings):
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs with bf16 units, else fp32
     micro_batch: int | None = Field(None, ge=1)  # samples per backward pass on one rank; default: the whole share
-    validate_epochs: float | None = Field(None, gt=0)  # epochs between validations; default: 50 times per run
+    validate_epochs: float | None = Field(None, gt=0)  # epochs between validations; default: 50 times per run, at least 50 steps apart
     validate_samples: int = Field(512, ge=1)  # validation slices used, spread evenly over the split
     checkpoint_minutes: float = Field(10.0, ge=0)  # also after every validation and at the end
     checkpoint_steps: int | None = Field(None, ge=1)  # additionally every so many steps

@@ -150,7 +150,7 @@ def ema_horizon(config: Config, total_steps: int) -> str:
     """What the average really covers at the end: beta is a ceiling that short runs never reach."""
     updates = max(0, total_steps - config.ema.update_after_step - 1)
     if updates == 0:
-        return f"EMA: a copy of the weights, since averaging starts after step {config.ema.update_after_step}"
+        return f"EMA: a copy of the weights, renewed every {config.ema.update_every} steps, since averaging starts after step {config.ema.update_after_step}"
     decay = min(config.ema.beta, 1 - (1 + updates) ** (-2 / 3))
     horizon = config.ema.update_every / (1 - decay)
     return (
