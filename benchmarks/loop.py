@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROUNDS = 3
-STEPS = 40
+ROUNDS = 2
+STEPS = 30
 WARM_UP = 5
 CONFIG = {
     "model": "diffusion", "strategy": "ddpm", "mode": "bravo", "channels": [32, 64, 64], "attention": [False, False, True], "head_channels": 64,
@@ -61,7 +61,7 @@ def bare(threads: int) -> list[float]:
 
 def through_medgen(folder: Path, number: int, threads: int) -> list[float]:
     spec = {"version": 1, "name": f"loop{number}", "data": {"format": "phantom", "patients": 6, "size": 32},
-            "stages": {"train": {"kind": "train", "config": {**CONFIG, "epochs": 4.0}, "resources": {"cpus": threads}}}}
+            "stages": {"train": {"kind": "train", "config": {**CONFIG, "epochs": 3.0}, "resources": {"cpus": threads}}}}
     path = folder / "loop.yaml"
     path.write_text(json.dumps(spec))  # JSON is YAML
     environment = {**os.environ, "MEDGEN_RUNS": str(folder / "runs")}
