@@ -124,11 +124,6 @@ class RunDir:
         return self.root / "logs" / stage / f"s{shard}" / "batch.log"
 
     @property
-    def data(self) -> Path:
-        """Summary of the data and its pictures."""
-        return self.root / "data"
-
-    @property
     def cache(self) -> Path:
         """Slice caches and phantoms, shared by all runs beside this one: $MEDGEN_CACHE, else .cache in the runs folder."""
         return cache_root(self.root.parent)
