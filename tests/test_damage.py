@@ -106,7 +106,7 @@ def test_a_damaged_slice_cache_is_built_again(tmp_path: Path) -> None:
 def test_garbage_in_a_run_never_breaks_watch_or_ls(masks_run: tuple[Path, Path], tmp_path: Path, medgen: Medgen) -> None:
     _, run = masks_run
     shutil.copytree(run, tmp_path / "whole")
-    for raw in (b"null", b'{"event": 3, "version": 1}', b"\xff["):
+    for raw in (b"null", b'{"event": "task_started", "time": 3, "version": 1}', b"\xff["):
         shutil.rmtree(run)
         shutil.copytree(tmp_path / "whole", run)
         with open(run / "events.jsonl", "ab") as handle:

@@ -14,10 +14,9 @@ import numpy as np
 from medgen import files
 from medgen.data.index import MASK, Source
 from medgen.data.resize import resize_images, resize_masks
-from medgen.data.splits import SPLITS
 from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
 from medgen.errors import InputError, MedgenError
-from medgen.spec import DataSpec, Window
+from medgen.spec import SPLITS, DataSpec, Window
 
 CACHE_VERSION = 1  # raise it when the same data and spec would give other slices
 ROWS = "rows.json"

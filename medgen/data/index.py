@@ -9,13 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgen.data.splits import SPLITS, assign_splits
+from medgen.data.splits import assign_splits
 from medgen.errors import InputError
-from medgen.spec import PHANTOM_PATIENTS, DataSpec
+from medgen.spec import PHANTOM_PATIENTS, SPLITS, DataSpec
 
 MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
 SHOWN = 5  # how many of many problems a message lists
-OPTIONAL_COLUMNS = ("id", "patient", "split", "label", "caption")
 
 
 @dataclass(frozen=True)

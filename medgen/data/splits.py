@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from medgen import rng
 from medgen.errors import InputError
-
-SPLITS = ("train", "val", "test")
+from medgen.spec import SPLITS
 
 
 def assign_splits(patients: Sequence[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medgen import files
-from medgen.data.splits import SPLITS
 from medgen.data.store import SliceStore
+from medgen.spec import SPLITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

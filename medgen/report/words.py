@@ -13,11 +13,11 @@ from medgen.evaluate.intervals import FEWEST_GROUPS
 from medgen.evaluate.scores import Score
 from medgen.plan import Plan
 from medgen.report.gather import StageFacts
+from medgen.spec import SPLITS
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore
 
-SPLIT_ORDER = ("train", "val", "test")
 
 
 def number(value: float) -> str:
@@ -136,7 +136,7 @@ def split_table(store: SliceStore | None) -> list[dict[str, str]]:
     if store is None:
         return []
     rows = []
-    for split in SPLIT_ORDER:
+    for split in SPLITS:
         part = store.rows[store.rows["split"] == split]
         positive = number(int((part["mask_pixels"] > 0).sum())) if store.has_masks else "no masks"
         rows.append({"split": split, "patients": number(int(part["patient"].nunique())), "slices": number(len(part)), "positive": positive})
