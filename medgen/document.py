@@ -30,11 +30,14 @@ HIDDEN_VARIABLE = re.compile("\\$\ue000(\\w+)\ue001")
 
 @dataclass
 class Document:
-    """Plain YAML data and where each value stands: `positions[path] == "file:line:column"`."""
+    """Plain YAML data and where each value stands: `positions[path] == "file:line:column"`.
+
+    Below the keys in `verbatim` a ${NAME} stays as it is written."""
 
     source: str
     data: dict[str, Any]
     positions: dict[KeyPath, str] = field(default_factory=dict)
+    verbatim: tuple[str, ...] = ()
 
     def where(self, path: KeyPath) -> str:
         """The position of the value at `path`, or of its nearest parent that stands in a file."""
@@ -60,7 +63,7 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(key) for key in path)
 
 
-def load(path: Path) -> Document:
+def load(path: Path, verbatim: tuple[str, ...] = ()) -> Document:
     """Read one YAML mapping. Raises InputError with file:line:column for anything YAML would misread silently."""
     try:
         text = path.read_text()
@@ -68,17 +71,17 @@ def load(path: Path) -> Document:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    return parse(text, str(path))
+    return parse(text, str(path), verbatim)
 
 
-def parse(text: str, source: str) -> Document:
+def parse(text: str, source: str, verbatim: tuple[str, ...] = ()) -> Document:
     try:
         root = yaml.compose(WRITTEN_VARIABLE.sub("$\ue000\\1\ue001", text), Loader=Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise InputError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    document = Document(source, {})
+    document = Document(source, {}, verbatim=verbatim)
     if root is None:
         raise InputError(f"{source}: the file is empty")
     if not isinstance(root, MappingNode):
@@ -132,6 +135,8 @@ def expand(text: str, path: KeyPath, document: Document) -> str:
 
     def value_of(match: re.Match[str]) -> str:
         name = match.group(1)
+        if any(key in document.verbatim for key in path):
+            return f"${{{name}}}"
         if name not in os.environ:
             raise document.error(path, f"the environment variable {name} is not set; `export {name}=...` first")
         return os.environ[name]
@@ -154,24 +159,30 @@ def override(document: Document, assignments: Sequence[str]) -> None:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
             raise InputError(f"-o {assignment}: write key.subkey=value")
-        keys = name.split(".")
-        target: Any = document.data
-        for depth, key in enumerate(keys[:-1]):
-            if not isinstance(target, dict) or (key in target and not isinstance(target[key], dict)):
-                raise InputError(f"-o {assignment}: {'.'.join(keys[:depth + 1])} holds one value and has no keys below it")
-            if key not in target:
-                if depth >= 1 and keys[0] == "stages" and depth == 1:
-                    known = ", ".join(target) or "none"
-                    raise InputError(f"-o {assignment}: no stage {key!r}; the stages are: {known}")
-                target[key] = {}
-            target = target[key]
-        if not isinstance(target, dict):
-            raise InputError(f"-o {assignment}: {'.'.join(keys[:-1])} holds one value and has no keys below it")
         try:
-            target[keys[-1]] = parse_override_value(text)
+            value = parse_override_value(text)
         except yaml.YAMLError:
             raise InputError(f"-o {assignment}: {text!r} is not a YAML value") from None
-        document.positions[tuple(keys)] = f"-o {assignment}"
+        set_value(document, name, value, f"-o {assignment}")
+
+
+def set_value(document: Document, name: str, value: Any, place: str) -> None:
+    """Put `value` at the dotted `name`; errors about it will be told at `place`."""
+    keys = name.split(".")
+    target: Any = document.data
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(target, dict) or (key in target and not isinstance(target[key], dict)):
+            raise InputError(f"{place}: {'.'.join(keys[:depth + 1])} holds one value and has no keys below it")
+        if key not in target:
+            if keys[0] == "stages" and depth == 1:
+                known = ", ".join(target) or "none"
+                raise InputError(f"{place}: no stage {key!r}; the stages are: {known}")
+            target[key] = {}
+        target = target[key]
+    if not isinstance(target, dict):
+        raise InputError(f"{place}: {'.'.join(keys[:-1])} holds one value and has no keys below it")
+    target[keys[-1]] = value
+    document.positions[tuple(keys)] = place
 
 
 def check(model: type[ModelType], document: Document, path: KeyPath = ()) -> ModelType:

@@ -15,16 +15,27 @@ from medgen.site import Site
 from medgen.spec import (
     AnyStage,
     CollectStage,
+    CommandStage,
     GenerateStage,
+    GpuRequest,
     Resources,
     Spec,
     TrainStage,
 )
 
-PLAN_VERSION = 1
-DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15}
+PLAN_VERSION = 2
+DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15, "command": 60}
 # fields of a stage that cannot change what it produces
-NOT_SCIENCE = {"resources", "shards", "parallel", "segments"}
+NOT_SCIENCE = {"resources", "shards", "parallel", "segments", "launcher"}
+
+
+class Unplannable(InputError):
+    """A spec that is fine by itself, but not on this site; `path` is the key of the spec to blame."""
+
+    def __init__(self, path: tuple[str, ...], message: str):
+        super().__init__(f"{'.'.join(path)}: {message}")
+        self.path = path
+        self.message = message
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,9 @@ class PlannedStage:
     mem_mebibytes: int | None
     parallel: int
     segments: int
+    launcher: str  # srun: a task per rank; torchrun: an agent per node; none: the batch shell itself
+    setup: list[str]  # bash lines before the work
+    directives: list[str]  # sbatch options in the site's and the user's words
     settings: dict[str, Any]  # the stage as the user wrote it, resolved
     tasks: list[Task]
 
@@ -67,15 +81,34 @@ class PlannedStage:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    @property
+    def devices(self) -> int:
+        """GPUs held by a task, or processes where there is no GPU."""
+        return self.nodes * self.gpus_per_node or self.ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """How jobs run at a site, the same for all stages. `interpreter` [] is the one that ran submit."""
+
+    scheduler: str
+    interpreter: list[str]
+    export: list[str]
+    secrets: str | None
+    grace_seconds: int
+    notify: dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Plan:
+    """`data` is empty where every stage is a command."""
+
     version: int
     run_id: str
     name: str
     seed: int
     site: str
-    setup: list[str]
+    place: Place
     data: dict[str, Any]
     stages: list[PlannedStage]
 
@@ -111,10 +144,16 @@ def make_plan(spec: Spec, site: Site) -> Plan:
         name=spec.name,
         seed=spec.seed,
         site=site.name,
-        setup=list(site.setup),
-        data=spec.data.model_dump(mode="json"),
+        place=_place(site),
+        data=spec.data.model_dump(mode="json") if spec.data is not None else {},
         stages=[_planned(name, stages, science, run_id, site) for name in order],
     )
+
+
+def _place(site: Site) -> Place:
+    interpreter = [*site.environment.prefix(), "python"] if site.environment.brings_python else []
+    secrets = str(site.secrets.expanduser().absolute()) if site.secrets is not None else None
+    return Place(site.scheduler, interpreter, list(site.export), secrets, site.grace, site.notify.model_dump(mode="json"))
 
 
 def _with_collect(spec: Spec) -> dict[str, AnyStage]:
@@ -167,7 +206,7 @@ def _run_science(spec: Spec, science: dict[str, dict[str, Any]]) -> dict[str, An
         "plan_version": PLAN_VERSION,
         "name": spec.name,
         "seed": spec.seed,
-        "data": spec.data.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json") if spec.data is not None else {},
         "stages": science,
     }
 
@@ -178,8 +217,13 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
     stage_hash = files.sha256_json([run_id, name, science[name]])
     tasks = _tasks(name, stage, stage_hash)
     gpus_per_node = _gpus_per_node(stage, resources, site)
-    ranks_per_node = max(gpus_per_node, resources.processes or 1)
-    parallel = stage.parallel if isinstance(stage, GenerateStage) and stage.parallel else len(tasks)
+    ranks_per_node = max(gpus_per_node, resources.processes or 1) if isinstance(stage, TrainStage) else max(1, resources.processes or 1)
+    _check_ranks(name, stage, gpus_per_node)
+    parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage) and stage.parallel else len(tasks)
+    time_minutes = resources.time or DEFAULT_TIME_MINUTES[stage.kind]
+    if site.limits.time is not None and time_minutes > site.limits.time:
+        hint = "save and go on with segments" if isinstance(stage, TrainStage | CommandStage) else "use more shards"
+        raise Unplannable(("stages", name, "resources", "time"), f"{_hours(time_minutes)} is more than {site.name} gives a job ({_hours(site.limits.time)}); {hint}")
     return PlannedStage(
         name=name,
         kind=stage.kind,
@@ -188,13 +232,77 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         ranks_per_node=ranks_per_node,
         gpus_per_node=gpus_per_node,
         threads=_threads(stage, resources, ranks_per_node, gpus_per_node, site),
-        time_minutes=resources.time or DEFAULT_TIME_MINUTES[stage.kind],
-        mem_mebibytes=resources.mem,
+        time_minutes=time_minutes,
+        mem_mebibytes=resources.mem or (site.mem * max(1, gpus_per_node) if site.mem else None),
         parallel=parallel,
-        segments=stage.segments if isinstance(stage, TrainStage) else 1,
+        segments=stage.segments if isinstance(stage, TrainStage | CommandStage) else 1,
+        launcher="none" if isinstance(stage, CommandStage) else stage.launcher if isinstance(stage, TrainStage) else "srun",
+        setup=[*site.environment.lines(), *site.setup, *resources.setup],
+        directives=site_directives(name, resources, gpus_per_node, site) if site.scheduler == "slurm" else [],
         settings=stage.model_dump(mode="json", by_alias=True, exclude={"resources"}),
         tasks=tasks,
     )
+
+
+def _check_ranks(name: str, stage: AnyStage, gpus_per_node: int) -> None:
+    """Only training is shared by several devices; images are spread over shards."""
+    resources = stage.resources
+    if isinstance(stage, TrainStage | CommandStage):
+        return
+    several = resources.nodes > 1 or gpus_per_node > 1 or (resources.processes or 1) > 1
+    if several:
+        hint = "write shards: N instead" if isinstance(stage, GenerateStage) else "remove nodes, processes and further gpus"
+        raise Unplannable(("stages", name, "resources"), f"a task of a {stage.kind} stage runs on one device, more would idle; {hint}")
+
+
+def site_directives(name: str, resources: Resources, gpus_per_node: int, site: Site) -> list[str]:
+    """sbatch options in the words of the site. Raises Unplannable for GPUs it does not have."""
+    partition = site.partitions.gpu if gpus_per_node else site.partitions.cpu
+    words = {"partition": partition, "account": site.account, "qos": site.qos, "reservation": site.reservation}
+    directives = [f"--{option}={value}" for option, value in words.items() if value is not None]
+    if resources.gpu is not None:
+        directives += _gpu_directives(name, resources.gpu, site)
+    if site.notify.mail is not None and "fail" in site.notify.on:
+        directives += [f"--mail-user={site.notify.mail}", "--mail-type=FAIL"]
+    return [*directives, *resources.slurm]
+
+
+def _gpu_directives(name: str, wanted: GpuRequest, site: Site) -> list[str]:
+    path = ("stages", name, "resources", "gpu")
+    known = ", ".join(site.features) or "none are listed in its profile"
+    for feature in [*wanted.any_of, *([wanted.prefer] if wanted.prefer else [])]:
+        if site.features and feature not in site.features:
+            raise Unplannable((*path, "any_of" if feature in wanted.any_of else "prefer"), f"{site.name} has no GPUs called {feature!r}; it has: {known}")
+    constraint = "|".join(wanted.any_of)
+    if wanted.memory is not None:
+        constraint = _with_memory(wanted.any_of, wanted.memory, path, site)
+    lines = [f"--constraint={constraint}"] if constraint else []
+    return [*lines, f"--prefer={wanted.prefer}"] if wanted.prefer else lines
+
+
+def _with_memory(any_of: list[str], memory: int, path: tuple[str, ...], site: Site) -> str:
+    """The features that promise this much memory, or of the wanted ones those that do, alone or together with such a feature."""
+    enough = [feature for feature, sizes in site.features.items() if sizes and min(sizes) >= memory]
+    if not any_of:
+        if not enough:
+            raise Unplannable((*path, "memory"), f"{site.name} promises no GPU with {memory / 1024:g}G; its features: {_sizes(site)}")
+        return "|".join(enough)
+    alone = [feature for feature in any_of if feature in enough]
+    with_a_size = [feature for feature in any_of if feature not in enough and max(site.features[feature], default=memory) >= memory]
+    sizes = [feature for feature in enough if feature not in any_of]
+    if with_a_size and sizes and not alone:
+        return f"({'|'.join(with_a_size)})&({'|'.join(sizes)})"
+    if alone:
+        return "|".join(alone)
+    raise Unplannable((*path, "memory"), f"none of {', '.join(any_of)} promises {memory / 1024:g}G on {site.name}; its features: {_sizes(site)}")
+
+
+def _sizes(site: Site) -> str:
+    return ", ".join(f"{name} {'/'.join(f'{size / 1024:g}G' for size in sizes)}" for name, sizes in site.features.items() if sizes) or "none with a memory"
+
+
+def _hours(minutes: int) -> str:
+    return f"{minutes / 60:g} h" if minutes < 2880 else f"{minutes / 1440:g} days"
 
 
 def _gpus_per_node(stage: AnyStage, resources: Resources, site: Site) -> int:
@@ -211,10 +319,14 @@ def _threads(stage: AnyStage, resources: Resources, ranks_per_node: int, gpus_pe
         return max(1, resources.cpus // ranks_per_node)
     if isinstance(stage, GenerateStage):
         return 1
-    return max(1, site.cpus // max(ranks_per_node, site.gpus if gpus_per_node else 1))
+    if gpus_per_node:
+        return site.cpus_per_gpu or max(1, site.cpus // max(ranks_per_node, site.gpus))
+    return max(1, site.cpus // ranks_per_node)
 
 
 def _tasks(name: str, stage: AnyStage, stage_hash: str) -> list[Task]:
+    if isinstance(stage, CommandStage) and stage.foreach:
+        return [Task(name, number, files.sha256_json([stage_hash, number])[:16], None) for number in range(len(stage.foreach))]
     if not isinstance(stage, GenerateStage):
         return [Task(name, 0, stage_hash[:16], None)]
     tasks = []
@@ -244,7 +356,7 @@ def from_json(record: dict[str, Any], source: str) -> Plan:
         for stage in record["stages"]:
             tasks = [Task(**{**task, "images": Shard(**task["images"]) if task["images"] else None}) for task in stage["tasks"]]
             stages.append(PlannedStage(**{**stage, "tasks": tasks}))
-        return Plan(**{**record, "stages": stages})
+        return Plan(**{**record, "place": Place(**record["place"]), "stages": stages})
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{source}: not a plan ({error}); remove the file and submit the spec again to write it anew") from None
 

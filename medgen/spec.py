@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from medgen import document, models
 from medgen.document import Document
 from medgen.errors import InputError
+from medgen.units import Mebibytes, Minutes
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
 PROJECT = Path(__file__).parent.parent  # a checkout's own configs/, for specs that were copied elsewhere
-DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(d|h|m)")
-CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?")
-MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
+BASH_KEYS = ("run", "setup")  # text for bash: its ${NAME} are not ours to replace
 
 
 class Frozen(BaseModel):
@@ -28,32 +31,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-def parse_minutes(value: Any) -> int:
-    """`90m`, `12h`, `1d12h`, `1-12:00:00` or `12:00:00` as whole minutes."""
-    text = str(value).strip()
-    if clock := CLOCK.fullmatch(text):
-        days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
-        return max(1, days * 1440 + hours * 60 + minutes + (seconds > 0))
-    parts = DURATION_PART.findall(text)
-    if isinstance(value, str) and parts and "".join(number + unit for number, unit in parts) == text:
-        return max(1, round(sum(float(number) * {"d": 1440, "h": 60, "m": 1}[unit] for number, unit in parts)))
-    if isinstance(value, int) and not isinstance(value, bool):  # the resolved form in a run folder
-        return value
-    raise ValueError(f"not a duration: {text!r}; write 90m, 12h, 1d12h or \"12:00:00\"")
+def _directive(value: str) -> str:
+    """One line of sbatch options such as `--partition=GPUQ`, without the `#SBATCH`."""
+    text = value.strip().removeprefix("#SBATCH").strip()
+    if not text.startswith("-") or "\n" in text:
+        raise ValueError(f"not a line of sbatch options: {value!r}; write for example --partition=GPUQ")
+    return text
 
 
-def parse_memory(value: Any) -> int:
-    """`40G` or `500M` as whole mebibytes."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = MEMORY.fullmatch(str(value).strip())
-    if not match:
-        raise ValueError(f"not an amount of memory: {value!r}; write 40G or 500M")
-    return round(float(match.group(1)) * {"M": 1, "G": 1024, "T": 1024**2}[match.group(2).upper()])
-
-
-Minutes = Annotated[int, BeforeValidator(parse_minutes), Field(gt=0)]
-Mebibytes = Annotated[int, BeforeValidator(parse_memory), Field(gt=0)]
+Directive = Annotated[str, AfterValidator(_directive)]
 
 
 class GpuRequest(Frozen):
@@ -81,6 +67,14 @@ class Resources(Frozen):
     time: Minutes | None = None
     mem: Mebibytes | None = None
     cpus: int | None = Field(None, ge=1)
+    setup: list[str] = []  # lines after those of the site, before the command
+    slurm: list[Directive] = []  # directives as sbatch reads them; each takes the place of medgen's own for that option
+
+    @model_validator(mode="after")
+    def _gpu_needs_gpus(self) -> Resources:
+        if self.gpu is not None and self.gpus_asked == 0:
+            raise ValueError("gpu says which GPUs will do, but no GPU is asked for; remove gpu, or write gpus: 1")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_count_gpus(self) -> Resources:
@@ -198,7 +192,14 @@ def _stage_name(value: str) -> str:
     return value
 
 
+def _variable_name(value: str) -> str:
+    if not VARIABLE_NAME.fullmatch(value):
+        raise ValueError(f"not a name for a shell variable: {value!r}")
+    return value
+
+
 StageName = Annotated[str, AfterValidator(_stage_name)]
+VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 class StageSpec(Frozen):
@@ -213,9 +214,12 @@ class StageSpec(Frozen):
 
 
 class TrainStage(StageSpec):
+    """`segments`: into how many time limits the training may be cut; it saves before each and goes on after it."""
+
     kind: Literal["train"]
     config: dict[str, Any]
     segments: int = Field(1, ge=1)
+    launcher: Literal["srun", "torchrun"] = "srun"  # one srun task per GPU, or one torchrun agent per node
 
 
 class Accept(Frozen):
@@ -283,6 +287,27 @@ class EvaluateStage(StageSpec):
         return [*self.needs, self.of]
 
 
+class CommandStage(StageSpec):
+    """Any bash text as a stage: `run` is executed by bash in the folder where submit was called.
+
+    `foreach` makes one task per item, told by MEDGEN_ITEM and MEDGEN_INDEX. `outputs`: globs that must match a file at the
+    end, from that same folder. MEDGEN_OUT names a folder inside the run for what it makes."""
+
+    kind: Literal["command"]
+    run: str = Field(min_length=1)
+    foreach: list[str] = Field([], max_length=1_000_000)
+    parallel: int | None = Field(None, ge=1)
+    segments: int = Field(1, ge=1)
+    env: dict[VariableName, str] = {}
+    outputs: list[str] = []
+
+    @model_validator(mode="after")
+    def _parallel_counts_items(self) -> CommandStage:
+        if self.parallel is not None and not self.foreach:
+            raise ValueError("parallel limits the items of foreach, and there are none; remove it")
+        return self
+
+
 class ReportStage(StageSpec):
     kind: Literal["report"]
 
@@ -297,7 +322,7 @@ class CollectStage(StageSpec):
         return [*self.needs, self.of]
 
 
-Stage = TrainStage | GenerateStage | EvaluateStage | ReportStage
+Stage = TrainStage | GenerateStage | EvaluateStage | ReportStage | CommandStage
 AnyStage = Stage | CollectStage
 
 
@@ -307,8 +332,15 @@ class Spec(Frozen):
     version: Literal[1]
     name: str
     seed: int = Field(42, ge=0, lt=2**63)
-    data: DataSpec
+    data: DataSpec | None = None  # needless where every stage is a command
     stages: dict[StageName, Annotated[Stage, Field(discriminator="kind")]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _data_where_needed(self) -> Spec:
+        needing = [name for name, stage in self.stages.items() if not isinstance(stage, CommandStage)]
+        if self.data is None and needing:
+            raise ValueError(f"data is missing: {needing[0]} is a {self.stages[needing[0]].kind} stage, and only command stages do without")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -318,13 +350,54 @@ class Spec(Frozen):
         return value
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
-    """Read, override and check a spec. Raises InputError listing every problem as file:line:column: key: message."""
-    spec_document = document.load(path)
+@dataclass(frozen=True)
+class Point:
+    """One spec out of a file: `values` are what the sweep sets in it, empty where the file has no sweep."""
+
+    values: dict[str, Any]
+    spec: Spec
+    document: Document  # where every key stands
+
+
+def load_points(path: Path, overrides: Sequence[str] = ()) -> list[Point]:
+    """Read, override and check a spec; with `sweep: {key: [values]}` one spec for every combination of values.
+
+    Raises InputError listing every problem as file:line:column: key: message."""
+    spec_document = document.load(path, verbatim=BASH_KEYS)
     document.override(spec_document, [text for text in overrides if ".config." not in text])
+    sweep = _take_sweep(spec_document)
     _graft_configs(spec_document, path.parent)
     document.override(spec_document, [text for text in overrides if ".config." in text])
-    return check(spec_document)
+    points = []
+    for values in itertools.product(*sweep.values()):
+        point = copy.deepcopy(spec_document)
+        chosen = dict(zip(sweep, values, strict=True))
+        for key, value in chosen.items():
+            document.set_value(point, key, value, spec_document.where(("sweep", key)))
+        points.append(Point(chosen, check(point), point))
+    return points
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Spec:
+    """`load_points` where one spec is wanted: the first point of a sweep."""
+    return load_points(path, overrides)[0].spec
+
+
+def _take_sweep(spec_document: Document) -> dict[str, list[Any]]:
+    """Remove `sweep` from the document and return it checked; its keys may reach into configs."""
+    if "sweep" not in spec_document.data:
+        return {}
+    sweep = spec_document.data.pop("sweep")
+    if not isinstance(sweep, dict) or not sweep:
+        raise spec_document.error(("sweep",), "write keys and their values: {stages.train.config.lr: [1.0e-4, 3.0e-4]}")
+    for key, values in sweep.items():
+        if not isinstance(values, list) or not values:
+            raise spec_document.error(("sweep", key), f"give a list of values, got {values!r}")
+        if len({repr(value) for value in values}) < len(values):
+            raise spec_document.error(("sweep", key), f"a value stands twice in {values!r}; keep one of them")
+        if key.split(".")[0] not in ("seed", "data", "stages"):
+            raise spec_document.error(("sweep", key), "a sweep changes seed, data or stages; every point keeps the name")
+    return sweep
 
 
 def check(spec_document: Document) -> Spec:
@@ -378,6 +451,7 @@ def _check_config(spec: Spec, spec_document: Document, name: str) -> None:
         checked = document.check(models.config_class(config["model"]), stripped)
     except InputError as error:
         raise InputError(_with_prefix(str(error), document.dotted(path))) from None
+    assert spec.data is not None  # a train stage is there
     try:
         checked.check_data(spec.data)
     except ValueError as error:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medgen import document, spec
+from medgen import document, spec, units
 from medgen.errors import InputError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -146,13 +146,13 @@ def test_durations_in_every_spelling_agree(minutes: int) -> None:
     spellings = [f"{minutes}m", f"{days}-{hours:02}:{left:02}:00", f"{minutes // 60}:{left:02}:00"]
     if days and hours and left:
         spellings.append(f"{days}d{hours}h{left}m")
-    assert {spec.parse_minutes(text) for text in spellings} == {minutes}
+    assert {units.parse_minutes(text) for text in spellings} == {minutes}
 
 
 @given(st.text(max_size=12))
 def test_any_text_is_a_duration_or_refused(text: str) -> None:
     try:
-        assert spec.parse_minutes(text) >= 1
+        assert units.parse_minutes(text) >= 1
     except ValueError as error:
         assert "not a duration" in str(error)
 

@@ -1,0 +1,57 @@
+"""The options of sbatch as they stand in `#SBATCH` lines: names, values, what an option replaces. Used by plan.py and launch/."""
+
+from __future__ import annotations
+
+import shlex
+
+# the short forms of sbatch(1), 20.11 to 24.11; those that take no value are in FLAGS
+SHORT = {
+    "A": "account", "a": "array", "B": "extra-node-info", "C": "constraint", "c": "cpus-per-task", "D": "chdir", "d": "dependency",
+    "e": "error", "F": "nodefile", "G": "gpus", "h": "help", "H": "hold", "I": "immediate", "i": "input", "J": "job-name",
+    "k": "no-kill", "L": "licenses", "M": "clusters", "m": "distribution", "N": "nodes", "n": "ntasks", "O": "overcommit",
+    "o": "output", "p": "partition", "Q": "quiet", "q": "qos", "S": "core-spec", "s": "oversubscribe", "t": "time",
+    "V": "version", "v": "verbose", "w": "nodelist", "W": "wait", "x": "exclude", "b": "begin",
+}  # fmt: skip
+SHORT_FLAGS = set("hHkOQsVvW")
+# long options without a value, or whose value must be joined by "="
+LONG_FLAGS = {
+    "contiguous", "exclusive", "get-user-env", "help", "hold", "ignore-pbs", "immediate", "kill-on-invalid-dep", "no-kill", "no-requeue",
+    "overcommit", "oversubscribe", "parsable", "propagate", "quiet", "reboot", "requeue", "share", "spread-job", "test-only", "usage",
+    "use-min-nodes", "verbose", "version", "wait", "wait-all-nodes", "x11", "nice",
+}  # fmt: skip
+SAME_MEANING = {"share": "oversubscribe", "no-requeue": "requeue", "workdir": "chdir"}
+
+
+def options_of(line: str) -> list[tuple[str, str | None]]:
+    """(long name, value) of every option in the text after `#SBATCH`; a value may stand apart. Raises ValueError for open quotes."""
+    words = shlex.split(line, comments=True)
+    options: list[tuple[str, str | None]] = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            apart = not equals and name not in LONG_FLAGS and words and not words[0].startswith("-")
+            options.append((name, words.pop(0) if apart else value if equals else None))
+        elif word.startswith("-") and len(word) > 1:
+            name = SHORT.get(word[1], word[1])
+            if word[1] in SHORT_FLAGS:
+                options.append((name, None))
+            elif len(word) > 2:
+                options.append((name, word[2:].removeprefix("=")))
+            else:
+                options.append((name, words.pop(0) if words else None))
+    return options
+
+
+def names_of(line: str) -> set[str]:
+    """What the line decides; two spellings of one thing have one name."""
+    return {SAME_MEANING.get(name, name) for name, _ in options_of(line)}
+
+
+def decided(lines: list[str]) -> set[str]:
+    return {name for line in lines for name in names_of(line)}
+
+
+def without(lines: list[str], names: set[str]) -> list[str]:
+    """The lines that decide nothing of `names`."""
+    return [line for line in lines if not names_of(line) & names]
