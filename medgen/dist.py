@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,12 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from medgen.errors import MedgenError
+from medgen.world import rank_from_environment
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # a dead rank frees the others after this at the latest
+MEETING_SECONDS = 120
+RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,18 +40,6 @@ class Ranks:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
-def rank_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from srun's step or torchrun's variables; (0, 1, 0) outside of both.
-
-    A batch script's own shell has SLURM_PROCID too, so only a step's task count makes a world."""
-    environment = os.environ
-    if "SLURM_STEP_NUM_TASKS" in environment:
-        return int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_LOCALID"])
-    if "WORLD_SIZE" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0"))
-    return 0, 1, 0
-
-
 @contextmanager
 def joined_ranks(threads: int) -> Iterator[Ranks]:
     """Set threads and device, join the process group if there are several ranks, and leave it at the end."""
@@ -57,12 +52,48 @@ def joined_ranks(threads: int) -> Iterator[Ranks]:
     if world_size > 1:
         # gloo beside NCCL: agreements about stopping are made on the CPU and never wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        store = meet(rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), MEETING_SECONDS)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     try:
         yield Ranks(rank, world_size, local_rank, device)
     finally:
         if world_size > 1:
             distributed.destroy_process_group()
+
+
+def meet(rank: int, world_size: int, address: str, port: int, timeout_seconds: float) -> distributed.Store:
+    """The store where all ranks find each other, at rank 0 (under torchrun at its agent).
+
+    Raises MedgenError that says who could not reach what, within `timeout_seconds`."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = distributed.TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_seconds))
+        # the agent's store is used by every attempt it makes
+        return distributed.PrefixStore(f"medgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    here = f"rank {rank} on {socket.gethostname()}"
+    if rank != 0:
+        _wait_for(address, port, timeout_seconds, here)
+    try:
+        return distributed.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:300]
+        raise MedgenError(f"the ranks could not meet: {here}, at {address}:{port}, {world_size} ranks expected within {timeout_seconds:g} s: {reason}") from None
+
+
+def _wait_for(address: str, port: int, timeout_seconds: float, here: str) -> None:
+    """Return when somebody listens there. Raises MedgenError when nobody does in time, naming what was tried."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+        except socket.gaierror:
+            problem = f"the name {address} is known to no name service here; give the node's address in slurm.conf (NodeAddr) or in /etc/hosts"
+        except OSError as error:
+            problem = f"{error.strerror or error}; is a firewall between the nodes, or has rank 0 ended? See its log"
+        else:
+            return
+        if time.monotonic() > deadline:
+            raise MedgenError(f"the ranks could not meet: {here} could not reach rank 0 at {address}:{port} within {timeout_seconds:g} s: {problem}")
+        time.sleep(RETRY_SECONDS)
 
 
 def largest(number: int, ranks: Ranks) -> int:

@@ -27,6 +27,7 @@ from medgen.errors import Exit, InputError, Interrupted, MedgenError
 from medgen.plan import Plan, PlannedStage
 from medgen.plan import Task as PlannedTask
 from medgen.rundir import Heartbeat, Outcome, RunDir, Status
+from medgen.world import rank_from_environment
 
 HEARTBEAT_SECONDS = 5.0
 LOCK_SECONDS = 20.0
@@ -71,7 +72,7 @@ class Work:
     stop: StopFlag
     is_main: bool
     device_name: str = "cpu"
-    _progress: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 0, "unit": "", "loss": None})
+    _progress: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 0, "unit": "", "loss": None, "advanced": time.time()})
 
     def say(self, text: str) -> None:
         """One line for the log, from rank 0 only."""
@@ -79,7 +80,8 @@ class Work:
             print(text, flush=True)
 
     def progress(self, step: int, total: int, unit: str, loss: float | None = None) -> None:
-        self._progress = {"step": step, "total": total, "unit": unit, "loss": loss}
+        advanced = self._progress["advanced"] if step == self._progress["step"] else time.time()
+        self._progress = {"step": step, "total": total, "unit": unit, "loss": loss, "advanced": advanced}
 
     def require(self, stage_name: str) -> None:
         """Raise InputError unless every task of another stage is done: nothing is made from half of something."""
@@ -115,7 +117,7 @@ def perform(run: RunDir, kind: str, stage_name: str | None, shard: int, attempt:
     """Run one task and write its outcome; one that is done already only `again`. Returns the exit code.
 
     Whatever goes wrong in the work is told and written down, never raised; a wrong stage or shard raises InputError."""
-    rank = int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
+    rank, _, _ = rank_from_environment()
     plan = planning.read(run)
     stage = plan.only_stage(kind, stage_name)
     task = _task(stage, shard)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from test_models import VARIANTS, assert_same, make, state_of, train
 
+from medgen import dist
+from medgen.errors import MedgenError
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -27,6 +30,24 @@ def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workers = [subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     return folder
+
+
+def test_a_rank_that_finds_nobody_says_where_it_looked() -> None:
+    port = free_port()
+    with pytest.raises(MedgenError, match=rf"rank 1 on .* could not reach rank 0 at 127.0.0.1:{port} within 1 s: Connection refused"):
+        dist.meet(1, 2, "127.0.0.1", port, 1)
+    with pytest.raises(MedgenError, match=r"rank 1 on .* could not reach rank 0 at no-such-node.invalid:\d+ within 1 s: the name no-such-node.invalid"):
+        dist.meet(1, 2, "no-such-node.invalid", port, 1)
+
+
+def test_rank_0_says_that_nobody_came_or_that_the_port_is_taken() -> None:
+    with pytest.raises(MedgenError, match=r"rank 0 on .* 2 ranks expected within 1 s"):
+        dist.meet(0, 2, "127.0.0.1", free_port(), 1)
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        with pytest.raises(MedgenError, match="could not meet: rank 0"):
+            dist.meet(0, 2, "127.0.0.1", busy.getsockname()[1], 1)
 
 
 @pytest.mark.parametrize(("family", "name"), VARIANTS)
