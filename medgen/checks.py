@@ -29,8 +29,8 @@ class Told:
 
 def check(spec_path: Path, overrides: Sequence[str], site_name: str | None) -> Told:
     """Spec, plan, data and one step of every model. Raises InputError for the first thing that is wrong."""
-    checked = spec.load(spec_path, overrides)
-    planned = plan.make_plan(checked, site.load(site_name))
+    checked = spec.load(spec_path, site.spec_overrides(overrides))
+    planned = plan.make_plan(checked, site.load(site_name, overrides))
     submit.check_data(checked)
     store, summary = _open(checked)
     tasks = sum(len(stage.tasks) for stage in planned.stages)
@@ -73,6 +73,8 @@ def _open(checked: Spec) -> tuple[Any, dict[str, Any]]:
     from medgen.data import summary
     from medgen.data.store import open_store
 
+    if checked.data is None:
+        raise InputError("this spec has no data to look at: every stage is a command")
     store = open_store(checked.data, checked.seed, rundir.cache_root(rundir.runs_root()), lambda text: print(text, file=sys.stderr))
     return store, summary.summarise(store)
 

@@ -47,20 +47,19 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command(rich_help_panel="Jobs")
 def submit(
     spec: SpecPath, override: Override = None, site: SiteName = None,
-    local: Annotated[bool, typer.Option("--local", help="run on this machine; the default where there is no sbatch")] = False,
+    local: Annotated[bool, typer.Option("--local", help="run on this machine, which is the default where there is no sbatch")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and every script, change nothing")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="return at once; the run goes on when the terminal closes")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a spec and run all of it: train, generate, collect, evaluate, report. The same spec again goes on where it stopped."""
+    """Check a spec and queue all of it on Slurm, or run it here: train, generate, collect, evaluate, report. The same spec again goes on where it stopped."""
     from medgen import rundir
     from medgen.launch import verbs
     from medgen.watch import live
 
-    verbs.require_local(local or dry_run)
     code = verbs.submit(
         spec, override or [], site, rundir.runs_root(),
-        display=live.display, watch=live.watch, dry_run=dry_run, detached=detach, as_json=as_json,
+        display=live.display, watch=live.watch, here=local, dry_run=dry_run, detached=detach, as_json=as_json,
     )
     raise typer.Exit(code)
 
@@ -97,9 +96,9 @@ def list_runs(as_json: AsJson = False) -> None:
 def cancel(run: RunName) -> None:
     """Stop a run; what is finished stays, and submitting the spec again goes on."""
     from medgen import rundir
-    from medgen.launch import local
+    from medgen.launch import verbs
 
-    print(local.cancel(rundir.find_run(run)))
+    print(verbs.cancel(rundir.find_run(run)))
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
@@ -130,6 +129,27 @@ def evaluate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: A
 def report(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
     """Write the run's page: pictures, curves, scores, provenance."""
     _perform("report", run, stage, shard, attempt, again)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def command(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
+    """Run a stage that is a shell command."""
+    _perform("command", run, stage, shard, attempt, again)
+
+
+@app.command(hidden=True)
+def attempt(
+    moment: Annotated[str, typer.Argument(metavar="begin|end")], run: RunName,
+    stage: Annotated[str, typer.Option("--stage")], shard: Annotated[int, typer.Option("--shard")], number: Annotated[int, typer.Option("--attempt")],
+    exit_code: Annotated[int, typer.Option("--exit-code")] = 0, started: Annotated[float, typer.Option("--started")] = 0,
+) -> None:
+    """What job scripts on a cluster call: tell that an attempt begins, or how it ended and whether to start again."""
+    from medgen.launch import attempt as attempts
+    from medgen.rundir import RunDir
+
+    if moment == "begin":
+        raise typer.Exit(attempts.begin(RunDir(Path(run)), stage, shard, number))
+    raise typer.Exit(attempts.end(RunDir(Path(run)), stage, shard, number, exit_code, started))
 
 
 @app.command(rich_help_panel="Data")

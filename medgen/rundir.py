@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,7 +56,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Rewritten by rank 0 while a task runs. `step` of `total` in units of `unit` (steps, images, files)."""
+    """Rewritten by rank 0 while a task runs. `step` of `total` in units of `unit` (steps, images, files).
+
+    `advanced`: unix seconds of the last progress; None in those that an older medgen wrote."""
 
     stage: str
     shard: int
@@ -67,6 +70,7 @@ class Heartbeat:
     time: float
     host: str
     pid: int
+    advanced: float | None = None
 
 
 class RunDir:
@@ -115,6 +119,11 @@ class RunDir:
         return self.root / ".supervisor.json"
 
     @property
+    def cancel_mark(self) -> Path:
+        """There from `medgen cancel` to the next submit: no job starts itself again meanwhile."""
+        return self.root / ".cancelled"
+
+    @property
     def local_log(self) -> Path:
         """What a detached supervisor prints."""
         return self.root / "logs" / "local.log"
@@ -151,6 +160,13 @@ class RunDir:
     def training_log(self, stage: str) -> Path:
         """One JSON line per logged step: the source of every curve."""
         return self.root / stage / "log.jsonl"
+
+    def made(self, stage: str, shard: int) -> Path:
+        """Where a command stage may put what it makes: MEDGEN_OUT."""
+        return self.root / stage / "made" / f"{shard:05d}"
+
+    def command_result(self, stage: str, shard: int) -> Path:
+        return self.root / stage / "results" / f"{shard:05d}.json"
 
     def shard(self, stage: str, shard: int) -> Path:
         return self.root / stage / "shards" / f"{shard:05d}"
@@ -232,7 +248,8 @@ class RunDir:
             beat = Heartbeat(**files.read_json(self.heartbeat_file(stage, shard)))
         except (OSError, ValueError, TypeError):
             return None
-        return beat if all(isinstance(number, int | float) for number in (beat.step, beat.total, beat.time, beat.attempt)) else None
+        numbers = (beat.step, beat.total, beat.time, beat.attempt, beat.time if beat.advanced is None else beat.advanced)
+        return beat if all(isinstance(number, int | float) for number in numbers) else None
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl: kind, time, host and the facts."""
@@ -256,6 +273,11 @@ class RunDir:
         return records
 
 
+    def submitted_at(self) -> float:
+        """Unix seconds of the last submit; 0 if there was none."""
+        return max((event["time"] for event in self.events() if event["event"] == "submitted"), default=0.0)
+
+
 def _is_plausible(outcome: Outcome) -> bool:
     """True if the fields that are calculated with hold numbers and texts: the file may have been damaged or edited."""
     numbers = (outcome.shard, outcome.attempt, outcome.devices, outcome.started, outcome.ended)
@@ -274,15 +296,15 @@ def cache_root(runs: Path) -> Path:
 
 
 def find_run(name: str) -> RunDir:
-    """A run by path, by run id, or by the name in its spec if only one run has it (the newest is named in the error)."""
+    """A run by path, by run id, or by the name in its spec: the newest if several runs have it, which is told on stderr."""
     for candidate in (Path(name), runs_root() / name):
         if (candidate / "plan.json").is_file():
             return RunDir(candidate.absolute())
     matches = [path for path in all_runs() if path.run_id.rpartition("-")[0] == name]
-    if len(matches) == 1:
-        return matches[0]
+    if len(matches) > 1:
+        print(f"{name}: the newest of {len(matches)} runs with this name is {matches[0].run_id}; `medgen ls` shows all", file=sys.stderr)
     if matches:
-        raise InputError(f"{name}: several runs have this name; say which: {', '.join(run.run_id for run in matches)}")
+        return matches[0]
     known = ", ".join(run.run_id for run in all_runs()[:10]) or "none yet"
     raise InputError(f"{name}: no such run in {runs_root()}; runs there: {known}")
 

@@ -18,12 +18,13 @@ from scipy.ndimage import gaussian_filter
 from medgen import files, rng
 from medgen.data.image_files import write_slice
 from medgen.data.store import SliceStore, open_store
-from medgen.plan import PLAN_VERSION, Plan, PlannedStage, Shard, Task
+from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task
 from medgen.rundir import Outcome, RunDir
 from medgen.spec import DataSpec, SplitFractions
 
 SEED = 7
 START = 1_760_000_000.0
+PLACE = Place("local", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []})
 
 
 def quiet(_: str) -> None:
@@ -34,14 +35,14 @@ def planned(name: str, kind: str, needs: list[str], settings: dict[str, Any], im
     task = Task(name, 0, f"{name}-hash", None if images is None else Shard(0, images))
     return PlannedStage(
         name=name, kind=kind, needs=needs, nodes=1, ranks_per_node=1, gpus_per_node=0, threads=1, time_minutes=60,
-        mem_mebibytes=None, parallel=1, segments=1, settings={"kind": kind, **settings}, tasks=[task],
+        mem_mebibytes=None, parallel=1, segments=1, launcher="srun", setup=[], directives=[], settings={"kind": kind, **settings}, tasks=[task],
     )
 
 
 def make_run(root: Path, data: DataSpec, stages: list[PlannedStage]) -> RunDir:
     """A run folder with spec, plan and manifest."""
     run = RunDir(root / "brain_demo-0123456789")
-    plan = Plan(PLAN_VERSION, run.run_id, "brain_demo", SEED, "local", [], data.model_dump(mode="json"), stages)
+    plan = Plan(PLAN_VERSION, run.run_id, "brain_demo", SEED, "local", PLACE, data.model_dump(mode="json"), stages)
     files.write_json(run.plan, asdict(plan))
     files.write_text(run.spec, "version: 1\nname: brain_demo\nseed: 7\ndata: {format: phantom}\n")
     files.write_json(run.manifest, {

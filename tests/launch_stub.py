@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
 def build(root: Path, stages: list[dict[str, Any]], behaviour: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """A run folder and its plan. A stage: name, kind, needs, tasks, ranks, threads, gpus, parallel, of."""
     from medgen import files, plan
-    from medgen.plan import Plan, PlannedStage, Shard, Task
+    from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task
     from medgen.rundir import RunDir
 
     run = RunDir(root / "stub-0123456789")
@@ -85,13 +86,24 @@ def build(root: Path, stages: list[dict[str, Any]], behaviour: dict[str, Any] | 
         planned.append(
             PlannedStage(
                 stage["name"], stage["kind"], stage.get("needs", []), 1, stage.get("ranks", 1), stage.get("gpus", 0), stage.get("threads", 1),
-                60, None, stage.get("parallel", count), 1, {"of": stage["of"]} if "of" in stage else {}, tasks,
+                60, None, stage.get("parallel", count), 1, stage.get("launcher", "srun"), [], stage.get("directives", []),
+                {"of": stage["of"]} if "of" in stage else {}, tasks,
             )
         )  # fmt: skip
-    made = Plan(1, run.run_id, "stub", 42, "local", [], {}, planned)
+    place = Place("local", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []})
+    made = Plan(PLAN_VERSION, run.run_id, "stub", 42, "local", place, {}, planned)
     files.write_json(run.plan, plan.to_json(made))
     files.write_json(run.root / "behaviour.json", behaviour or {})
     return run, made
+
+
+def create_run(spec_path: Path, overrides: Sequence[str] = (), runs: Path | None = None) -> tuple[Any, Any]:
+    """The run folder that `submit --local` makes before it starts anything, and its plan."""
+    from medgen.launch.submit import create, prepare
+
+    [prepared] = prepare(spec_path, overrides, None, runs or spec_path.parent / "runs", True)
+    create(prepared)
+    return prepared.run, prepared.plan
 
 
 def interpreter(folder: Path) -> str:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -143,13 +142,3 @@ def test_three_processes_stopped_and_resumed_give_the_same_bits(tmp_path: Path, 
     medgen("submit", spec, "--local")
     reached, found = _last_tensors(run)
     assert reached == steps and _equal(found, expected)
-
-
-def test_a_machine_with_sbatch_asks_for_local(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, Any]) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
-    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
-    spec = write_spec(tiny_spec())
-    assert "--local runs the job on this machine itself" in medgen("submit", spec, expect=2).stderr
-    medgen("submit", spec, "--dry-run")

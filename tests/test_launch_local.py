@@ -230,7 +230,7 @@ def test_an_enclosing_failing_setup_line_fails_the_task(tmp_path: Path) -> None:
     import dataclasses
 
     run, plan = build(tmp_path, CHAIN[:1])
-    assert backend(tmp_path).submit(run, dataclasses.replace(plan, setup=["module-that-is-not-there load x"])) == Exit.FAILED
+    assert backend(tmp_path).submit(run, dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], setup=["module-that-is-not-there load x"])])) == Exit.FAILED
     assert not calls(run)
     assert "exit code 127" in events(run, "task_ended")[0]["cause"]
     assert events(run, "task_ended")[0]["log"].endswith("batch.log")

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_stub import REPOSITORY, events
+from launch_stub import REPOSITORY, create_run, events
 
 from medgen import files, plan, site, spec
 from medgen.errors import Exit, InputError
 from medgen.launch import snapshot
-from medgen.launch.fit import fit_to_site
-from medgen.launch.submit import create, create_run, prepare, spec_yaml
+from medgen.launch.fit import fit_to_machine
+from medgen.launch.submit import create, prepare, spec_yaml
 from medgen.launch.supervisor import register
 from medgen.launch.verbs import submit
 from medgen.rundir import Outcome, RunDir
@@ -42,7 +42,7 @@ def spec_path(tmp_path: Path) -> Path:
 
 
 def make(spec_path: Path, *overrides: str) -> tuple[RunDir, plan.Plan]:
-    return create_run(spec_path, overrides, None, spec_path.parent / "runs")
+    return create_run(spec_path, overrides)
 
 
 def finish(run: RunDir, task: plan.Task) -> None:
@@ -81,8 +81,8 @@ def test_a_second_submit_keeps_everything(spec_path: Path) -> None:
 
 
 def test_two_creations_at_once_make_one_run(spec_path: Path) -> None:
-    program = f"from pathlib import Path; from medgen.launch.submit import create_run; create_run(Path({str(spec_path)!r}), [], None, Path({str(spec_path.parent / 'runs')!r}))"
-    both = [subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY) for _ in range(2)]
+    program = f"from pathlib import Path; from launch_stub import create_run; create_run(Path({str(spec_path)!r}))"
+    both = [subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY / "tests") for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     [run_root] = (spec_path.parent / "runs").iterdir()
     assert len(events(RunDir(run_root), "created")) == 1
@@ -129,14 +129,14 @@ def test_changed_code_is_told_and_the_copy_kept(spec_path: Path) -> None:
     run, _ = make(spec_path)
     manifest = files.read_json(run.manifest)
     files.write_json(run.manifest, {**manifest, "code_sha256": "0" * 64})
-    [note] = create(prepare(spec_path, [], None, spec_path.parent / "runs"))
+    [note] = create(prepare(spec_path, [], None, spec_path.parent / "runs", True)[0])
     assert "the run keeps its copy" in note
 
 
 def test_a_stage_with_too_many_gpus_gets_what_there_is() -> None:
     checked = spec.check(spec.document.parse(SPEC, "here"))
     box = Site(name="box", cpus=8, gpus=0)
-    fitted, notes = fit_to_site(plan.make_plan(checked, box), box)
+    fitted, notes = fit_to_machine(plan.make_plan(checked, box), box)
     assert fitted.stage("train_seg").gpus_per_node == 0
     assert notes == ["train_seg asks for 1 GPU; this machine has no GPU: it runs on the CPU"]
     assert fitted.run_id == plan.make_plan(checked, box).run_id
@@ -196,9 +196,9 @@ def test_git_state_tells_dirty_from_clean(tmp_path: Path) -> None:
 
 def test_dry_run_writes_nothing(spec_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = spec_path.parent / "runs"
-    assert submit(spec_path, [], None, runs, display=live.display, watch=live.watch, dry_run=True) == Exit.DONE
+    assert submit(spec_path, [], None, runs, display=live.display, watch=live.watch, here=True, dry_run=True) == Exit.DONE
     assert "#SBATCH --job-name=medgen.tiny-" in capsys.readouterr().out
-    assert submit(spec_path, [], None, runs, display=live.display, watch=live.watch, dry_run=True, as_json=True) == Exit.DONE
+    assert submit(spec_path, [], None, runs, display=live.display, watch=live.watch, here=True, dry_run=True, as_json=True) == Exit.DONE
     assert json.loads(capsys.readouterr().out)["name"] == "tiny"
     assert not runs.exists()
 
@@ -221,9 +221,9 @@ def test_a_run_that_is_going_on_is_watched_and_not_started_twice(spec_path: Path
         return Exit.DONE
 
     arguments = (spec_path, [], None, spec_path.parent / "runs")
-    assert submit(*arguments, display=live.display, watch=watch) == Exit.DONE
+    assert submit(*arguments, display=live.display, watch=watch, here=True) == Exit.DONE
     assert [seen.root for seen in watched] == [run.root]
-    assert submit(*arguments, display=live.display, watch=watch, detached=True) == Exit.DONE
+    assert submit(*arguments, display=live.display, watch=watch, here=True, detached=True) == Exit.DONE
     assert len(watched) == 1
     assert "already running here" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"running with other resources \(train_seg.time_minutes 90 -> 120\)"):

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, TINY_NET, tiny_spec
+from launch_stub import create_run
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 WriteSpec = Callable[[dict[str, Any]], Path]
@@ -142,10 +143,7 @@ TRAIN_ONLY = {**TINY_NET, "strategy": "ddpm", "mode": "bravo", "epochs": 2, "bat
 
 def _prepare_training(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> Path:
     spec = write_spec({**tiny_spec(name="train"), "stages": {"train": {"kind": "train", "config": TRAIN_ONLY, "resources": {"cpus": 1}}}})
-    code = ("import sys; from pathlib import Path; from medgen import rundir; from medgen.launch.submit import create_run\n"
-            "print(create_run(Path(sys.argv[1]), [], None, Path(sys.argv[2]))[0].root)")
-    done = subprocess.run([sys.executable, "-c", code, str(spec), str(tmp_path / "runs")], capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip())
+    return create_run(spec, (), tmp_path / "runs")[0].root
 
 
 def _last_tensors(run: Path) -> tuple[int, dict[str, Any]]:

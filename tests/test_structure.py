@@ -16,8 +16,8 @@ PACKAGE = REPOSITORY / "medgen"
 
 # each may import what stands before it: spec -> plan -> launch -> train -> ... -> report, and the services they share
 ORDER = [
-    "errors", "files", "document", "rng", "models", "spec", "site", "rundir", "plan", "data", "launch", "dist", "context", "checkpoint",
-    "task", "train_log", "train", "generate", "collect", "evaluate", "report", "watch", "checks", "cli", "__main__",
+    "errors", "files", "units", "sbatch_options", "document", "rng", "models", "spec", "site", "rundir", "plan", "data", "launch", "world", "dist", "context", "checkpoint",
+    "task", "train_log", "train", "generate", "collect", "command", "evaluate", "report", "watch", "checks", "cli", "__main__",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a backend must offer: the contract of launch/local.py, and of any scheduler that comes after it."""
+"""What a backend must offer: the contract of launch/local.py and launch/slurm_backend.py."""
 
 from __future__ import annotations
 

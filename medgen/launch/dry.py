@@ -5,22 +5,24 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from medgen.launch.script import render_script
+from medgen.launch.script import Chunk, render_script
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 HEADINGS = ("stage", "kind", "tasks", "at once", "processes", "threads", "GPUs", "time", "waits for")
 
 
-def describe(plan: Plan, run_root: Path, python: str = sys.executable) -> str:
-    """The table of stages, then each script under a line that names it. Writes nothing."""
+def describe(plan: Plan, run_root: Path, chunks: dict[str, list[Chunk]], python: str = sys.executable) -> str:
+    """The table of stages, then each script of `chunks` under a line that names it. Writes nothing."""
     run = RunDir(run_root)
     rows = [HEADINGS, *(_row(stage, run) for stage in plan.stages)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines = [f"run     {plan.run_id}", f"folder  {run_root}", f"site    {plan.site}", "", table[0], "-" * len(table[0]), *table[1:]]
     for stage in plan.stages:
-        lines += ["", f"===== {stage.name}.sh " + "=" * max(3, 100 - len(stage.name)), render_script(plan, stage, run_root, python).rstrip("\n")]
+        for chunk in chunks[stage.name]:
+            name = f"{stage.name}.{chunk.offset}.sh"
+            lines += ["", f"===== {name} " + "=" * max(3, 103 - len(name)), render_script(plan, stage, chunk, run_root, python).rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 

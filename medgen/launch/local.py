@@ -23,10 +23,10 @@ from medgen.launch.history import close_lost, read_history
 from medgen.launch.ports import job_id_with_free_port
 from medgen.launch.processes import MARK, die_with_parent, kill_marked, signal_group, signal_process, start_ticks
 from medgen.launch.queue import Ending, Job, Queue
-from medgen.launch.script import is_array, job_name, render_script
+from medgen.launch.script import is_array, job_name, render_script, tasks_per_node, whole_stage
 from medgen.launch.snapshot import PACKAGE
 from medgen.launch.supervisor import BEAT_SECONDS, Supervisor, beat, living_supervisor, register, retire
-from medgen.plan import Plan, PlannedStage, Task
+from medgen.plan import Plan, Task
 from medgen.rundir import RunDir
 
 SAVE_SECONDS = 20  # between TERM and KILL: a step and a save
@@ -130,7 +130,8 @@ class _Supervision:
     def _write_scripts(self) -> Path:
         folder = self.run.next_submission()
         for stage in self.plan.stages:
-            files.write_text(folder / f"{stage.name}.sh", render_script(self.plan, stage, self.run.root, self.backend.python))
+            chunk = whole_stage(stage, int(folder.name))
+            files.write_text(folder / f"{stage.name}.0.sh", render_script(self.plan, stage, chunk, self.run.root, self.backend.python))
         for name, arguments in SHIMS.items():
             files.write_text(folder / "bin" / name, f'#!/bin/bash\nPYTHONSAFEPATH=1 exec "{sys.executable}" {arguments}\n')
             (folder / "bin" / name).chmod(0o755)
@@ -179,12 +180,12 @@ class _Supervision:
         batch.parent.mkdir(parents=True, exist_ok=True)
         heartbeat = self.run.read_heartbeat(stage.name, shard)
         self.run.event(
-            "task_started", stage=stage.name, shard=shard, attempt=attempt, task_hash=job.task.hash, devices=devices_of(stage),
+            "task_started", stage=stage.name, shard=shard, attempt=attempt, task_hash=job.task.hash, devices=stage.devices,
             from_step=heartbeat.step if heartbeat and stage.kind == "train" else 0, gpus=job.gpus,
         )  # fmt: skip
         with batch.open("ab") as output:
             process = subprocess.Popen(
-                ["bash", str(self.folder / f"{stage.name}.sh")],
+                ["bash", str(self.folder / f"{stage.name}.0.sh")],
                 env=self._environment(job),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -207,11 +208,11 @@ class _Supervision:
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": ",".join(job.gpus),
             "SLURM_JOB_ID": str(job_id),
-            "SLURM_JOB_NAME": job_name(self.plan, stage),
+            "SLURM_JOB_NAME": job_name(self.plan.run_id, stage.name, int(self.folder.name), 0),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_NNODES": "1",
-            "SLURM_NTASKS": str(stage.ranks),
-            "SLURM_NTASKS_PER_NODE": str(stage.ranks),
+            "SLURM_NTASKS": str(tasks_per_node(stage)),
+            "SLURM_NTASKS_PER_NODE": str(tasks_per_node(stage)),
             "SLURM_CPUS_PER_TASK": str(stage.threads),
             "SLURM_RESTART_COUNT": "0",
         }
@@ -231,7 +232,7 @@ class _Supervision:
         next_action = "stopped" if self.backend.stop_asked and ending == "interrupted" else self.queue.end(item.job, ending)
         self.run.event(
             "task_ended", stage=stage.name, shard=shard, attempt=item.attempt, status=ending, rc=code, cause=cause,
-            seconds=round(time.time() - item.started, 3), devices=devices_of(stage), next=next_action,
+            seconds=round(time.time() - item.started, 3), devices=stage.devices, next=next_action,
             log=str(guilty_log(self.run, stage.name, shard, item.attempt).relative_to(self.run.root)),
         )  # fmt: skip
 
@@ -280,11 +281,6 @@ class _Supervision:
         done = self.queue.all_done()
         self.run.event("finished", status="done" if done else "failed", failed=[str(job) for job in self.queue.failed()])
         return Exit.DONE if done else Exit.FAILED
-
-
-def devices_of(stage: PlannedStage) -> int:
-    """GPUs held by a task, or processes where there is no GPU."""
-    return stage.nodes * stage.gpus_per_node or stage.ranks
 
 
 def gpu_names(count: int) -> list[str]:

@@ -12,7 +12,7 @@ Ending = Literal["done", "interrupted", "failed", "refused"]  # refused: exit co
 JobState = Literal["waiting", "running", "done", "failed"]
 
 # per submit; collect, evaluate and report would give the same answer twice
-TRIES = {"train": 2, "generate": 2, "collect": 1, "evaluate": 1, "report": 1}
+TRIES = {"train": 2, "generate": 2, "collect": 1, "evaluate": 1, "report": 1, "command": 1}
 INTERRUPTIONS = 5  # a task that somebody stops again and again is left alone
 REPAIRS = 2  # times that collect may send shards back
 FAILED_SHARDS = 3  # then the rest of the stage is not even tried

@@ -5,8 +5,10 @@ Called by the submit verb; the backend takes over from here."""
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from filelock import FileLock
 from medgen import document, files, plan, site, spec
 from medgen.errors import InputError, MedgenError
 from medgen.launch import snapshot
-from medgen.launch.fit import fit_to_site
+from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
+from medgen.launch.limits import read_limits
 from medgen.launch.supervisor import living_supervisor
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
-RESOURCE_FIELDS = ("nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments")
+RESOURCE_FIELDS = (
+    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "launcher", "setup", "directives",
+)  # fmt: skip
 LOCK_SECONDS = 60
 
 
@@ -31,21 +36,44 @@ class Prepared:
 
     run: RunDir
     plan: Plan
-    spec: spec.Spec
+    point: spec.Point
     site: site.Site
+    limits: Limits
     spec_path: Path
     notes: list[str]
+    prepared_at: float = field(default_factory=time.time)  # unix seconds
+
+    @property
+    def spec(self) -> spec.Spec:
+        return self.point.spec
 
 
-def prepare(spec_path: Path, overrides: Sequence[str], site_name: str | None, runs_root: Path) -> Prepared:
-    """Check everything and plan it; writes nothing. Raises InputError for anything wrong with spec, site or request."""
-    checked = spec.load(spec_path, overrides)
-    profile = site.load(site_name)
-    fitted, notes = fit_to_site(plan.make_plan(checked, profile), profile)
+def prepare(spec_path: Path, overrides: Sequence[str], site_name: str | None, runs_root: Path, local: bool) -> list[Prepared]:
+    """Check everything and plan it, for every point of a sweep; writes nothing. `local`: for this machine, whatever there is.
+
+    Raises InputError for anything wrong with spec, site or request."""
+    points = spec.load_points(spec_path, site.spec_overrides(overrides))
+    profile = site.load(site_name, overrides, local)
+    limits, notes = read_limits(profile) if profile.scheduler == "slurm" else (Limits(), [])
+    prepared = [_prepare_point(point, profile, limits, spec_path, runs_root) for point in points]
+    return [dataclasses.replace(item, notes=[*notes, *item.notes]) for item in prepared]
+
+
+def _prepare_point(point: spec.Point, profile: site.Site, limits: Limits, spec_path: Path, runs_root: Path) -> Prepared:
+    try:
+        checked, notes = point.spec, list[str]()
+        planned = plan.make_plan(checked, profile)
+        if profile.scheduler == "slurm":
+            checked, notes = fit_shards(checked, planned, limits)
+            fitted, more = fit_to_cluster(plan.make_plan(checked, profile), profile, limits, datetime.date.today())
+        else:
+            fitted, more = fit_to_machine(planned, profile)
+    except plan.Unplannable as problem:
+        raise point.document.error(problem.path, problem.message) from None
     run = RunDir(runs_root.absolute() / fitted.run_id)
     if run.plan.is_file():
         fitted = _keep_finished_shards(run, plan.read(run), fitted)
-    return Prepared(run, fitted, checked, profile, spec_path, notes)
+    return Prepared(run, fitted, dataclasses.replace(point, spec=checked), profile, limits, spec_path, [*notes, *more])
 
 
 def check_data(checked: spec.Spec) -> str:
@@ -54,6 +82,8 @@ def check_data(checked: spec.Spec) -> str:
     Raises InputError for unusable files, or if a stage names a split that has no patients."""
     from medgen.data.index import check_headers
 
+    if checked.data is None:
+        return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
     for name, stage in checked.stages.items():
         wanted = [stage.condition] if isinstance(stage, spec.GenerateStage) and stage.condition in spec.SPLITS else []
@@ -63,13 +93,6 @@ def check_data(checked: spec.Spec) -> str:
                 have = ", ".join(f"{count} {known}" for known, count in report.patients.items())
                 raise InputError(f"stages.{name} uses the {split} split, which has no patients; the data have: {have}")
     return report.text()
-
-
-def create_run(spec_path: Path, overrides: Sequence[str], site_name: str | None, runs_root: Path) -> tuple[RunDir, Plan]:
-    """Make the run folder, or find it again: same science, same folder, nothing in it is made anew."""
-    prepared = prepare(spec_path, overrides, site_name, runs_root)
-    create(prepared)
-    return prepared.run, prepared.plan
 
 
 def create(prepared: Prepared) -> list[str]:
@@ -97,7 +120,8 @@ def _create_under_lock(prepared: Prepared, packages: list[Path]) -> list[str]:
     elif run.manifest.exists() and files.read_json(run.manifest)["code_sha256"] != code_hash:
         notes.append(f"the code has changed since this run was made; the run keeps its copy (remove {run.code} to take the new code)")
     if not run.manifest.exists():
-        files.write_json(run.manifest, snapshot.manifest(prepared.site.name, code_hash, prepared.spec_path))
+        facts = snapshot.manifest(prepared.site.name, code_hash, prepared.spec_path)
+        files.write_json(run.manifest, {**facts, "sweep": prepared.point.values})
     if not run.spec.exists():
         _write_spec(prepared)
     _write_plan(prepared)
@@ -110,7 +134,7 @@ def _create_under_lock(prepared: Prepared, packages: list[Path]) -> list[str]:
 def _write_spec(prepared: Prepared) -> None:
     """spec.yaml in its resolved form; read back before it counts, because every stage relies on it."""
     text = spec_yaml(prepared.spec)
-    again = spec.check(document.parse(text, str(prepared.run.spec)))
+    again = spec.check(document.parse(text, str(prepared.run.spec), spec.BASH_KEYS))
     if again != prepared.spec:
         raise MedgenError(f"{prepared.spec_path}: its resolved form does not read back as the same spec; please report this file")
     files.write_text(prepared.run.spec, text)
@@ -157,10 +181,10 @@ def resource_changes(before: Plan, after: Plan) -> list[str]:
     for stage in after.stages:
         old = before.stage(stage.name)
         was_record, record = dataclasses.asdict(old), dataclasses.asdict(stage)
-        for field in RESOURCE_FIELDS:
-            was, becomes = was_record[field], record[field]
+        for name in RESOURCE_FIELDS:
+            was, becomes = was_record[name], record[name]
             if was != becomes:
-                changes.append(f"{stage.name}.{field} {was} -> {becomes}")
+                changes.append(f"{stage.name}.{name} {was} -> {becomes}")
         if len(old.tasks) != len(stage.tasks):
             changes.append(f"{stage.name}.shards {len(old.tasks)} -> {len(stage.tasks)}")
     return changes

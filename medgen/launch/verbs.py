@@ -1,11 +1,10 @@
-"""The submit verb, put together: prepare, show or create, then run here or in the background. Called by cli.py.
+"""The submit and cancel verbs, put together: prepare, show or create, then queue, run here, or leave to the background. Called by cli.py.
 
 What shows the progress is handed in, because watch may import launch and not the other way round."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,8 +12,13 @@ from pathlib import Path
 
 from medgen import plan
 from medgen.errors import Exit, InputError
+from medgen.launch import local, preflight
 from medgen.launch.dry import describe
+from medgen.launch.fit import Limits
 from medgen.launch.local import AlreadyRunning, LocalBackend, detach
+from medgen.launch.queued import was_queued
+from medgen.launch.script import Chunk, whole_stage
+from medgen.launch.slurm_backend import SlurmBackend, chunks
 from medgen.launch.submit import Prepared, check_data, create, prepare
 from medgen.launch.supervisor import living_supervisor
 from medgen.rundir import RunDir
@@ -31,45 +35,104 @@ def submit(
     *,
     display: Display,
     watch: Callable[[RunDir], Exit],
+    here: bool = False,
     dry_run: bool = False,
     detached: bool = False,
     as_json: bool = False,
 ) -> Exit:
-    """Run a spec on this machine. A run that is already running here is watched, or with `detached` left alone.
+    """Queue a spec on Slurm, or run it on this machine; a sweep point by point.
 
     Raises InputError before anything is written if spec, site or request are wrong."""
-    prepared = prepare(spec_path, overrides, site_name, runs_root)
-    tell(prepared.notes)
+    prepared = prepare(spec_path, overrides, site_name, runs_root, here)
+    tell(list(dict.fromkeys(note for item in prepared for note in item.notes)))
     if dry_run:
-        print(json.dumps(plan.to_json(prepared.plan), indent=1) if as_json else describe(prepared.plan, prepared.run.root), end="\n" if as_json else "")
+        _show(prepared, as_json)
         return Exit.DONE
-    tell([check_data(prepared.spec)])
-    tell(create(prepared))
-    try:
-        code = _start(prepared, display, detached)
-    except AlreadyRunning as already:
-        tell([str(already)])
-        return Exit.DONE if detached else watch(prepared.run)
+    on_slurm = prepared[0].site.scheduler == "slurm"
+    if on_slurm and detached:
+        raise InputError("--detach has no effect on a cluster, where submit returns at once; remove it, or write --local")
+    for line in dict.fromkeys(check_data(item.spec) for item in prepared):
+        tell([line])
+    if on_slurm:
+        tell(preflight.check(prepared))
+    codes = [_submit_one(item, display, watch, detached, as_json) for item in prepared]
+    return max(codes)
+
+
+def _submit_one(item: Prepared, display: Display, watch: Callable[[RunDir], Exit], detached: bool, as_json: bool) -> Exit:
+    tell(list(dict.fromkeys(create(item))))
+    if item.site.scheduler == "slurm":
+        code = SlurmBackend(item.limits).submit(item.run, item.plan)
+        if not as_json:
+            print(queued_text(item))
+    else:
+        try:
+            code = _start_here(item, display, detached)
+        except AlreadyRunning as already:
+            tell([str(already)])
+            return Exit.DONE if detached else watch(item.run)
     if as_json:
-        print(json.dumps({"run_id": prepared.run.run_id, "path": str(prepared.run.root), "exit": int(code)}))
+        print(json.dumps({"run_id": item.run.run_id, "path": str(item.run.root), "exit": int(code)}))
     return code
 
 
-def require_local(local: bool) -> None:
-    """Raise InputError on a login node, where a training would run beside everyone's editors."""
-    if not local and shutil.which("sbatch") is not None:
-        raise InputError("this machine has sbatch, and submitting to Slurm is not built yet; --local runs the job on this machine itself")
-
-
-def _start(prepared: Prepared, display: Display, detached: bool) -> Exit:
-    run, site = prepared.run, prepared.site
+def _start_here(item: Prepared, display: Display, detached: bool) -> Exit:
+    run, site = item.run, item.site
+    if was_queued(run) and (queued := SlurmBackend(item.limits).poll(run)).alive:
+        raise InputError(f"{run.run_id}: {queued.where}; `medgen cancel {run.run_id}` first, then run it here")
     if detached:
         tell([detach(run, site.cpus, site.gpus)])
         return Exit.DONE
     if (known := living_supervisor(run)) is not None:
         raise AlreadyRunning(run, known)
     with display(run, HINT) as update:
-        return LocalBackend(site.cpus, site.gpus, display=update).submit(run, prepared.plan)
+        return LocalBackend(site.cpus, site.gpus, display=update).submit(run, item.plan)
+
+
+def queued_text(item: Prepared) -> str:
+    """What the last submit has queued, a line per stage."""
+    run = item.run
+    events = run.events()
+    start = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=len(events))
+    jobs = {event["name"]: event["job_id"] for event in events[start:] if event["event"] == "job_submitted"}
+    lines = []
+    for event in events[start:]:
+        if event["event"] == "job_intent" and event["name"] in jobs:
+            tasks = "1 task" if len(event["shards"]) == 1 else f"{len(event['shards'])} tasks"
+            lines.append((event["stage"], tasks, f"job {jobs[event['name']]}"))
+    name = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in item.point.values.items())
+    title = f"{run.run_id}" + (f"  ({name})" if name else "")
+    done = all(run.is_done(task.stage, task.shard, task.hash) for stage in item.plan.stages for task in stage.tasks)
+    if done:
+        return f"{title}: everything is done already"
+    if not lines or run.submitted_at() < item.prepared_at:
+        return f"{title}: everything that is not done is in the queue already; follow it: medgen watch {run.run_id}"
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    table = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([f"{title}: queued", *table, f"follow it: medgen watch {run.run_id}"])
+
+
+def _show(prepared: list[Prepared], as_json: bool) -> None:
+    if as_json:
+        plans = [plan.to_json(item.plan) for item in prepared]
+        print(json.dumps(plans[0] if len(plans) == 1 else plans, indent=1))
+        return
+    print("\n".join(describe(item.plan, item.run.root, _first_chunks(item)) for item in prepared), end="")
+
+
+def _first_chunks(item: Prepared) -> dict[str, list[Chunk]]:
+    """The sbatch calls of a submit that finds nothing done and nothing queued."""
+    number = int(item.run.next_submission().name)
+    if item.site.scheduler == "local":
+        return {stage.name: [whole_stage(stage, number)] for stage in item.plan.stages}
+    return {stage.name: chunks(stage, [task.shard for task in stage.tasks], number, item.limits.array) for stage in item.plan.stages}
+
+
+def cancel(run: RunDir) -> str:
+    """Stop a run wherever it runs; returns what happened in words."""
+    if living_supervisor(run) is not None or not was_queued(run):
+        return local.cancel(run)
+    return SlurmBackend(Limits()).cancel(run)
 
 
 def tell(messages: Sequence[str]) -> None:

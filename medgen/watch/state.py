@@ -12,7 +12,6 @@ from typing import Any, Literal
 from medgen import plan
 from medgen.launch.backend import guilty_log, tail
 from medgen.launch.history import Attempt, close_lost, read_history, seconds_busy
-from medgen.launch.local import devices_of
 from medgen.launch.supervisor import Supervisor, living_supervisor
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Heartbeat, Outcome, RunDir
@@ -277,7 +276,7 @@ def _device_hours(reading: _Reading, stage: PlannedStage, attempts: list[Attempt
     for task in stage.tasks:
         outcome = reading.run.read_outcome(task.stage, task.shard)
         if outcome is not None and (task.stage, task.shard) not in reading.attempts:
-            total += max(outcome.devices, devices_of(stage)) * (outcome.ended - outcome.started) / 3600
+            total += max(outcome.devices, stage.devices) * (outcome.ended - outcome.started) / 3600
     return total
 
 

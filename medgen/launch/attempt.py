@@ -1,0 +1,130 @@
+"""What a job script on a cluster tells and asks: that an attempt begins, how it ended, whether to start again.
+
+Called as `medgen attempt begin|end` from the scripts of launch/script.py; locally the supervisor does this itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+from medgen import plan as planning
+from medgen.errors import Exit, InputError
+from medgen.launch.backend import cause_of, guilty_log
+from medgen.launch.history import COMES_BACK, Attempt, read_history
+from medgen.launch.notify import tell_people
+from medgen.launch.queue import TRIES
+from medgen.launch.script import REQUEUE
+from medgen.plan import Plan, PlannedStage
+from medgen.rundir import Outcome, RunDir
+
+WITHOUT_PROGRESS = 3  # attempts in a row that end where they began: then the job is not started again
+AGAIN, GOES_ON = COMES_BACK
+
+
+def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
+    """Tell that an attempt begins; an earlier one that nobody saw the end of is ended first."""
+    plan = planning.read(run)
+    stage, task = _find(plan, stage_name, shard)
+    last = _attempts(run, stage_name, shard)[-1:]
+    beat = run.read_heartbeat(stage_name, shard)
+    if last and last[0].status is None:
+        seen = beat.time if beat is not None and beat.attempt == last[0].attempt else last[0].started
+        _tell_end(run, stage, shard, last[0].attempt, "interrupted", None, "Slurm took the job away: preempted, or its node failed",
+                  max(0.0, seen - last[0].started), GOES_ON, job_id())  # fmt: skip
+    run.event(
+        "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task, devices=stage.devices,
+        from_step=beat.step if beat is not None and stage.kind == "train" else 0, job_id=job_id(), node=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    )  # fmt: skip
+    return Exit.DONE
+
+
+def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, started: float) -> int:
+    """Tell how an attempt ended. Returns 0 if the task is done, REQUEUE if the same job is to be started again, else 1."""
+    plan = planning.read(run)
+    stage, task_hash = _find(plan, stage_name, shard)
+    seconds = time.time() - started
+    status, cause = _ending(run, stage, shard, task_hash, attempt, exit_code)
+    earlier = [item for item in _attempts(run, stage_name, shard) if item.attempt != attempt]
+    action = "done" if status == "done" else _next(run, stage, shard, status, exit_code, seconds, plan.place.grace_seconds, earlier)
+    _tell_end(run, stage, shard, attempt, status, exit_code, cause, seconds, action, job_id())
+    if action.startswith(COMES_BACK):
+        return REQUEUE
+    tell_people(run, plan, stage, shard, status, cause)
+    return Exit.DONE if status == "done" else Exit.FAILED
+
+
+def job_id() -> str:
+    """`123`, or `123_4` for an element of an array."""
+    environment = os.environ
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID", "")
+
+
+def _find(plan: Plan, stage_name: str, shard: int) -> tuple[PlannedStage, str]:
+    stage = plan.stage(stage_name)
+    if not 0 <= shard < len(stage.tasks):
+        raise InputError(f"{plan.run_id}: {stage_name} has no shard {shard}")
+    return stage, stage.tasks[shard].hash
+
+
+def _attempts(run: RunDir, stage: str, shard: int) -> list[Attempt]:
+    return read_history(run.events()).get((stage, shard), [])
+
+
+def _ending(run: RunDir, stage: PlannedStage, shard: int, task_hash: str, attempt: int, exit_code: int) -> tuple[str, str | None]:
+    """The outcome counts, the exit code only where there is none."""
+    if run.is_done(stage.name, shard, task_hash):
+        return "done", None
+    outcome = run.read_outcome(stage.name, shard)
+    fresh: Outcome | None = outcome if outcome is not None and outcome.attempt == attempt and outcome.task_hash == task_hash else None
+    if exit_code == Exit.INTERRUPTED or (fresh is not None and fresh.status == "interrupted"):
+        return "interrupted", (fresh.cause if fresh is not None else None) or "stopped by a signal after saving"
+    cause = (fresh.cause if fresh is not None else None) or cause_of(exit_code, guilty_log(run, stage.name, shard, attempt))
+    if exit_code == 0:
+        cause = f"exit code 0, but no outcome that verifies: {cause}"
+    return ("refused" if exit_code == Exit.BAD_INPUT else "failed"), cause
+
+
+def _next(
+    run: RunDir, stage: PlannedStage, shard: int, status: str, exit_code: int, seconds: float, grace_seconds: int, earlier: list[Attempt]
+) -> str:
+    """What to do after an attempt that is not done, in words; those in COMES_BACK mean: start the job again."""
+    if run.cancel_mark.exists():
+        return "cancelled; submit again to go on"
+    if status == "refused":
+        return "not tried again: the input is wrong"
+    since = run.submitted_at()
+    these = [item for item in earlier if item.started >= since]  # each submit brings new tries
+    if status == "interrupted":
+        if _without_progress(run, stage, shard, these):
+            return f"not tried again: no progress in {WITHOUT_PROGRESS} attempts"
+        at_limit = seconds >= stage.time_minutes * 60 - grace_seconds - 60
+        limits = sum(item.seconds(0) >= stage.time_minutes * 60 - grace_seconds - 60 for item in these if item.ended is not None) + at_limit
+        if at_limit and limits >= stage.segments:
+            return f"not tried again: it met its time limit {limits} times; write more segments: or a longer time:, and submit again"
+        return GOES_ON
+    crashes = 1 + sum(item.status == "failed" for item in these)
+    return AGAIN if crashes < TRIES[stage.kind] else "not tried again"
+
+
+def _without_progress(run: RunDir, stage: PlannedStage, shard: int, earlier: list[Attempt]) -> bool:
+    """True if this attempt and those just before it all began at the step where this one has ended."""
+    beat = run.read_heartbeat(stage.name, shard)
+    if stage.kind != "train" or beat is None or len(earlier) < WITHOUT_PROGRESS:
+        return False
+    return all(item.from_step >= beat.step for item in earlier[-WITHOUT_PROGRESS + 1 :])
+
+
+def _tell_end(
+    run: RunDir, stage: PlannedStage, shard: int, attempt: int, status: str, exit_code: int | None, cause: str | None,
+    seconds: float, action: str, job: str,
+) -> None:  # fmt: skip
+    facts: dict[str, Any] = {"job_id": job, "node": os.environ.get("SLURMD_NODENAME", socket.gethostname())}
+    run.event(
+        "task_ended", stage=stage.name, shard=shard, attempt=attempt, status=status, rc=exit_code, cause=cause, seconds=round(seconds, 3),
+        devices=stage.devices, next=action, log=str(guilty_log(run, stage.name, shard, attempt).relative_to(run.root)), **facts,
+    )  # fmt: skip

@@ -1,0 +1,229 @@
+"""The Slurm backend: queues what is not done, correctly and once. Called by the submit and cancel verbs.
+
+Two phases: everything is submitted so that nothing can start, recorded, and only then released. Whoever comes after a
+crash, a lost reply or another submit looks into the queue first: a job's name says which task it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from medgen import files
+from medgen.errors import Exit, InputError, MedgenError
+from medgen.launch import slurm
+from medgen.launch.backend import Poll
+from medgen.launch.executor import submit_script
+from medgen.launch.fit import Limits
+from medgen.launch.queued import QueuedTask, queued_tasks
+from medgen.launch.script import Chunk, is_array, job_name, render_script
+from medgen.launch.slurm import SlurmError, SlurmRefused, SlurmUnsure
+from medgen.launch.supervisor import living_supervisor
+from medgen.plan import Plan, PlannedStage
+from medgen.rundir import RunDir
+
+LOCK_SECONDS = 300  # another submit of the same run may be queueing many chunks
+LOOKS, LOOK_PAUSE_SECONDS = 4, 2.0  # a job is in the queue a moment after sbatch, whatever became of its reply
+TRIES = 3
+TERM_SECONDS = 8.0  # to save after `cancel`; then KILL, so that everything is gone within ten seconds
+GONE_SECONDS = 10.0
+
+
+@dataclass
+class Submission:
+    """What one submit has queued: job numbers by stage, and those nothing holds back but the hold."""
+
+    number: int
+    jobs: dict[str, list[int]] = field(default_factory=dict)
+    tasks: int = 0
+    calls: int = 0
+    cancelled: list[int] = field(default_factory=list)
+
+    def all_jobs(self) -> list[int]:
+        return [job for jobs in self.jobs.values() for job in jobs]
+
+
+class SlurmBackend:
+    """`submit` returns when everything is queued; the jobs go on without it."""
+
+    def __init__(self, limits: Limits, python: str = sys.executable):
+        self.limits = limits
+        self.python = python
+
+    def submit(self, run: RunDir, plan: Plan) -> Exit:
+        """Queue everything that is not done and not queued. Raises InputError for what Slurm refuses, and MedgenError
+        (nothing runs) if Slurm does not answer."""
+        try:
+            with FileLock(run.lock, timeout=LOCK_SECONDS):
+                self._submit_under_lock(run, plan)
+        except Timeout:
+            local = living_supervisor(run)
+            hint = f"it runs on this machine now ({local}); `medgen cancel {run.run_id}` first" if local else "another submit of it is at work; try again"
+            raise MedgenError(f"{run.run_id}: {hint}") from None
+        return Exit.DONE
+
+    def _submit_under_lock(self, run: RunDir, plan: Plan) -> None:
+        try:
+            queued = queued_tasks(run)
+        except SlurmError as error:
+            raise MedgenError(f"{error}; nothing was submitted, because what is queued already cannot be seen") from None
+        run.cancel_mark.unlink(missing_ok=True)
+        queued = self._cancel_doomed(run, plan, queued)
+        alive = {(task.stage, task.shard) for task in queued}
+        waiting = {stage.name: self._waiting(run, stage, alive) for stage in plan.stages}
+        total = sum(map(len, waiting.values()))
+        submission = Submission(int(run.next_submission().name))
+        if total:
+            run.event("submitted", backend="slurm", tasks=total, submission=str(submission.number))
+        try:
+            for stage in plan.stages:
+                ids = sorted({task.job_id for task in queued if task.stage == stage.name})
+                submission.jobs[stage.name] = ids
+                self._submit_stage(run, plan, stage, waiting[stage.name], submission)
+        except SlurmRefused as error:
+            self._roll_back(run, submission, queued)
+            raise InputError(f"Slurm refused a job of {run.run_id}: {error.reason}; nothing was left in the queue by this submit") from None
+        except SlurmUnsure as error:
+            raise MedgenError(f"{error}. What was queued is held and will not run; submit again when Slurm answers: nothing is queued twice") from None
+        self._release(run)
+
+    def _waiting(self, run: RunDir, stage: PlannedStage, alive: set[tuple[str, int]]) -> list[int]:
+        """Shards that are neither done nor queued."""
+        return [task.shard for task in stage.tasks if (stage.name, task.shard) not in alive and not run.is_done(stage.name, task.shard, task.hash)]
+
+    def _cancel_doomed(self, run: RunDir, plan: Plan, queued: list[QueuedTask]) -> list[QueuedTask]:
+        """Jobs that wait for tasks which have to be queued anew would wait for the old ones for ever: they are queued anew too."""
+        alive = {(task.stage, task.shard) for task in queued}
+        anew = {stage.name for stage in plan.stages if self._waiting(run, stage, alive)}
+        for stage in plan.stages:  # in order, so what waits for what waits is found
+            if anew & set(stage.needs):
+                anew.add(stage.name)
+        doomed = [task for task in queued if task.is_pending and anew & set(plan.stage(task.stage).needs)]
+        if doomed:
+            ids = sorted({task.job_id for task in doomed})
+            slurm.cancel(ids)
+            run.event("jobs_cancelled", job_ids=ids, cause="what they waited for is queued anew")
+        return [task for task in queued if task not in doomed]
+
+    def _submit_stage(self, run: RunDir, plan: Plan, stage: PlannedStage, shards: list[int], submission: Submission) -> None:
+        parents = sorted({job for needed in stage.needs for job in submission.jobs[needed]})
+        serial = stage.parallel < len(stage.tasks)  # the throttle of an array is its own: arrays that share one run one by one
+        for chunk in chunks(stage, shards, submission.number, self.limits.array):
+            before = submission.jobs[stage.name][-1:] if serial else []
+            conditions = [f"afterok:{':'.join(map(str, parents))}"] if parents else []
+            conditions += [f"afterany:{before[0]}"] if before else []
+            options = [f"--job-name={job_name(run.run_id, stage.name, chunk.submission, chunk.offset)}"]
+            options += [f"--output={self._output(run, stage, chunk)}"] if stage.launcher == "none" else []
+            options.append(f"--dependency={','.join(conditions)}" if conditions else "--hold")
+            submission.jobs[stage.name].append(self._submit_chunk(run, plan, stage, chunk, options, submission))
+
+    def _output(self, run: RunDir, stage: PlannedStage, chunk: Chunk) -> str:
+        """A command's own --output stays in its script for whoever submits that by hand; here the log is the run's."""
+        if chunk.indices is None:
+            return str(run.batch_log(stage.name, chunk.offset)).replace("%", "%%")
+        folder = str(run.batch_log(stage.name, 0).parent.parent).replace("%", "%%")
+        return f"{folder}/s%a/batch.log" if chunk.offset == 0 else f"{folder}/from{chunk.offset}.%a.batch.log"
+
+    def _submit_chunk(self, run: RunDir, plan: Plan, stage: PlannedStage, chunk: Chunk, options: list[str], submission: Submission) -> int:
+        script = render_script(plan, stage, chunk, run.root, self.python)
+        name = job_name(run.run_id, stage.name, chunk.submission, chunk.offset)
+        folder = run.submission(submission.number)
+        files.write_text(folder / f"{stage.name}.{chunk.offset}.sh", script)
+        run.event("job_intent", name=name, stage=stage.name, submission=str(chunk.submission), offset=chunk.offset, shards=chunk.shards)
+        job_id = self._submit_once(folder, name, script, options, plan.place.export, submission)
+        run.event("job_submitted", name=name, job_id=job_id)
+        submission.tasks += len(chunk.shards)
+        return job_id
+
+    def _submit_once(self, folder: Path, name: str, script: str, options: list[str], exported: list[str], submission: Submission) -> int:
+        """sbatch until it is known that the job exists, and exactly once. Raises SlurmRefused, SlurmUnsure."""
+        for attempt in range(TRIES):
+            try:
+                submission.calls += 1
+                return submit_script(folder, script, options, exported)
+            except SlurmUnsure as error:
+                known = self._look_up(name, error)
+                if known is not None:
+                    return known
+                if attempt == TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _look_up(self, name: str, lost: SlurmUnsure) -> int | None:
+        """The number of the job called `name`, None if there is none. Raises SlurmUnsure if Slurm does not tell."""
+        for look in range(LOOKS):
+            try:
+                found = slurm.queue(name)
+            except SlurmError as error:
+                raise SlurmUnsure(f"{lost}; and whether {name} exists cannot be seen: {error}") from None
+            ids = sorted({row.job_id for row in found if row.name == name})
+            if ids:
+                return ids[0]
+            if look < LOOKS - 1:
+                time.sleep(LOOK_PAUSE_SECONDS)
+        return None
+
+    def _roll_back(self, run: RunDir, submission: Submission, before: list[QueuedTask]) -> None:
+        """Take back what this submit queued; what was there before stays."""
+        mine = sorted(set(submission.all_jobs()) - {task.job_id for task in before})
+        if mine:
+            slurm.cancel(mine)
+        run.event("submission_rolled_back", job_ids=mine, submission=str(submission.number))
+
+    def _release(self, run: RunDir) -> None:
+        """Let start what medgen holds, and nothing a person has put on hold since. First, doubles go: the oldest job stays."""
+        tasks = queued_tasks(run)
+        oldest: dict[tuple[str, int], int] = {}
+        for task in tasks:
+            oldest.setdefault((task.stage, task.shard), task.job_id)
+        doubles = sorted({task.job_id for task in tasks if oldest[task.stage, task.shard] != task.job_id})
+        if doubles:
+            slurm.cancel(doubles)
+            run.event("jobs_cancelled", job_ids=doubles, cause="queued twice: the older job stays")
+        released = {job for event in run.events() if event["event"] == "jobs_released" for job in event["job_ids"]}
+        held = sorted({task.job_id for task in tasks if task.is_held} - released - set(doubles))
+        if held:
+            slurm.release(held)
+            run.event("jobs_released", job_ids=held)
+
+    def poll(self, run: RunDir) -> Poll:
+        tasks = queued_tasks(run)
+        return Poll(bool(tasks), f"{len(tasks)} tasks in Slurm's queue" if tasks else "nothing of it is in Slurm's queue")
+
+    def cancel(self, run: RunDir) -> str:
+        """TERM to everything, some seconds to save, KILL. Raises SlurmError if Slurm does not answer."""
+        files.write_text(run.cancel_mark, "no job of this run starts itself again until the next submit\n")
+        tasks = queued_tasks(run)
+        if not tasks:
+            return f"{run.run_id}: nothing is queued or running"
+        ids = sorted({task.job_id for task in tasks})
+        slurm.cancel(ids)
+        deadline = time.monotonic() + TERM_SECONDS
+        left = tasks
+        while left and time.monotonic() < deadline:
+            time.sleep(0.5)
+            left = queued_tasks(run)
+        if left:
+            slurm.cancel(sorted({task.job_id for task in left}), signal="KILL")
+            deadline = time.monotonic() + GONE_SECONDS
+            while left and time.monotonic() < deadline:
+                time.sleep(0.5)
+                left = queued_tasks(run)
+        run.event("cancelled", job_ids=ids, left=len(left))
+        if left:
+            raise MedgenError(f"{run.run_id}: {len(left)} tasks are still ending on {', '.join(sorted({task.row.nodes for task in left}))}; look again with `medgen watch {run.run_id}`")
+        return f"{run.run_id}: {len(tasks)} tasks taken out of the queue; the same submit command goes on from what was saved"
+
+
+def chunks(stage: PlannedStage, shards: list[int], submission: int, largest_array: int | None) -> list[Chunk]:
+    """Sbatch calls for these shards: indices stay below the cluster's MaxArraySize, so later shards get an offset."""
+    if not is_array(stage):
+        return [Chunk(submission, shard) for shard in shards]
+    size = largest_array or len(stage.tasks)
+    grouped: dict[int, list[int]] = {}
+    for shard in shards:
+        grouped.setdefault(shard - shard % size, []).append(shard % size)
+    return [Chunk(submission, offset, tuple(indices)) for offset, indices in sorted(grouped.items())]
