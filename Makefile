@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_RUNS ?= runs
 
-.PHONY: setup demo test lint types check bench clean
+.PHONY: setup demo test lint types check bench sandbox clean
 
 setup: $(READY)
 
@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
-	$(BIN)/ruff check medgen tests benchmarks
+	$(BIN)/ruff check medgen tests benchmarks cluster
 
 types: $(READY)
 	$(BIN)/mypy
@@ -33,6 +33,11 @@ check: lint types test
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# a real Slurm of two nodes on this machine; needs root, and no .venv
+sandbox:
+	@$(PYTHON) cluster/sandbox/sandbox.py install
+	@$(PYTHON) cluster/sandbox/sandbox.py up
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
