@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from medgen import __version__
-from medgen.errors import Exit, MedgenError
+from medgen.errors import Exit, InputError, MedgenError
 
 EPILOG = "Exit codes: 0 done, 1 a stage failed, 2 wrong input, 3 interrupted (run it again to go on), 4 not finished yet (watch --once)."
 
@@ -65,11 +65,17 @@ def submit(
 
 
 @app.command(rich_help_panel="Jobs")
-def check(spec: SpecPath, override: Override = None, site: SiteName = None, as_json: AsJson = False) -> None:
-    """Check everything about a spec and its data, reading every volume; changes nothing but the slice cache."""
+def check(
+    spec: SpecPath, override: Override = None, site: SiteName = None,
+    local: Annotated[bool, typer.Option("--local", help="for this machine, which is the default where there is no sbatch")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try a spec before it is queued: every volume, the disk, Slurm's answer to every job, one step of every model; changes nothing but the cache."""
     from medgen import checks
 
-    _print(checks.check(spec, override or [], site), as_json)
+    told = checks.check(spec, override or [], site, local)
+    _print(told, as_json)
+    raise typer.Exit(told.exit)
 
 
 @app.command(rich_help_panel="Jobs")
@@ -84,12 +90,66 @@ def watch(
     raise typer.Exit(live.watch(rundir.find_run(run), once=once, as_json=as_json))
 
 
+@app.command("logs", rich_help_panel="Jobs")
+def show_logs(
+    what: Annotated[str, typer.Argument(metavar="RUN[/STAGE[/SHARD]]", help="a run, or one stage or shard of it", show_default=False)],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on as it grows, also over restarts, until the task is over")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="of this rank; default: the one that failed, else 0", show_default=False)] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=0, help="counted from 0, as in the log's name; default: the last", show_default=False)] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="how many lines from the end")] = 50,
+) -> None:
+    """Print the log that matters most: of what failed, else of what runs. Its path goes to stderr."""
+    from medgen.watch import logs
+
+    raise typer.Exit(logs.logs(what, follow, rank, attempt, lines))
+
+
+@app.command(rich_help_panel="Jobs")
+def why(run: RunName, as_json: AsJson = False) -> None:
+    """Tell what failed or cannot start, the records that say so, and what to do. Exit code 1 if anything did."""
+    from medgen import rundir
+    from medgen.watch import why as asking
+
+    raise typer.Exit(asking.why(rundir.find_run(run), as_json))
+
+
+@app.command(rich_help_panel="Jobs")
+def usage(run: RunName, as_json: AsJson = False) -> None:
+    """Add up the GPU-hours of a run by stage: what they made, what was lost and why, how well they were used, how long it waited."""
+    from medgen import rundir
+    from medgen.watch import usage as accounts
+
+    accounts.usage(rundir.find_run(run), as_json)
+
+
+@app.command(rich_help_panel="Jobs")
+def tensorboard(
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs: names, ids or folders", show_default=False)],
+    port: Annotated[int | None, typer.Option("--port", min=1024, max=65535, help="default: the first free one from 6006 on", show_default=False)] = None,
+    here: Annotated[bool, typer.Option("--here", help="on this machine, which is the default")] = False,
+    job: Annotated[bool, typer.Option("--job", help="in a small CPU job on the cluster, for eight hours")] = False,
+    site: SiteName = None,
+) -> None:
+    """Show the training curves of runs in TensorBoard, and how to reach it from your own machine."""
+    from medgen import rundir
+    from medgen.watch import tensorboard as board
+
+    board.tensorboard([rundir.find_run(name) for name in run], port, here, job, site)
+
+
 @app.command("ls", rich_help_panel="Jobs")
-def list_runs(as_json: AsJson = False) -> None:
+def list_runs(
+    name: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="with --sweep: only this one", show_default=False)] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="the points of each sweep side by side, with their scores")] = False,
+    as_json: AsJson = False,
+) -> None:
     """List the runs of this folder (or of $MEDGEN_RUNS)."""
     from medgen.watch import live
+    from medgen.watch import sweep as sweeps
 
-    live.list_runs(as_json=as_json)
+    if name is not None and not sweep:
+        raise InputError(f"{name}: a name goes with --sweep; for one run: medgen watch {name}")
+    raise typer.Exit(sweeps.list_sweeps(name, as_json) if sweep else live.list_runs(as_json))
 
 
 @app.command(rich_help_panel="Jobs")
@@ -172,7 +232,6 @@ def phantoms(
     """Draw brain-like volumes (bravo, t1_pre, t1_gd and lesion masks) as NIfTI, to try everything without data."""
     from medgen import files
     from medgen.data.phantoms import write_phantoms
-    from medgen.errors import InputError
 
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder, two cohorts must not mix")

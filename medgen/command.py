@@ -27,6 +27,8 @@ def command(work: Work) -> Done:
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     code, stopped_by = _run(work, stage, folder, out)
+    if code == 128 + signal.SIGTERM:  # to the whole job: it may have reached the command first
+        stopped_by = stopped_by or "SIGTERM"
     if stopped_by is not None and code != 0:
         raise Interrupted(f"{stopped_by} came, and the command ended with exit code {code}")
     if code != 0:
@@ -50,7 +52,7 @@ def _run(work: Work, stage: spec.CommandStage, folder: Path, out: Path) -> tuple
         **os.environ, **stage.env, "MEDGEN_RUN": str(work.run.root), "MEDGEN_STAGE": work.stage.name, "MEDGEN_OUT": str(out),
         "MEDGEN_INDEX": str(work.task.shard), **({"MEDGEN_ITEM": item} if item is not None else {}),
     }  # fmt: skip
-    text = "\n".join([*(["set -e", *work.stage.setup, "set +e"] if work.stage.setup else []), stage.run])
+    text = "\n".join([*(["set -e", *work.stage.command_setup, "set +e"] if work.stage.command_setup else []), stage.run])
     process = subprocess.Popen(["bash", "-c", text, work.stage.name], cwd=folder, env=environment, preexec_fn=_with_plain_signals)
     names: list[str] = []
 

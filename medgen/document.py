@@ -182,7 +182,9 @@ def set_value(document: Document, name: str, value: Any, place: str) -> None:
     if not isinstance(target, dict):
         raise InputError(f"{place}: {'.'.join(keys[:-1])} holds one value and has no keys below it")
     target[keys[-1]] = value
-    document.positions[tuple(keys)] = place
+    replaced = tuple(keys)
+    document.positions = {path: where for path, where in document.positions.items() if path[: len(keys)] != replaced}
+    document.positions[replaced] = place
 
 
 def check(model: type[ModelType], document: Document, path: KeyPath = ()) -> ModelType:

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medgen import files
+from medgen import files, sbatch_options
 from medgen.errors import InputError
 from medgen.rundir import RunDir
 from medgen.site import Site
@@ -25,6 +25,7 @@ from medgen.spec import (
 
 PLAN_VERSION = 2
 DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15, "command": 60}
+SHARED_CPUS = 4  # of a cluster's node, for a task without a GPU that says nothing
 # fields of a stage that cannot change what it produces
 NOT_SCIENCE = {"resources", "shards", "parallel", "segments", "launcher"}
 
@@ -72,7 +73,8 @@ class PlannedStage:
     parallel: int
     segments: int
     launcher: str  # srun: a task per rank; torchrun: an agent per node; none: the batch shell itself
-    setup: list[str]  # bash lines before the work
+    setup: list[str]  # bash lines before anything of medgen
+    command_setup: list[str]  # of a command stage: lines in its own shell, which may bring another interpreter
     directives: list[str]  # sbatch options in the site's and the user's words
     settings: dict[str, Any]  # the stage as the user wrote it, resolved
     tasks: list[Task]
@@ -237,8 +239,9 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         parallel=parallel,
         segments=stage.segments if isinstance(stage, TrainStage | CommandStage) else 1,
         launcher="none" if isinstance(stage, CommandStage) else stage.launcher if isinstance(stage, TrainStage) else "srun",
-        setup=[*site.environment.lines(), *site.setup, *resources.setup],
-        directives=site_directives(name, resources, gpus_per_node, site) if site.scheduler == "slurm" else [],
+        setup=[*site.environment.lines(), *site.setup, *([] if isinstance(stage, CommandStage) else resources.setup)],
+        command_setup=list(resources.setup) if isinstance(stage, CommandStage) else [],
+        directives=_directives(name, stages, gpus_per_node, site) if site.scheduler == "slurm" else [],
         settings=stage.model_dump(mode="json", by_alias=True, exclude={"resources"}),
         tasks=tasks,
     )
@@ -255,16 +258,28 @@ def _check_ranks(name: str, stage: AnyStage, gpus_per_node: int) -> None:
         raise Unplannable(("stages", name, "resources"), f"a task of a {stage.kind} stage runs on one device, more would idle; {hint}")
 
 
-def site_directives(name: str, resources: Resources, gpus_per_node: int, site: Site) -> list[str]:
-    """sbatch options in the words of the site. Raises Unplannable for GPUs it does not have."""
+def _directives(name: str, stages: dict[str, AnyStage], gpus_per_node: int, site: Site) -> list[str]:
+    """sbatch options in the words of the site; the user's own take the place of those that decide the same."""
+    resources = stages[name].resources
+    lines = [*_site_directives(name, resources, gpus_per_node, site), *_mail(name, stages, site)]
+    return [*sbatch_options.without(lines, sbatch_options.decided(resources.slurm)), *resources.slurm]
+
+
+def _site_directives(name: str, resources: Resources, gpus_per_node: int, site: Site) -> list[str]:
+    """Raises Unplannable for GPUs the site does not have."""
     partition = site.partitions.gpu if gpus_per_node else site.partitions.cpu
     words = {"partition": partition, "account": site.account, "qos": site.qos, "reservation": site.reservation}
     directives = [f"--{option}={value}" for option, value in words.items() if value is not None]
     if resources.gpu is not None:
         directives += _gpu_directives(name, resources.gpu, site)
-    if site.notify.mail is not None and "fail" in site.notify.on:
-        directives += [f"--mail-user={site.notify.mail}", "--mail-type=FAIL"]
-    return [*directives, *resources.slurm]
+    return directives
+
+
+def _mail(name: str, stages: dict[str, AnyStage], site: Site) -> list[str]:
+    """Slurm's own mail: for every job that fails, and for the end of those that nothing waits for."""
+    last = not any(name in _needs(other, stages) for other in stages)
+    kinds = [*(["FAIL"] if "fail" in site.notify.on else []), *(["END"] if last and "end" in site.notify.on else [])]
+    return [f"--mail-user={site.notify.mail}", f"--mail-type={','.join(kinds)}"] if site.notify.mail is not None and kinds else []
 
 
 def _gpu_directives(name: str, wanted: GpuRequest, site: Site) -> list[str]:
@@ -321,6 +336,8 @@ def _threads(stage: AnyStage, resources: Resources, ranks_per_node: int, gpus_pe
         return 1
     if gpus_per_node:
         return site.cpus_per_gpu or max(1, site.cpus // max(ranks_per_node, site.gpus))
+    if site.scheduler == "slurm":  # a node is shared with others
+        return site.cpus_per_gpu or min(SHARED_CPUS, site.cpus)
     return max(1, site.cpus // ranks_per_node)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from medgen import document
-from medgen.document import Document
+from medgen.document import Document, KeyPath
 from medgen.errors import InputError
 from medgen.units import Mebibytes, Minutes, Seconds
 
@@ -133,6 +133,12 @@ class Site(Frozen):
     notify: Notify = Notify()
     grace: Seconds = 180  # between the warning signal and the time limit: one step, one save and a minute of slack
 
+    _document: Document | None = PrivateAttr(None)  # where every key stands
+
+    def error(self, path: KeyPath, message: str) -> InputError:
+        """For what is wrong with the key at `path`: says where it stands in the profile."""
+        return (self._document or Document(f"the profile of {self.name}", {})).error(path, message)
+
     @model_validator(mode="after")
     def _cluster_words_need_a_cluster(self) -> Site:
         if self.scheduler == "local":
@@ -171,7 +177,9 @@ def load(name: str | None, overrides: Sequence[str] = (), local: bool = False) -
     chosen = name or os.environ.get(SITE_VARIABLE)
     profile = _profile(chosen) if chosen else _profile_of_this_place(local)
     document.override(profile, [text.removeprefix(OVERRIDE) for text in overrides if text.startswith(OVERRIDE)])
+    profile.positions = {path: place.replace("-o ", f"-o {OVERRIDE}", 1) if place.startswith("-o ") else place for path, place in profile.positions.items()}
     site = document.check(Site, profile)
+    site._document = profile
     return site.on_this_machine() if local else site
 
 

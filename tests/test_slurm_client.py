@@ -285,7 +285,7 @@ def test_what_does_not_answer_is_killed_with_all_it_started(stand_in: Callable[[
 def test_a_job_that_has_ended_needs_no_cancelling(stand_in: Callable[[str, str], Path]) -> None:
     folder = stand_in("scancel", 'echo "$@" >> $THERE/arguments; echo "scancel: error: Kill job error on job id 7: Invalid job id specified" >&2; exit 1')
     slurm.cancel([7, "8_3"])
-    slurm.cancel([7], signal="USR2")
+    slurm.signal_steps([7], "USR2")
     assert (folder / "arguments").read_text().splitlines() == ["--quiet 7 8_3", "--quiet --signal=USR2 7"]
     stand_in("scancel", 'echo "Invalid job id specified" >&2; echo "Access/permission denied" >&2; exit 1')
     with pytest.raises(slurm.SlurmError, match="permission denied"):

@@ -19,6 +19,7 @@ from medgen.launch.script import REQUEUE
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import Outcome, RunDir
 
+TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why: another node may do better
 WITHOUT_PROGRESS = 3  # attempts in a row that end where they began: then the job is not started again
 AGAIN, GOES_ON = COMES_BACK
 
@@ -48,12 +49,18 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     seconds = time.time() - started
     status, cause = _ending(run, stage, shard, task_hash, attempt, exit_code)
     earlier = [item for item in _attempts(run, stage_name, shard) if item.attempt != attempt]
-    action = "done" if status == "done" else _next(run, stage, shard, status, exit_code, seconds, plan.place.grace_seconds, earlier)
+    action = "done" if status == "done" else _next(run, stage, shard, attempt, status, seconds, plan.place.grace_seconds, earlier)
     _tell_end(run, stage, shard, attempt, status, exit_code, cause, seconds, action, job_id())
     if action.startswith(COMES_BACK):
         return REQUEUE
     tell_people(run, plan, stage, shard, status, cause)
     return Exit.DONE if status == "done" else Exit.FAILED
+
+
+def refused(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
+    """Tell that Slurm did not take the job back: somebody cancelled it, or the site allows no requeue."""
+    run.event("requeue_refused", stage=stage_name, shard=shard, attempt=attempt, job_id=job_id(), next="submit again to go on")
+    return Exit.DONE
 
 
 def job_id() -> str:
@@ -90,7 +97,7 @@ def _ending(run: RunDir, stage: PlannedStage, shard: int, task_hash: str, attemp
 
 
 def _next(
-    run: RunDir, stage: PlannedStage, shard: int, status: str, exit_code: int, seconds: float, grace_seconds: int, earlier: list[Attempt]
+    run: RunDir, stage: PlannedStage, shard: int, attempt: int, status: str, seconds: float, grace_seconds: int, earlier: list[Attempt]
 ) -> str:
     """What to do after an attempt that is not done, in words; those in COMES_BACK mean: start the job again."""
     if run.cancel_mark.exists():
@@ -107,8 +114,11 @@ def _next(
         if at_limit and limits >= stage.segments:
             return f"not tried again: it met its time limit {limits} times; write more segments: or a longer time:, and submit again"
         return GOES_ON
+    outcome = run.read_outcome(stage.name, shard)
+    told = outcome is not None and outcome.attempt == attempt
+    tries = TRIES[stage.kind] if told else max(TRIES[stage.kind], TRIES_WITHOUT_A_WORD)
     crashes = 1 + sum(item.status == "failed" for item in these)
-    return AGAIN if crashes < TRIES[stage.kind] else "not tried again"
+    return AGAIN if crashes < tries else "not tried again"
 
 
 def _without_progress(run: RunDir, stage: PlannedStage, shard: int, earlier: list[Attempt]) -> bool:

@@ -33,7 +33,7 @@ class Backend(Protocol):
     def poll(self, run: RunDir) -> Poll:
         """Cheap and harmless: never a reason to call a task done."""
 
-    def cancel(self, run: RunDir) -> str:
+    def cancel(self, run: RunDir, plan: Plan) -> str:
         """Stop everything of the run, let it save first; returns what happened in words."""
 
 

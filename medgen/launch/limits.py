@@ -37,20 +37,22 @@ def _submit_limit(site: Site) -> int | None:
     user = getpass.getuser()
     where = [f"user={user}", *([f"account={site.account}"] if site.account else [])]
     try:
-        rows = _table(["sacctmgr", "-nP", "show", "assoc", *where, "format=account,partition,maxsubmitjobs,defaultqos,qos"])
-        qos = {row[0]: _number(row[1]) for row in _table(["sacctmgr", "-nP", "show", "qos", "format=name,maxsubmitjobsperuser"])}
+        rows = _table(["sacctmgr", "-nP", "show", "assoc", *where, "format=maxsubmitjobs,defaultqos,qos"], 3)
+        qos = {name: _number(limit) for name, limit in _table(["sacctmgr", "-nP", "show", "qos", "format=name,maxsubmitjobsperuser"], 2)}
     except SlurmError:
         return None
     limits = []
-    for _account, _partition, limit, default, allowed in rows:
+    for limit, default, allowed in rows:
         limits.append(_number(limit))
         name = site.qos or default or (allowed if "," not in allowed else "normal")
         limits.append(qos.get(name))
     return _least(*limits)
 
 
-def _table(arguments: list[str]) -> list[list[str]]:
-    return [line.split("|") for line in slurm.query(arguments).splitlines() if line.strip()]
+def _table(arguments: list[str], columns: int) -> list[list[str]]:
+    """Lines that are no rows, such as a warning, are left out."""
+    rows = [line.split("|") for line in slurm.query(arguments).splitlines()]
+    return [row for row in rows if len(row) == columns]
 
 
 def _number(text: str) -> int | None:

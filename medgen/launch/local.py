@@ -101,7 +101,7 @@ class LocalBackend:
         supervisor = living_supervisor(run)
         return Poll(supervisor is not None, str(supervisor) if supervisor else "nothing runs here")
 
-    def cancel(self, run: RunDir) -> str:
+    def cancel(self, run: RunDir, planned: Plan) -> str:
         return cancel(run)
 
 

@@ -23,6 +23,11 @@ class QueuedTask:
     row: QueueRow
 
     @property
+    def element(self) -> str:
+        """What scancel and --dependency call it."""
+        return str(self.job_id) if self.row.array_task is None else f"{self.job_id}_{self.row.array_task}"
+
+    @property
     def is_pending(self) -> bool:
         return self.row.state == "PENDING"
 

@@ -274,7 +274,7 @@ def expand_tasks(expression: str) -> Sequence[int | None]:
 # --- the accounting --------------------------------------------------------------------------------------------------
 
 
-def accounting(job_ids: Sequence[int], since: float, duplicates: bool = False) -> list[AccountingRow]:
+def accounting(job_ids: Sequence[int], since: float, duplicates: bool = False, timeout_seconds: float = TIMEOUT_SECONDS) -> list[AccountingRow]:
     """What the accounting knows of these jobs and all elements of these arrays, if they were there after `since` (unix seconds).
 
     `duplicates`: also the earlier lives of requeued jobs. Raises SlurmError, also where a cluster keeps no accounting."""
@@ -282,7 +282,7 @@ def accounting(job_ids: Sequence[int], since: float, duplicates: bool = False) -
     start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
     for ids in _chunks([str(number) for number in job_ids]):
         command = ["sacct", "-n", "-P", "-S", start, "-j", ",".join(ids), "-o", ",".join(ACCOUNTING_FIELDS)]
-        rows += parse_accounting(query([*command, "-D"] if duplicates else command))
+        rows += parse_accounting(query([*command, "-D"] if duplicates else command, timeout_seconds))
     return rows
 
 
@@ -394,15 +394,31 @@ def release(job_ids: Sequence[int]) -> None:
         _refuse_unless_gone(_patient_call(["scontrol", "release", ",".join(ids)]))
 
 
-def cancel(job_ids: Sequence[int | str], signal: str | None = None) -> None:
-    """End jobs, or send a signal to their steps (`USR2`); `12_3` names one element. Those that have ended are no failure.
-
-    Raises SlurmError."""
+def cancel(job_ids: Sequence[int | str]) -> None:
+    """End jobs; `12_3` names one element. One that has ended already is no failure. Raises SlurmError."""
     for ids in _chunks([str(job) for job in job_ids]):
-        if signal is None:
-            _refuse_unless_gone(_patient_call(["scancel", "--quiet", *ids]))
-        else:  # once: a program may count signals
-            _refuse_unless_gone(call(["scancel", "--quiet", f"--signal={signal}", *ids]))
+        _refuse_unless_gone(_patient_call(["scancel", "--quiet", *ids]))
+
+
+def signal_steps(job_ids: Sequence[int | str], name: str) -> None:
+    """A signal to every process that srun started for these jobs, and not to the script that waits for them."""
+    _signal(job_ids, [f"--signal={name}"])
+
+
+def signal_scripts(job_ids: Sequence[int | str], name: str) -> None:
+    """A signal to the shells of the job scripts alone."""
+    _signal(job_ids, ["--batch", f"--signal={name}"])
+
+
+def signal_everything(job_ids: Sequence[int | str], name: str) -> None:
+    _signal(job_ids, ["--full", f"--signal={name}"])
+
+
+def _signal(job_ids: Sequence[int | str], options: list[str]) -> None:
+    """Once, because a program may count signals. scancel fails without a word where a job has no step or has just ended,
+    so its exit code says nothing: the queue tells what became of the job."""
+    for ids in _chunks([str(job) for job in job_ids]):
+        call(["scancel", "--quiet", *options, *ids])
 
 
 def _refuse_unless_gone(answer: subprocess.CompletedProcess[str]) -> None:

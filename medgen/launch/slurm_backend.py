@@ -27,23 +27,18 @@ from medgen.rundir import RunDir
 
 LOCK_SECONDS = 300  # another submit of the same run may be queueing many chunks
 LOOKS, LOOK_PAUSE_SECONDS = 4, 2.0  # a job is in the queue a moment after sbatch, whatever became of its reply
-TRIES = 3
-TERM_SECONDS = 8.0  # to save after `cancel`; then KILL, so that everything is gone within ten seconds
-GONE_SECONDS = 10.0
+TRIES = 2
+TERM_SECONDS = 7.0  # to save after `cancel`; then KILL, so that everything is gone within ten seconds
+GONE_SECONDS = 15.0
 
 
 @dataclass
 class Submission:
-    """What one submit has queued: job numbers by stage, and those nothing holds back but the hold."""
+    """What one submit finds and makes. `jobs`: for each stage what its children wait for, as `12` or `12_3`; `made`: new jobs."""
 
     number: int
-    jobs: dict[str, list[int]] = field(default_factory=dict)
-    tasks: int = 0
-    calls: int = 0
-    cancelled: list[int] = field(default_factory=list)
-
-    def all_jobs(self) -> list[int]:
-        return [job for jobs in self.jobs.values() for job in jobs]
+    jobs: dict[str, list[str]] = field(default_factory=dict)
+    made: list[int] = field(default_factory=list)
 
 
 class SlurmBackend:
@@ -80,11 +75,10 @@ class SlurmBackend:
             run.event("submitted", backend="slurm", tasks=total, submission=str(submission.number))
         try:
             for stage in plan.stages:
-                ids = sorted({task.job_id for task in queued if task.stage == stage.name})
-                submission.jobs[stage.name] = ids
+                submission.jobs[stage.name] = self._parents(run, stage, [task for task in queued if task.stage == stage.name])
                 self._submit_stage(run, plan, stage, waiting[stage.name], submission)
         except SlurmRefused as error:
-            self._roll_back(run, submission, queued)
+            self._roll_back(run, submission)
             raise InputError(f"Slurm refused a job of {run.run_id}: {error.reason}; nothing was left in the queue by this submit") from None
         except SlurmUnsure as error:
             raise MedgenError(f"{error}. What was queued is held and will not run; submit again when Slurm answers: nothing is queued twice") from None
@@ -108,17 +102,28 @@ class SlurmBackend:
             run.event("jobs_cancelled", job_ids=ids, cause="what they waited for is queued anew")
         return [task for task in queued if task not in doomed]
 
+    def _parents(self, run: RunDir, stage: PlannedStage, queued: list[QueuedTask]) -> list[str]:
+        """What to wait for of jobs that are queued already: a whole array only if none of its elements has failed."""
+        shards_of = {event["name"]: event["shards"] for event in run.events() if event["event"] == "job_intent"}
+        parents = []
+        for job_id, name in sorted({(task.job_id, task.name) for task in queued}):
+            alive = {task.shard for task in queued if task.job_id == job_id}
+            gone = [shard for shard in shards_of[name] if shard not in alive] if name in shards_of else []
+            failed = [shard for shard in gone if not run.is_done(stage.name, shard, stage.tasks[shard].hash)]
+            parents += [task.element for task in queued if task.job_id == job_id] if failed else [str(job_id)]
+        return parents
+
     def _submit_stage(self, run: RunDir, plan: Plan, stage: PlannedStage, shards: list[int], submission: Submission) -> None:
-        parents = sorted({job for needed in stage.needs for job in submission.jobs[needed]})
+        parents = list(dict.fromkeys(job for needed in stage.needs for job in submission.jobs[needed]))
         serial = stage.parallel < len(stage.tasks)  # the throttle of an array is its own: arrays that share one run one by one
         for chunk in chunks(stage, shards, submission.number, self.limits.array):
             before = submission.jobs[stage.name][-1:] if serial else []
-            conditions = [f"afterok:{':'.join(map(str, parents))}"] if parents else []
+            conditions = [f"afterok:{':'.join(parents)}"] if parents else []
             conditions += [f"afterany:{before[0]}"] if before else []
             options = [f"--job-name={job_name(run.run_id, stage.name, chunk.submission, chunk.offset)}"]
             options += [f"--output={self._output(run, stage, chunk)}"] if stage.launcher == "none" else []
             options.append(f"--dependency={','.join(conditions)}" if conditions else "--hold")
-            submission.jobs[stage.name].append(self._submit_chunk(run, plan, stage, chunk, options, submission))
+            submission.jobs[stage.name].append(str(self._submit_chunk(run, plan, stage, chunk, options, submission)))
 
     def _output(self, run: RunDir, stage: PlannedStage, chunk: Chunk) -> str:
         """A command's own --output stays in its script for whoever submits that by hand; here the log is the run's."""
@@ -133,16 +138,15 @@ class SlurmBackend:
         folder = run.submission(submission.number)
         files.write_text(folder / f"{stage.name}.{chunk.offset}.sh", script)
         run.event("job_intent", name=name, stage=stage.name, submission=str(chunk.submission), offset=chunk.offset, shards=chunk.shards)
-        job_id = self._submit_once(folder, name, script, options, plan.place.export, submission)
+        job_id = self._submit_once(folder, name, script, options, plan.place.export)
+        submission.made.append(job_id)
         run.event("job_submitted", name=name, job_id=job_id)
-        submission.tasks += len(chunk.shards)
         return job_id
 
-    def _submit_once(self, folder: Path, name: str, script: str, options: list[str], exported: list[str], submission: Submission) -> int:
+    def _submit_once(self, folder: Path, name: str, script: str, options: list[str], exported: list[str]) -> int:
         """sbatch until it is known that the job exists, and exactly once. Raises SlurmRefused, SlurmUnsure."""
         for attempt in range(TRIES):
             try:
-                submission.calls += 1
                 return submit_script(folder, script, options, exported)
             except SlurmUnsure as error:
                 known = self._look_up(name, error)
@@ -166,12 +170,10 @@ class SlurmBackend:
                 time.sleep(LOOK_PAUSE_SECONDS)
         return None
 
-    def _roll_back(self, run: RunDir, submission: Submission, before: list[QueuedTask]) -> None:
+    def _roll_back(self, run: RunDir, submission: Submission) -> None:
         """Take back what this submit queued; what was there before stays."""
-        mine = sorted(set(submission.all_jobs()) - {task.job_id for task in before})
-        if mine:
-            slurm.cancel(mine)
-        run.event("submission_rolled_back", job_ids=mine, submission=str(submission.number))
+        slurm.cancel(submission.made)
+        run.event("submission_rolled_back", job_ids=submission.made, submission=str(submission.number))
 
     def _release(self, run: RunDir) -> None:
         """Let start what medgen holds, and nothing a person has put on hold since. First, doubles go: the oldest job stays."""
@@ -193,29 +195,34 @@ class SlurmBackend:
         tasks = queued_tasks(run)
         return Poll(bool(tasks), f"{len(tasks)} tasks in Slurm's queue" if tasks else "nothing of it is in Slurm's queue")
 
-    def cancel(self, run: RunDir) -> str:
-        """TERM to everything, some seconds to save, KILL. Raises SlurmError if Slurm does not answer."""
+    def cancel(self, run: RunDir, plan: Plan) -> str:
+        """What waits goes at once; what runs gets TERM, some seconds to save, KILL. Raises SlurmError if Slurm does not answer."""
         files.write_text(run.cancel_mark, "no job of this run starts itself again until the next submit\n")
         tasks = queued_tasks(run)
         if not tasks:
             return f"{run.run_id}: nothing is queued or running"
-        ids = sorted({task.job_id for task in tasks})
-        slurm.cancel(ids)
-        deadline = time.monotonic() + TERM_SECONDS
-        left = tasks
-        while left and time.monotonic() < deadline:
-            time.sleep(0.5)
-            left = queued_tasks(run)
+        waiting, running = [task for task in tasks if task.is_pending], [task for task in tasks if not task.is_pending]
+        slurm.cancel(sorted({task.element for task in waiting}))
+        scripts = [task.element for task in running if plan.stage(task.stage).launcher == "none"]
+        slurm.signal_scripts(scripts, "TERM")
+        slurm.signal_steps([task.element for task in running if task.element not in scripts], "TERM")
+        left = self._wait_until_gone(run, TERM_SECONDS)
         if left:
-            slurm.cancel(sorted({task.job_id for task in left}), signal="KILL")
-            deadline = time.monotonic() + GONE_SECONDS
-            while left and time.monotonic() < deadline:
-                time.sleep(0.5)
-                left = queued_tasks(run)
-        run.event("cancelled", job_ids=ids, left=len(left))
+            slurm.signal_everything([task.element for task in left], "KILL")
+            slurm.cancel([task.element for task in left])
+            left = self._wait_until_gone(run, GONE_SECONDS)
+        run.event("cancelled", job_ids=sorted({task.job_id for task in tasks}), left=len(left))
         if left:
-            raise MedgenError(f"{run.run_id}: {len(left)} tasks are still ending on {', '.join(sorted({task.row.nodes for task in left}))}; look again with `medgen watch {run.run_id}`")
+            nodes = ", ".join(sorted({task.row.nodes for task in left}))
+            raise MedgenError(f"{run.run_id}: {len(left)} tasks are still ending on {nodes}; look again with `medgen watch {run.run_id}`")
         return f"{run.run_id}: {len(tasks)} tasks taken out of the queue; the same submit command goes on from what was saved"
+
+    def _wait_until_gone(self, run: RunDir, seconds: float) -> list[QueuedTask]:
+        """What is still there after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (left := queued_tasks(run)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
 
 
 def chunks(stage: PlannedStage, shards: list[int], submission: int, largest_array: int | None) -> list[Chunk]:

@@ -20,12 +20,13 @@ from medgen.errors import InputError, MedgenError
 from medgen.launch import snapshot
 from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
 from medgen.launch.limits import read_limits
+from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.supervisor import living_supervisor
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 RESOURCE_FIELDS = (
-    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "launcher", "setup", "directives",
+    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "launcher", "setup", "command_setup", "directives",
 )  # fmt: skip
 LOCK_SECONDS = 60
 
@@ -156,7 +157,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _write_plan(prepared: Prepared) -> None:
-    """Write plan.json if it is new or other resources were asked for; never under a living supervisor."""
+    """Write plan.json if it is new or other resources were asked for; never under jobs that were started with the old ones."""
     run = prepared.run
     if not run.plan.exists():
         files.write_json(run.plan, plan.to_json(prepared.plan))
@@ -166,9 +167,9 @@ def _write_plan(prepared: Prepared) -> None:
     changes = resource_changes(before, prepared.plan)
     if plan.to_json(before) == plan.to_json(prepared.plan):
         return
-    if living_supervisor(run) is not None:
+    if living_supervisor(run) is not None or (was_queued(run) and queued_tasks(run)):
         raise InputError(
-            f"{run.run_id} is running with other resources ({'; '.join(changes) or 'another site'}); "
+            f"{run.run_id} is queued or running with other resources ({'; '.join(changes) or 'another site'}); "
             f"leave them as they are, or `medgen cancel {run.run_id}` first"
         )
     files.write_json(run.plan, plan.to_json(prepared.plan))

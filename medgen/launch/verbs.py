@@ -56,6 +56,8 @@ def submit(
     if on_slurm:
         tell(preflight.check(prepared))
     codes = [_submit_one(item, display, watch, detached, as_json) for item in prepared]
+    if len(prepared) > 1 and not as_json:
+        print(f"{len(prepared)} points; compare them: medgen ls --sweep {prepared[0].plan.name}")
     return max(codes)
 
 
@@ -107,6 +109,9 @@ def queued_text(item: Prepared) -> str:
         return f"{title}: everything is done already"
     if not lines or run.submitted_at() < item.prepared_at:
         return f"{title}: everything that is not done is in the queue already; follow it: medgen watch {run.run_id}"
+    if item.point.values:  # one of many
+        numbers = sorted(jobs.values())
+        return f"{title}: queued, jobs {numbers[0]} to {numbers[-1]}"
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     table = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([f"{title}: queued", *table, f"follow it: medgen watch {run.run_id}"])
@@ -132,7 +137,7 @@ def cancel(run: RunDir) -> str:
     """Stop a run wherever it runs; returns what happened in words."""
     if living_supervisor(run) is not None or not was_queued(run):
         return local.cancel(run)
-    return SlurmBackend(Limits()).cancel(run)
+    return SlurmBackend(Limits()).cancel(run, plan.read(run))
 
 
 def tell(messages: Sequence[str]) -> None:

@@ -1,0 +1,1 @@
+"""Tests on a real Slurm: the sandbox, or a cluster that is there already."""
