@@ -154,6 +154,11 @@ class RunDir:
     def checkpoints(self, stage: str) -> Path:
         return self.root / stage / "ckpt"
 
+    def saved_step(self, stage: str) -> int:
+        """The newest step with a committed checkpoint, where a training goes on; 0 if there is none. Contents are not verified here."""
+        steps = [path.parent.name.partition("-")[2] for path in self.checkpoints(stage).glob("step-*/commit.json")]
+        return max((int(step) for step in steps if step.isdigit()), default=0)
+
     def tensorboard(self, stage: str) -> Path:
         return self.root / stage / "tb"
 

@@ -5,8 +5,10 @@ Called as `medgen attempt begin|end` from the scripts of launch/script.py; local
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from medgen import plan as planning
@@ -22,6 +24,7 @@ from medgen.rundir import Outcome, RunDir
 TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why: another node may do better
 WITHOUT_PROGRESS = 3  # attempts in a row that end where they began: then the job is not started again
 AGAIN, GOES_ON = COMES_BACK
+CANCELLED = "submit again to go on"
 
 
 def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
@@ -36,29 +39,57 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
                   max(0.0, seen - last[0].started), GOES_ON, job_id())  # fmt: skip
     run.event(
         "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task, devices=stage.devices,
-        from_step=beat.step if beat is not None and stage.kind == "train" else 0, job_id=job_id(), node=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        from_step=run.saved_step(stage_name) if stage.kind == "train" else 0, job_id=job_id(), node=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )  # fmt: skip
     return Exit.DONE
 
 
-def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, started: float) -> int:
-    """Tell how an attempt ended. Returns 0 if the task is done, REQUEUE if the same job is to be started again, else 1."""
+def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, started: float, job: str) -> int:
+    """Tell how an attempt ended. Returns 0 if the task is done, REQUEUE if the same job is to be started again, else 1.
+
+    `job`: one line of `scontrol show job`, or nothing."""
     plan = planning.read(run)
     stage, task_hash = _find(plan, stage_name, shard)
     seconds = time.time() - started
     status, cause = _ending(run, stage, shard, task_hash, attempt, exit_code)
     earlier = [item for item in _attempts(run, stage_name, shard) if item.attempt != attempt]
-    action = "done" if status == "done" else _next(run, stage, shard, attempt, status, seconds, plan.place.grace_seconds, earlier)
+    taken = _taken_by_slurm(run, job)
+    if status == "done":
+        action = "done"
+    elif taken is not None:
+        status, cause, action = "interrupted", taken.cause, taken.action
+    else:
+        action = _next(run, stage, shard, attempt, status, seconds, plan.place.grace_seconds, earlier)
     _tell_end(run, stage, shard, attempt, status, exit_code, cause, seconds, action, job_id())
     if action.startswith(COMES_BACK):
-        return REQUEUE
+        return Exit.FAILED if taken is not None else REQUEUE
     tell_people(run, plan, stage, shard, status, cause)
     return Exit.DONE if status == "done" else Exit.FAILED
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What Slurm has decided about a job that is ending."""
+
+    cause: str
+    action: str
+
+
+def _taken_by_slurm(run: RunDir, job: str) -> Taken | None:
+    """None if the job just runs: what comes next is ours to decide."""
+    facts = dict(re.findall(r"(\w+)=(\S*)", job))
+    if run.cancel_mark.exists():
+        return Taken("cancelled with medgen cancel", CANCELLED)
+    if facts.get("JobState", "RUNNING") == "RUNNING":
+        return None
+    if int(facts.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        return Taken("Slurm took the job back to start it again", GOES_ON)
+    return Taken("cancelled with scancel", CANCELLED)
+
+
 def refused(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
-    """Tell that Slurm did not take the job back: somebody cancelled it, or the site allows no requeue."""
+    """Tell that Slurm did not take the job back: the site allows no requeue."""
     run.event("requeue_refused", stage=stage_name, shard=shard, attempt=attempt, job_id=job_id(), next="submit again to go on")
     return Exit.DONE
 
@@ -100,8 +131,6 @@ def _next(
     run: RunDir, stage: PlannedStage, shard: int, attempt: int, status: str, seconds: float, grace_seconds: int, earlier: list[Attempt]
 ) -> str:
     """What to do after an attempt that is not done, in words; those in COMES_BACK mean: start the job again."""
-    if run.cancel_mark.exists():
-        return "cancelled; submit again to go on"
     if status == "refused":
         return "not tried again: the input is wrong"
     since = run.submitted_at()

@@ -54,8 +54,12 @@ def tail(path: Path, lines: int) -> list[str]:
             text = handle.read().decode(errors="replace")
     except OSError:
         return []
-    # a progress bar rewrites its line with carriage returns: what was last on screen counts
-    return [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    return last_lines(text, lines)
+
+
+def last_lines(text: str, lines: int) -> list[str]:
+    """The last non-empty ones; a progress bar rewrites its line with carriage returns: what was last on screen counts."""
+    return [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n") if line.strip()][-lines:]
 
 
 def guilty_log(run: RunDir, stage: str, shard: int, attempt: int) -> Path:

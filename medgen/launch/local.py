@@ -178,10 +178,9 @@ class _Supervision:
         attempt = next_attempt(self.run, stage.name, shard)
         batch = self.run.batch_log(stage.name, shard)
         batch.parent.mkdir(parents=True, exist_ok=True)
-        heartbeat = self.run.read_heartbeat(stage.name, shard)
         self.run.event(
             "task_started", stage=stage.name, shard=shard, attempt=attempt, task_hash=job.task.hash, devices=stage.devices,
-            from_step=heartbeat.step if heartbeat and stage.kind == "train" else 0, gpus=job.gpus,
+            from_step=self.run.saved_step(stage.name) if stage.kind == "train" else 0, gpus=job.gpus,
         )  # fmt: skip
         with batch.open("ab") as output:
             process = subprocess.Popen(

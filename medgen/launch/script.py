@@ -254,7 +254,7 @@ def _end(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
         'echo "medgen: ended with exit code $rc at $(date +%FT%T%z)"',
         'if [ -z "${MEDGEN_SUPERVISED:-}" ]; then',
         f'  {interpreter} {shlex.quote(str(run.code))} attempt end {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" \\',
-        '    --exit-code "$rc" --started "$started"',
+        '    --exit-code "$rc" --started "$started" --job "$(scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null)"',
         "  case $? in",
         "    0) rc=0 ;;  # done: a rank that was killed after its work has harmed nothing",
         f"    {REQUEUE})",

@@ -410,8 +410,10 @@ def signal_scripts(job_ids: Sequence[int | str], name: str) -> None:
     _signal(job_ids, ["--batch", f"--signal={name}"])
 
 
-def signal_everything(job_ids: Sequence[int | str], name: str) -> None:
-    _signal(job_ids, ["--full", f"--signal={name}"])
+def kill_steps(job_ids: Sequence[int | str]) -> None:
+    """KILL to what the first srun of each job has started, at once. For a whole job KILL means no more than to cancel it: its
+    processes get TERM, and KILL only after KillWait."""
+    _signal([f"{job}.0" for job in job_ids], ["--signal=KILL"])
 
 
 def _signal(job_ids: Sequence[int | str], options: list[str]) -> None:

@@ -28,8 +28,9 @@ from medgen.rundir import RunDir
 LOCK_SECONDS = 300  # another submit of the same run may be queueing many chunks
 LOOKS, LOOK_PAUSE_SECONDS = 4, 2.0  # a job is in the queue a moment after sbatch, whatever became of its reply
 TRIES = 2
-TERM_SECONDS = 7.0  # to save after `cancel`; then KILL, so that everything is gone within ten seconds
-GONE_SECONDS = 15.0
+TERM_SECONDS = 5.0  # to save after `cancel`; then KILL, so that everything is gone within ten seconds
+KILL_SECONDS = 3.0
+GONE_SECONDS = 40.0  # what has just been starting ends after Slurm's own KillWait
 
 
 @dataclass
@@ -203,12 +204,16 @@ class SlurmBackend:
             return f"{run.run_id}: nothing is queued or running"
         waiting, running = [task for task in tasks if task.is_pending], [task for task in tasks if not task.is_pending]
         slurm.cancel(sorted({task.element for task in waiting}))
-        scripts = [task.element for task in running if plan.stage(task.stage).launcher == "none"]
-        slurm.signal_scripts(scripts, "TERM")
-        slurm.signal_steps([task.element for task in running if task.element not in scripts], "TERM")
+        scripts = {task.element for task in running if plan.stage(task.stage).launcher == "none"}
+        with_step = [task.element for task in running if task.element not in scripts]
+        slurm.signal_scripts(sorted(scripts), "TERM")
+        slurm.signal_steps(with_step, "TERM")
         left = self._wait_until_gone(run, TERM_SECONDS)
         if left:
-            slurm.signal_everything([task.element for task in left], "KILL")
+            slurm.kill_steps([task.element for task in left if task.element in with_step])
+            slurm.signal_scripts([task.element for task in left if task.element in scripts], "KILL")
+            left = self._wait_until_gone(run, KILL_SECONDS)
+        if left:
             slurm.cancel([task.element for task in left])
             left = self._wait_until_gone(run, GONE_SECONDS)
         run.event("cancelled", job_ids=sorted({task.job_id for task in tasks}), left=len(left))

@@ -309,14 +309,26 @@ def test_cancel_ends_everything_soon_and_the_run_can_go_on(lab: Lab) -> None:
     lab.submit(spec)
     lab.slurm.wait_for(lambda: (lab.run("cancel") / "a" / "made" / "00000" / "deaf").exists(), 60)
     said = lab.medgen("cancel", "cancel").stdout
-    assert "taken out of the queue" in said
-    assert not lab.alive("cancel")
+    assert "taken out of the queue" in said and not lab.alive("cancel")
     assert lab.events("cancel", "cancelled")[0]["left"] == 0
     lab.medgen("watch", "cancel", "--once", expect=4)
     lab.submit(spec)
     assert len(lab.alive("cancel")) == 5
     lab.medgen("cancel", "cancel")
     assert "nothing is queued" in lab.medgen("cancel", "cancel").stdout
+
+
+@pytest.mark.parametrize(("command", "states"), [("scancel", ["CANCELLED"]), ("scontrol requeue", ["COMPLETED"])])
+def test_what_slurm_was_told_holds(lab: Lab, command: str, states: list[str]) -> None:
+    """A job that somebody cancels does not start itself again; one that is requeued starts once, by Slurm's own doing."""
+    lab.submit(lab.spec("told", {"a": {"kind": "command", "run": "touch $MEDGEN_OUT/started; [ -e $MEDGEN_OUT/before ] || { touch $MEDGEN_OUT/before; sleep 60; }"}}))
+    lab.slurm.wait_for(lambda: (lab.run("told") / "a" / "made" / "00000" / "started").exists(), 60)
+    lab.slurm.run(*command.split(), lab.jobs("told")[0]["id"])
+    lab.wait("told")
+    assert [row["state"] for row in lab.jobs("told")] == states
+    ended = lab.events("told", "task_ended")[0]
+    assert ended["status"] == "interrupted"
+    assert ended["next"] == {"scancel": "submit again to go on", "scontrol requeue": "goes on from what it saved"}[command]
 
 
 def test_jobs_get_the_allowed_variables_and_no_others(lab: Lab) -> None:
