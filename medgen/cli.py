@@ -161,6 +161,18 @@ def cancel(run: RunName) -> None:
     print(verbs.cancel(rundir.find_run(run)))
 
 
+@app.command("import", rich_help_panel="Jobs")
+def import_scripts(
+    scripts: Annotated[list[Path], typer.Argument(metavar="SCRIPT...", help="sbatch scripts; those that differ in a few words become one spec", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the specs (default: jobs), or a name that ends in .yaml", show_default=False)] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="resources in portable words and a site profile, instead of the directives as they are")] = False,
+) -> None:
+    """Turn hand-written sbatch scripts into job specs; what is not understood is kept word for word and listed."""
+    from medgen.launch.importing.verb import run_import
+
+    print(run_import(scripts, out, portable))
+
+
 @app.command(rich_help_panel="Stages (what every backend calls)")
 def train(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
     """Train a model, or go on where an earlier attempt stopped."""
@@ -199,17 +211,19 @@ def command(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: At
 
 @app.command(hidden=True)
 def attempt(
-    moment: Annotated[str, typer.Argument(metavar="begin|end")], run: RunName,
+    moment: Annotated[str, typer.Argument(metavar="begin|end|refused")], run: RunName,
     stage: Annotated[str, typer.Option("--stage")], shard: Annotated[int, typer.Option("--shard")], number: Annotated[int, typer.Option("--attempt")],
     exit_code: Annotated[int, typer.Option("--exit-code")] = 0, started: Annotated[float, typer.Option("--started")] = 0,
+    job: Annotated[str, typer.Option("--job")] = "",
 ) -> None:
     """What job scripts on a cluster call: tell that an attempt begins, or how it ended and whether to start again."""
     from medgen.launch import attempt as attempts
     from medgen.rundir import RunDir
 
-    if moment == "begin":
-        raise typer.Exit(attempts.begin(RunDir(Path(run)), stage, shard, number))
-    raise typer.Exit(attempts.end(RunDir(Path(run)), stage, shard, number, exit_code, started))
+    folder = RunDir(Path(run))
+    if moment == "end":
+        raise typer.Exit(attempts.end(folder, stage, shard, number, exit_code, started, job))
+    raise typer.Exit({"begin": attempts.begin, "refused": attempts.refused}[moment](folder, stage, shard, number))
 
 
 @app.command(rich_help_panel="Data")

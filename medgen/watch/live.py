@@ -16,37 +16,43 @@ from typing import Any
 
 from medgen.errors import Exit, InputError
 from medgen.rundir import RunDir, all_runs, runs_root
-from medgen.watch.state import RunState, read_state, to_json
+from medgen.watch.poll import Impatient, Sparing
+from medgen.watch.state import ON_DEVICES, Reader, RunState, read_state, to_json
 
-REFRESH_SECONDS = 0.5
+REFRESH_SECONDS, SLURM_REFRESH_SECONDS = 0.5, 2.0
+SHARE = 0.1  # of the time at most goes into looking: a big run is looked at less often
 PLAIN_SECONDS = 30  # between two progress lines where there is no terminal
-GOING_ON = ("running", "stopping")
-VERDICT_CODES = {"stopping": Exit.UNFINISHED, "done": Exit.DONE, "failed": Exit.FAILED, "interrupted": Exit.INTERRUPTED, "not started": Exit.UNFINISHED, "running": Exit.UNFINISHED}
+READABLE_TASKS = 1000  # JSON of more is for programs only, and on one line
+GOING_ON = ("queued", "running", "stopping")
+VERDICT_CODES = {"done": Exit.DONE, "failed": Exit.FAILED, "interrupted": Exit.INTERRUPTED}  # everything else is not finished
 
 
 def watch(run: RunDir, once: bool = False, as_json: bool = False) -> Exit:
     """Show a run until nothing of it runs any more, or until q or Ctrl-C; the jobs keep running.
 
     With `once`: show it once; DONE, FAILED, or UNFINISHED for everything else."""
-    state = read_state(run)
     if once or as_json:
+        state = read_state(run)
         if as_json:
-            print(json.dumps(to_json(state), indent=1))
+            is_big = sum(len(stage.tasks) for stage in state.stages) > READABLE_TASKS
+            print(json.dumps(to_json(state), indent=None if is_big else 1))
         else:
             _print_once(state)
-        code = VERDICT_CODES[state.verdict]
-        return Exit.UNFINISHED if code == Exit.INTERRUPTED else code
-    with display(run, "q or Ctrl-C leaves; the jobs keep running") as update, _keys() as pressed:
+        return Exit.UNFINISHED if state.verdict == "interrupted" else VERDICT_CODES.get(state.verdict, Exit.UNFINISHED)
+    reader = Reader(run, Impatient())
+    with _screen(reader, "q or Ctrl-C leaves; the jobs keep running") as show, _keys() as pressed:
         try:
-            while state.verdict in GOING_ON:
-                update()
-                if pressed(REFRESH_SECONDS) == "q":
+            while True:
+                began = time.monotonic()
+                state = reader.read()
+                show(lambda: state)  # noqa: B023  called at once
+                if state.verdict not in GOING_ON:
+                    return VERDICT_CODES.get(state.verdict, Exit.UNFINISHED)
+                pause_seconds = max(SLURM_REFRESH_SECONDS if state.on_slurm else REFRESH_SECONDS, (time.monotonic() - began) / SHARE)
+                if pressed(pause_seconds) == "q":
                     return Exit.UNFINISHED
-                state = read_state(run)
-            update()
         except KeyboardInterrupt:
             return Exit.UNFINISHED
-    return VERDICT_CODES[state.verdict]
 
 
 def _print_once(state: RunState) -> None:
@@ -60,21 +66,29 @@ def _print_once(state: RunState) -> None:
 @contextmanager
 def display(run: RunDir, hint: str) -> Iterator[Callable[[], None]]:
     """Yield a function that shows the run as it is now: a live screen on a terminal, else a line for each event."""
+    reader = Reader(run, Impatient())
+    with _screen(reader, hint) as show:
+        yield lambda: show(reader.read)
+
+
+@contextmanager
+def _screen(reader: Reader, hint: str) -> Iterator[Callable[[Callable[[], RunState]], None]]:
+    """Yield what shows a state; it is handed in as a function, because plain lines seldom need it."""
     if not sys.stdout.isatty():
-        yield _Plain(run).update
+        yield _Plain(reader).show
         return
     from rich.live import Live
 
     from medgen.watch.view import render
 
     # no refresh thread: the caller may fork, and its loop comes by often enough
-    with Live(render(read_state(run), hint), auto_refresh=False, vertical_overflow="crop") as live:
+    with Live(render(reader.read(), hint), auto_refresh=False, vertical_overflow="crop") as live:
 
-        def update() -> None:
-            state = read_state(run)
-            live.update(render(state, hint if state.verdict == "running" else None), refresh=True)
+        def show(read: Callable[[], RunState]) -> None:
+            state = read()
+            live.update(render(state, hint if state.verdict in ("queued", "running") else None), refresh=True)
 
-        yield update
+        yield show
 
 
 @contextmanager
@@ -105,37 +119,44 @@ def _keys() -> Iterator[Callable[[float], str]]:
 class _Plain:
     """For logs and pipes: every event from now on as a line, and progress twice a minute."""
 
-    def __init__(self, run: RunDir):
-        self.run = run
-        self.shown = len(run.events())
+    def __init__(self, reader: Reader):
+        self.log = reader.log
+        self.log.refresh()
+        self.shown = len(self.log.records)
         self.next_progress = time.monotonic() + PLAIN_SECONDS
 
-    def update(self) -> None:
-        events = self.run.events()
-        for event in events[self.shown :]:
+    def show(self, read: Callable[[], RunState]) -> None:
+        self.log.refresh()
+        for event in self.log.records[self.shown :]:
             line = describe_event(event)
             if line:
                 print(f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}  {line}", flush=True)
-        self.shown = len(events)
+        self.shown = len(self.log.records)
         if time.monotonic() >= self.next_progress:
             self.next_progress = time.monotonic() + PLAIN_SECONDS
-            for line in progress_lines(read_state(self.run)):
+            for line in progress_lines(read()):
                 print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
 
 
 def progress_lines(state: RunState) -> list[str]:
-    """One line per running stage."""
+    """One line per stage that holds devices now."""
     lines = []
     for stage in state.stages:
-        if stage.word in ("running", "stalled"):
+        if stage.word in ON_DEVICES:
             loss = next((f", loss {task.loss:.4g}" for task in stage.tasks if task.word == "running" and task.loss is not None), "")
             lines.append(f"{stage.name}: {stage.word}, {stage.fraction:.0%}{loss}")
     return lines
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """An event in words; None for those that tell a person nothing."""
-    kind = event["event"]
+    """An event in words; None for those that tell a person nothing, and for damaged ones."""
+    try:
+        return _in_words(event["event"], event)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind in ("task_started", "task_ended"):
         task = f"{event['stage']} shard {event['shard']}"
         if kind == "task_started":
@@ -145,6 +166,16 @@ def describe_event(event: dict[str, Any]) -> str | None:
         return f"{task}: {event['status']}: {event['cause']}; {event['next']}; log: {event['log']}"
     if kind == "submitted":
         return f"{event['tasks']} tasks to run"
+    if kind == "job_submitted":
+        return f"queued as job {event['job_id']}: {event['name']}"
+    if kind == "jobs_released":
+        return f"released: {_numbers(event['job_ids'])} may start"
+    if kind == "jobs_cancelled":
+        return f"taken out of the queue: {_numbers(event['job_ids'])}: {event['cause']}"
+    if kind == "submission_rolled_back":
+        return f"taken back: {_numbers(event['job_ids'])}, because Slurm refused one of them"
+    if kind == "cancelled":
+        return f"cancelled: {_numbers(event['job_ids'])}; the same submit command goes on from here"
     if kind == "stage_blocked":
         return f"{event['stage']}: not started, because {', '.join(event['needs'])} failed"
     if kind == "stopping":
@@ -156,12 +187,17 @@ def describe_event(event: dict[str, Any]) -> str | None:
     return None
 
 
+def _numbers(ids: list[int]) -> str:
+    return f"job{'s' if len(ids) != 1 else ''} {', '.join(map(str, ids[:6]))}" + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+
+
 def list_runs(as_json: bool = False) -> Exit:
     """Every run under the runs folder, newest first. A folder that is not readable is listed as such, not hidden."""
     states, unreadable = [], []
+    source = Sparing()
     for run in all_runs():
         try:
-            states.append(read_state(run))
+            states.append(Reader(run, source).read())
         except InputError as error:
             unreadable.append(str(error))
     if as_json:

@@ -1,0 +1,94 @@
+"""Which Slurm jobs a run had, and what the accounting keeps of them. Used by why and usage; a cluster without accounting is no failure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from medgen.launch import slurm
+from medgen.launch.script import parse_job_name
+from medgen.launch.slurm import AccountingRow, SlurmError
+from medgen.watch.tries import Key, Try
+
+CLOCK_SECONDS = 60.0  # how far the clocks of a node and of the accounting may be apart
+ROUNDING_SECONDS = 1.0  # the accounting knows whole seconds
+NOT_COMPLETE = ("", "allocation")  # names in rows that the accounting has only begun to write
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """One sbatch call: which shards of which stage got which number, and when (unix seconds)."""
+
+    job_id: int
+    name: str
+    stage: str
+    offset: int
+    shards: tuple[int, ...]
+    time: float
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Rows by task, in order of their start. `problem`: why there are none, None if the accounting answered."""
+
+    rows: dict[Key, list[AccountingRow]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def submitted_jobs(events: Iterable[dict[str, Any]]) -> list[SubmittedJob]:
+    intents: dict[str, tuple[int, ...]] = {}
+    found = []
+    for event in events:
+        if event["event"] == "job_intent" and {"name", "shards"} <= event.keys():
+            intents[event["name"]] = tuple(event["shards"])
+        if event["event"] == "job_submitted" and {"name", "job_id"} <= event.keys():
+            name = parse_job_name(str(event["name"]))
+            if name is not None:
+                shards = intents.get(event["name"], (name.offset,))
+                found.append(SubmittedJob(int(event["job_id"]), event["name"], name.stage, name.offset, shards, event["time"]))
+    return found
+
+
+def read_accounting(jobs: list[SubmittedJob]) -> Accounting:
+    """One look at the accounting for all of them, earlier lives of requeued jobs included. Never raises."""
+    if not jobs:
+        return Accounting(problem="nothing of this run was given to Slurm")
+    known = {job.job_id: job for job in jobs}
+    try:
+        rows = slurm.accounting(sorted(known), min(job.time for job in jobs) - CLOCK_SECONDS, duplicates=True)
+    except SlurmError as error:
+        return Accounting(problem=str(error))
+    by_task: dict[Key, list[AccountingRow]] = {}
+    for row in rows:
+        job = known.get(row.job_id)
+        if job is None or (row.name != job.name and row.name not in NOT_COMPLETE):
+            continue  # numbers are given out anew on a cluster that was set up again
+        by_task.setdefault((job.stage, job.offset + (row.array_task or 0)), []).append(row)
+    for own in by_task.values():
+        own.sort(key=lambda row: (row.start or float("inf"), row.submitted or 0))
+    return Accounting(by_task)
+
+
+def row_of(item: Try, rows: list[AccountingRow]) -> AccountingRow | None:
+    """The life of a job in which an attempt took place: the last that had begun by then."""
+    mine = [row for row in rows if row.start is not None and item.job_id in ("", job_text(row))]
+    begun = [row for row in mine if (row.start or 0) <= item.started + ROUNDING_SECONDS] or [row for row in mine if (row.start or 0) <= item.started + CLOCK_SECONDS]
+    last = begun[-1] if begun else None
+    return last if last is not None and (last.end is None or last.end >= item.started - CLOCK_SECONDS) else None
+
+
+def job_text(row: AccountingRow) -> str:
+    """As an attempt tells its job: `12`, or `12_3` for an element of an array."""
+    return str(row.job_id) if row.array_task is None else f"{row.job_id}_{row.array_task}"
+
+
+def was_cancelled(times: Iterable[float], item: Try) -> bool:
+    """True if a person ended the run with `medgen cancel`, at one of these times, while this attempt was at work."""
+    end = item.ended if item.ended is not None else float("inf")
+    return any(item.started <= time <= end + CLOCK_SECONDS for time in times)
+
+
+def newest_jobs(jobs: list[SubmittedJob]) -> dict[Key, SubmittedJob]:
+    """Task -> the newest job that it was given to."""
+    return {(job.stage, shard): job for job in jobs for shard in job.shards}
