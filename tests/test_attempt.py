@@ -1,0 +1,188 @@
+"""What a job on a cluster decides about itself: done, again, or no more; and whom it tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_stub import build, events
+
+from medgen import files, plan
+from medgen.errors import Exit
+from medgen.launch import attempt
+from medgen.launch.script import REQUEUE
+from medgen.plan import Plan
+from medgen.rundir import Outcome, RunDir
+
+HOUR = 3600.0
+TRAIN = [{"name": "train", "kind": "train"}]
+ONE_OF_TWO = [{"name": "images", "kind": "generate", "tasks": 2}]
+
+
+def end(run: RunDir, number: int, exit_code: int, seconds: float = 5, job: str = "", stage: str = "train", shard: int = 0) -> int:
+    """One attempt from its beginning to its end."""
+    attempt.begin(run, stage, shard, number)
+    return int(attempt.end(run, stage, shard, number, exit_code, time.time() - seconds, job))
+
+
+def last(run: RunDir) -> dict[str, Any]:
+    return events(run, "task_ended")[-1]
+
+
+def outcome(run: RunDir, planned: Plan, number: int, status: str, cause: str | None = None, shard: int = 0) -> None:
+    task = planned.stages[0].tasks[shard]
+    made = run.stage(task.stage) / "made.bin"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text("made")
+    now = time.time()
+    produced = [run.produced(made)] if status == "done" else []
+    run.write_outcome(Outcome(run.run_id, task.stage, shard, task.hash, number, status, cause, "n1", "cpu", 1, now, now, produced))  # type: ignore[arg-type]
+
+
+def submit_again(run: RunDir) -> None:
+    run.event("submitted", backend="slurm", tasks=1, submission="1")
+
+
+def test_done_is_what_the_outcome_says_and_nothing_else(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    outcome(run, planned, 0, "done")
+    assert end(run, 0, 137) == Exit.DONE, "a rank was killed after its work"
+    (run.stage("train") / "made.bin").unlink()
+    assert end(run, 1, 0) == REQUEUE
+    assert "no outcome that verifies" in last(run)["cause"]
+
+
+def test_a_crash_is_tried_once_more_and_each_submit_brings_new_tries(tmp_path: Path) -> None:
+    run, _ = build(tmp_path, TRAIN)
+    submit_again(run)
+    assert [end(run, 0, 1), end(run, 1, 1)] == [REQUEUE, Exit.FAILED]
+    assert last(run)["next"] == "not tried again"
+    submit_again(run)
+    assert end(run, 2, 1) == REQUEUE
+
+
+def test_wrong_input_is_not_tried_again(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    outcome(run, planned, 0, "failed", "no such file")
+    assert end(run, 0, Exit.BAD_INPUT) == Exit.FAILED
+    assert (last(run)["cause"], last(run)["next"]) == ("no such file", "not tried again: the input is wrong")
+
+
+def test_what_told_its_failure_is_tried_as_often_as_its_kind_deserves(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, [{"name": "report", "kind": "report"}])
+    assert end(run, 0, 137, stage="report") == REQUEUE, "killed without a word"
+    outcome(run, planned, 1, "failed", "it would give the same answer twice")
+    assert end(run, 1, 1, stage="report") == Exit.FAILED
+
+
+def test_a_stop_before_the_limit_goes_on_and_one_at_the_limit_counts_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+
+    def stopped_after(number: int, seconds: float) -> int:
+        attempt.begin(run, "train", 0, number)
+        started = clock[0]
+        clock[0] += seconds
+        return int(attempt.end(run, "train", 0, number, Exit.INTERRUPTED, started, ""))
+
+    run, planned = build(tmp_path, TRAIN)
+    files.write_json(run.plan, plan.to_json(dataclasses.replace(planned, stages=[dataclasses.replace(planned.stages[0], segments=2)])))
+    submit_again(run)
+    limit = planned.stages[0].time_minutes * 60
+    assert [stopped_after(number, limit / 2) for number in range(4)] == [REQUEUE] * 4, "preempted as often as it takes"
+    assert stopped_after(4, limit - 100) == REQUEUE
+    assert stopped_after(5, limit - 100) == Exit.FAILED
+    assert "met its time limit 2 times; write more segments:" in last(run)["next"]
+
+
+def test_three_attempts_that_end_where_they_began_are_the_last(tmp_path: Path) -> None:
+    from medgen.rundir import Heartbeat
+
+    run, _ = build(tmp_path, TRAIN)
+    commit = run.checkpoints("train") / "step-000007" / "commit.json"
+    commit.parent.mkdir(parents=True)
+    commit.write_text("{}")
+    run.write_heartbeat(Heartbeat("train", 0, 0, 7, 100, "steps", 0.5, time.time(), "n1", 1))
+    submit_again(run)
+    assert [end(run, number, Exit.INTERRUPTED) for number in range(4)] == [REQUEUE, REQUEUE, REQUEUE, Exit.FAILED]
+    assert "no progress in 3 attempts" in last(run)["next"]
+
+
+@pytest.mark.parametrize(
+    ("job", "cause"),
+    [("JobState=COMPLETING Restarts=1", "Slurm took the job back to start it again"), ("JobState=COMPLETING Restarts=0", "cancelled with scancel")],
+)
+def test_what_slurm_has_decided_is_not_decided_again(tmp_path: Path, job: str, cause: str) -> None:
+    run, _ = build(tmp_path, TRAIN)
+    assert end(run, 0, 143, job=job) == Exit.FAILED
+    assert (last(run)["status"], last(run)["cause"]) == ("interrupted", cause)
+
+
+def test_an_attempt_that_nobody_saw_the_end_of_is_ended_by_the_next(tmp_path: Path) -> None:
+    run, _ = build(tmp_path, TRAIN)
+    attempt.begin(run, "train", 0, 0)
+    attempt.begin(run, "train", 0, 1)
+    assert (last(run)["attempt"], last(run)["status"]) == (0, "interrupted")
+    assert "Slurm took the job away" in last(run)["cause"]
+
+
+class Inbox(http.server.BaseHTTPRequestHandler):
+    received: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        self.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def inbox() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a web server on this machine, and what it was sent."""
+    Inbox.received = []
+    server = http.server.HTTPServer(("127.0.0.1", 0), Inbox)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/hook", Inbox.received
+    server.shutdown()
+
+
+def test_people_are_told_of_the_end_and_of_a_failure_for_good(
+    tmp_path: Path, inbox: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, received = inbox
+    monkeypatch.setenv("CHAT_HOOK", address)
+    run, planned = build(tmp_path, ONE_OF_TWO)
+    told = tmp_path / "told"
+    notify = {"mail": None, "webhook": "CHAT_HOOK", "command": f'echo "$MEDGEN_EVENT: $MEDGEN_TEXT" >> {told}', "on": ["end", "fail"]}
+    files.write_json(run.plan, plan.to_json(dataclasses.replace(planned, place=dataclasses.replace(planned.place, notify=notify))))
+    submit_again(run)
+    outcome(run, planned, 0, "done", shard=0)
+    end(run, 0, 0, stage="images", shard=0)
+    end(run, 0, 1, stage="images", shard=1)
+    assert not told.exists() and not received, "the other shard is not done, and this one will be tried again"
+    end(run, 1, 1, stage="images", shard=1)
+    assert "images shard 1 failed" in received[0]["text"]
+    outcome(run, planned, 2, "done", shard=1)
+    end(run, 2, 0, stage="images", shard=1)
+    assert [line.split(":")[0] for line in told.read_text().splitlines()] == ["fail", "end"]
+    assert [message["event"] for message in received] == ["fail", "end"]
+    assert not [event for event in events(run, "notified") if event["problems"]]
+
+
+def test_a_message_that_cannot_be_sent_is_told_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHAT_HOOK", raising=False)
+    run, planned = build(tmp_path, TRAIN)
+    notify = {"mail": None, "webhook": "CHAT_HOOK", "command": "exit 3", "on": ["fail"]}
+    files.write_json(run.plan, plan.to_json(dataclasses.replace(planned, place=dataclasses.replace(planned.place, notify=notify))))
+    assert end(run, 0, Exit.BAD_INPUT) == Exit.FAILED
+    [event] = events(run, "notified")
+    assert event["problems"] == ["command: CalledProcessError", "webhook: the variable CHAT_HOOK is not set in the job; put it into the site's secrets file"]
