@@ -158,7 +158,7 @@ def cancel(run: RunName) -> None:
     from medgen import rundir
     from medgen.launch import verbs
 
-    print(verbs.cancel(rundir.find_run(run)))
+    print(verbs.cancel(rundir.find_only_run(run)))
 
 
 @app.command("import", rich_help_panel="Jobs")

@@ -207,6 +207,13 @@ def _explain(problem: Any, model: type[BaseModel], document: Document, path: Key
         close = difflib.get_close_matches(str(inside[-1]), valid, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the valid keys are: {', '.join(sorted(valid))}"
         return str(document.error(where, f"unknown key; {hint}"))
+    if problem["type"] == "union_tag_invalid":
+        kinds = [word.strip(" '") for word in problem["ctx"]["expected_tags"].split(",") if word.strip(" '") != "collect"]
+        close = difflib.get_close_matches(problem["ctx"]["tag"], kinds, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the kinds are: {', '.join(kinds)}"
+        return str(document.error((*where, "kind"), f"unknown kind {problem['ctx']['tag']!r}; {hint}"))
+    if problem["type"] == "literal_error" and inside == ("version",):
+        return str(document.error(where, f"this medgen reads version {problem['ctx']['expected']} of specs, got {problem['input']!r}"))
     if problem["type"] == "missing":
         return str(document.error(where[:-1], f"{where[-1]!r} is missing"))
     message = problem["msg"].removeprefix("Value error, ")
@@ -223,7 +230,7 @@ def _keys_in_document(location: Sequence[str | int], document: Document, path: K
         value = value[key]
     for index, key in enumerate(location):
         last = index == len(location) - 1
-        if isinstance(value, dict) and (key in value or last):
+        if isinstance(value, dict) and (key in value or (last and value.get("kind") != key)):
             keys.append(key)
             value = value.get(key)
         elif isinstance(value, list) and isinstance(key, int):

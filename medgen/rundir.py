@@ -314,6 +314,15 @@ def find_run(name: str) -> RunDir:
     raise InputError(f"{name}: no such run in {runs_root()}; runs there: {known}")
 
 
+def find_only_run(name: str) -> RunDir:
+    """`find_run` for what cannot be taken back: a name that several runs have is refused."""
+    run = find_run(name)
+    others = [other.run_id for other in all_runs() if other.run_id.rpartition("-")[0] == name]
+    if len(others) > 1:
+        raise InputError(f"{name}: several runs have this name; say which: {', '.join(others)}")
+    return run
+
+
 def all_runs() -> list[RunDir]:
     """Every run under the runs folder, newest first."""
     plans = sorted(runs_root().glob("*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -90,7 +90,7 @@ def write_spec(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 @pytest.fixture
 def environment(tmp_path: Path, cache: Path) -> dict[str, str]:
     """What a user's shell holds, with runs and cache in temporary folders."""
-    return {**os.environ, "MEDGEN_RUNS": str(tmp_path / "runs"), "MEDGEN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home_cache"), "MEDGEN_RUNS": str(tmp_path / "runs"), "MEDGEN_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launch_stub import REPOSITORY, create_run, events
 
-from medgen import files, plan, site, spec
+from medgen import files, plan, planning, site, spec
 from medgen.errors import Exit, InputError
 from medgen.launch import snapshot
 from medgen.launch.fit import fit_to_machine
@@ -136,10 +136,10 @@ def test_changed_code_is_told_and_the_copy_kept(spec_path: Path) -> None:
 def test_a_stage_with_too_many_gpus_gets_what_there_is() -> None:
     checked = spec.check(spec.document.parse(SPEC, "here"))
     box = Site(name="box", cpus=8, gpus=0)
-    fitted, notes = fit_to_machine(plan.make_plan(checked, box), box)
+    fitted, notes = fit_to_machine(planning.make_plan(checked, box), box)
     assert fitted.stage("train_seg").gpus_per_node == 0
     assert notes == ["train_seg asks for 1 GPU; this machine has no GPU: it runs on the CPU"]
-    assert fitted.run_id == plan.make_plan(checked, box).run_id
+    assert fitted.run_id == planning.make_plan(checked, box).run_id
 
 
 @pytest.mark.parametrize(

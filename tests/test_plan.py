@@ -8,7 +8,7 @@ from conftest import tiny_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medgen import document, plan, spec
+from medgen import document, plan, planning, spec
 from medgen.plan import Plan
 from medgen.site import Site
 
@@ -18,7 +18,7 @@ SITE = Site(name="test", cpus=4, gpus=0)
 def planned(**changes: Any) -> Plan:
     import yaml
 
-    return plan.make_plan(spec.check(document.parse(yaml.safe_dump(tiny_spec(**changes)), "job.yaml")), SITE)
+    return planning.make_plan(spec.check(document.parse(yaml.safe_dump(tiny_spec(**changes)), "job.yaml")), SITE)
 
 
 def with_stage(stage: str, **changes: Any) -> Plan:
@@ -66,7 +66,7 @@ def test_task_hashes_follow_what_the_task_does() -> None:
 @given(count=st.integers(1, 5000), chunk=st.integers(1, 64), data=st.data())
 def test_shards_are_whole_chunks_and_cover_everything_once(count: int, chunk: int, data: st.DataObject) -> None:
     chunks = -(-count // chunk)
-    shards = plan.shard_ranges(count, chunk, data.draw(st.integers(1, chunks)))
+    shards = planning.shard_ranges(count, chunk, data.draw(st.integers(1, chunks)))
     assert [image for shard in shards for image in range(shard.first, shard.stop)] == list(range(count))
     assert all(shard.first % chunk == 0 and shard.stop > shard.first for shard in shards)
     sizes = [-(-(shard.stop - shard.first) // chunk) for shard in shards]
@@ -77,7 +77,7 @@ def test_a_stage_with_a_network_takes_a_gpu_where_there_is_one() -> None:
     import yaml
 
     checked = spec.check(document.parse(yaml.safe_dump(tiny_spec()), "job.yaml"))
-    with_gpus = {stage.name: stage for stage in plan.make_plan(checked, Site(name="test", cpus=8, gpus=2)).stages}
+    with_gpus = {stage.name: stage for stage in planning.make_plan(checked, Site(name="test", cpus=8, gpus=2)).stages}
     assert [with_gpus[name].gpus_per_node for name in ("train_seg", "images", "evaluate", "report")] == [1, 1, 0, 0]
     assert {stage.gpus_per_node for stage in planned().stages} == {0}
     assert with_stage("images", resources={"gpus": 0}).stage("images").gpus_per_node == 0

@@ -99,7 +99,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 def test_slurm_is_asked_once_for_each_set_of_options_and_nothing_is_written(lab: Lab) -> None:
     told = lab.check()
-    assert "Slurm would start train_seg, train_bravo at once" in told
+    assert "Slurm expects to start train_seg, train_bravo at once" in told
     calls = (lab.folder / "calls").read_text().splitlines()
     assert all(call.startswith("--test-only ") for call in calls)
     distinct = {(stage.time_minutes, stage.threads, stage.gpus_per_node) for stage in lab.prepare()[0].plan.stages}
@@ -249,9 +249,9 @@ def test_a_slurm_that_is_busy_does_not_stop_a_submit_which_tries_again_itself(la
 
 def test_words_of_other_versions_are_understood(lab: Lab) -> None:
     lab.command("sbatch", 'echo "sbatch: Job 4711 to start at 2099-01-01T10:00:00 a using 8 processors on nodes n[1-2] in partition GPUQ" >&2')
-    assert any("Slurm would start train_seg, train_bravo at about 2099-01-01 10:00" in line for line in lab.check())
+    assert any("Slurm expects to start train_seg, train_bravo at 2099-01-01 10:00 at the latest" in line for line in lab.check())
     lab.command("sbatch", "true")
-    assert not any("would start" in line for line in lab.check()), "a Slurm that gives no time"
+    assert not any("expects to start" in line for line in lab.check()), "a Slurm that gives no time"
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("1:30", 2), ("1:30:00", 90), ("1:00:01", 61), ("1-12", 2160), ("2-00:00:00", 2880), ("1-0:5", 1445), ("UNLIMITED", None), ("", None)])

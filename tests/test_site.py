@@ -14,7 +14,7 @@ import yaml
 from conftest import REPOSITORY, tiny_spec
 from pydantic import BaseModel
 
-from medgen import plan, site, spec
+from medgen import planning, site, spec
 from medgen.document import Document
 from medgen.errors import InputError
 from medgen.site import Environment, Site
@@ -45,11 +45,11 @@ def test_the_profile_of_idun(write_spec: Callable[..., Path]) -> None:
     idun = site.load(str(REPOSITORY / "cluster" / "idun.yaml"))
     resources = "stages.train_seg.resources={gpus: 1, gpu: {any_of: [a100, h100], memory: 80G}}"
     checked = spec.load(write_spec(tiny_spec()), [resources])
-    planned = plan.make_plan(checked, idun)
+    planned = planning.make_plan(checked, idun)
     assert planned.stage("train_seg").directives[:3] == ["--partition=GPUQ", "--account=share-ie-idi", "--constraint=h100"]
     assert planned.stage("train_seg").threads == 8 and planned.stage("train_seg").mem_mebibytes == 32 * 1024
     assert planned.stage("report").directives[:1] == ["--partition=CPUQ"]
-    assert "--account=other" in plan.make_plan(checked, site.load("idun", ["site.account=other"])).stage("report").directives
+    assert "--account=other" in planning.make_plan(checked, site.load("idun", ["site.account=other"])).stage("report").directives
     assert idun.environment.lines()[1:] == [
         "module purge", "module load Anaconda3/2024.02-1", 'source "$(conda info --base)/etc/profile.d/conda.sh"', "conda activate medgen",
     ]  # fmt: skip

@@ -63,7 +63,7 @@ MISTAKES = [
     ("name: good", "name: good\nname: better", "job.yaml:3:1: name: the key stands twice"),
     ("size: 32", "size: 032", "octal"),
     ("format: phantom", "format: phantom, positive_only: yes", "write true, false"),
-    ("version: 1", "version: 2", "job.yaml:1:1: version: input should be 1, got 2"),
+    ("version: 1", "version: 2", "job.yaml:1:1: version: this medgen reads version 1 of specs, got 2"),
     ("name: good", "name: go/od", "it names a folder"),
     ("size: 32}", "size: 33}", "needs data.size divisible by 4, got 33"),
     ("mode: bravo}", "mode: bravo, times: uniform}", "times has no effect with strategy ddpm"),

@@ -18,11 +18,13 @@ import pytest
 from launch_stub import REPOSITORY, build, wait_until
 from rich.console import Console
 
+from medgen import plan
 from medgen.errors import Exit
 from medgen.launch.history import seconds_busy
 from medgen.launch.local import LocalBackend
 from medgen.launch.supervisor import register, retire
 from medgen.rundir import Heartbeat, Outcome, RunDir
+from medgen.task import StopFlag, Work
 from medgen.watch.live import describe_event, list_runs, watch
 from medgen.watch.state import RunState, StageState, read_state, to_json
 from medgen.watch.view import duration, percent, render, runs_table
@@ -141,6 +143,20 @@ def test_a_supervisor_record_of_a_dead_process_does_not_count(run: RunDir) -> No
     record = json.loads(run.supervisor.read_text())
     run.supervisor.write_text(json.dumps({**record, "start_ticks": record["start_ticks"] + 1}))
     assert read_state(run).where is None
+
+
+def test_a_heartbeat_tells_when_the_step_last_advanced(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan.read(run)
+    work = Work(run, planned, planned.stages[0], planned.stages[0].tasks[0], 0, StopFlag(), is_main=True)
+    told = []
+    for moment, step in ((100.0, 1), (200.0, 1), (300.0, 2), (400.0, 2)):
+        monkeypatch.setattr(time, "time", lambda moment=moment: moment)
+        work.progress(step, 9, "steps")
+        work.heartbeat()
+        beat_now = run.read_heartbeat("train", 0)
+        assert beat_now is not None
+        told.append((beat_now.time, beat_now.advanced))
+    assert told == [(100, 100), (200, 100), (300, 300), (400, 300)]
 
 
 def test_a_stage_started_by_hand_is_seen_by_its_heartbeat(run: RunDir) -> None:

@@ -50,8 +50,10 @@ class Said:
         self.trouble: str | None = None
         self.rows: list[AccountingRow] = []
         self.wanted: list[Set[Key]] = []
+        self.newer_than = 0.0
 
     def queue(self, newer_than: float) -> QueueAnswer:
+        self.newer_than = newer_than
         return QueueAnswer("\n".join(self.lines), self.asked, time.time(), 15, self.asked, self.trouble)
 
     def accounting(self, run_id: str, wanted: Set[Key], since: float) -> AccountingAnswer:
@@ -253,6 +255,21 @@ def test_suspended_completing_and_states_never_heard_of(lab: Lab) -> None:
         assert lab.state().verdict in ("running", "queued")
 
 
+def test_a_job_that_takes_long_to_end_is_not_lost(lab: Lab) -> None:
+    lab.row("COMPLETING", start=-9000)
+    lab.started(9000)
+    lab.beat(2000)
+    assert lab.task().word == "running"
+
+
+def test_the_heartbeat_of_the_life_before_says_nothing_of_this_one(lab: Lab) -> None:
+    """Slurm started the job again; it reads its modules and has not told that it begins."""
+    lab.started(3000)
+    lab.beat(1000)
+    lab.row("RUNNING", start=-400)
+    assert lab.task().word == "running"
+
+
 def test_a_job_that_slurm_took_back_starts_again(lab: Lab) -> None:
     lab.started(900)
     lab.beat(100)
@@ -295,6 +312,19 @@ def test_submitted_again_after_a_failure_is_queued(lab: Lab) -> None:
     lab.row("PENDING", "Priority", job=91, submission=2)
     task = lab.task()
     assert (task.word, task.job) == ("queued", "91")
+
+
+def test_how_an_older_job_ended_does_not_explain_the_last_one(lab: Lab) -> None:
+    lab.submit("train", 300, 91, submission=2)
+    lab.row("TIMEOUT", "TimeLimit", start=-3000, end=-2000)
+    assert (lab.task().word, lab.task().cause) == ("interrupted", "its job 91 has left Slurm's queue without an outcome")
+
+
+def test_whatever_medgen_did_to_the_queue_makes_older_answers_old(lab: Lab) -> None:
+    for seconds_ago, kind in ((50, "jobs_released"), (40, "jobs_cancelled"), (30, "cancelled")):
+        lab.event(kind, seconds_ago, job_ids=[71])
+        lab.state()
+        assert lab.said.newer_than == pytest.approx(time.time() - seconds_ago, abs=2)
 
 
 def test_of_several_jobs_the_running_one_counts(lab: Lab) -> None:
@@ -442,6 +472,14 @@ def test_a_slurm_that_never_answers_makes_nothing_fail(lab: Lab, capsys: pytest.
     assert task.cause is not None and "Slurm does not answer" in task.cause
     assert lab.state().verdict == "running"
     assert lab.said.wanted == []
+
+
+def test_submitted_again_while_slurm_does_not_answer(lab: Lab) -> None:
+    lab.started(900)
+    lab.ended(600, "failed", 300, "not tried again")
+    lab.said.asked, lab.said.trouble = time.time() - 300, "Socket timed out"
+    lab.submit("train", 20, 91, submission=2)
+    assert (lab.task().word, lab.task().job) == ("queued", "91")
 
 
 def test_an_old_answer_proves_nothing_about_later(lab: Lab) -> None:
@@ -623,6 +661,7 @@ def test_the_accounting_is_asked_once_a_minute_and_only_for_open_ends(stand_in: 
     assert calls(folder, "sacct") == 1  # how that ended is known for good
     Patient().accounting("a-0", {(7, None), (8, None)}, 0.0)
     assert calls(folder, "sacct") == 2
+    age(cache_home, 61, "accounting-a-0")
     Sparing().accounting("a-0", {(11, None)}, 0.0)
     assert calls(folder, "sacct") == 2
 

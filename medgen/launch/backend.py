@@ -1,4 +1,4 @@
-"""What a backend must offer: the contract of launch/local.py and launch/slurm_backend.py."""
+"""What a backend offers, the contract of local.py and slurm_backend.py; and what logs say of the end of an attempt. Used by launch/ and watch/."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Poll:
 class Backend(Protocol):
     """Everything a backend writes is in the run folder: events, scripts under submissions/, logs."""
 
-    def submit(self, run: RunDir, plan: Plan) -> Exit:
+    def submit(self, run: RunDir, planned: Plan) -> Exit:
         """Start what is not done; n calls start it once."""
 
     def poll(self, run: RunDir) -> Poll:
         """Cheap and harmless: never a reason to call a task done."""
 
-    def cancel(self, run: RunDir, plan: Plan) -> str:
+    def cancel(self, run: RunDir, planned: Plan) -> str:
         """Stop everything of the run, let it save first; returns what happened in words."""
 
 

@@ -67,7 +67,7 @@ def submit_script(folder: Path, script: str, options: list[str], exported: list[
         if code in TIMED_OUT:
             raise SlurmUnsure(f"sbatch did not answer within {SBATCH_SECONDS} s") from None
         if slurm.is_transient(words):
-            raise SlurmUnsure(f"sbatch: {words}") from None
+            raise SlurmUnsure(words) from None
         raise SlurmRefused(words.removeprefix("sbatch: ").removeprefix("error: ")) from None
 
 

@@ -1,4 +1,4 @@
-"""The attempts of each task, from the events of a run. Used by the local backend and by watch."""
+"""The attempts of each task, from the events of a run. Used by both backends and by watch."""
 
 from __future__ import annotations
 

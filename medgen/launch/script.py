@@ -259,7 +259,7 @@ def _end(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
         "    0) rc=0 ;;  # done: a rank that was killed after its work has harmed nothing",
         f"    {REQUEUE})",
         '      [ "$rc" -ne 0 ] || rc=1',
-        '      scontrol requeue "$SLURM_JOB_ID" && sleep 60  # Slurm ends this script when it takes the job back',
+        '      if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; exit "$rc"; fi  # Slurm ends this script when it takes the job back',
         f'      {interpreter} {shlex.quote(str(run.code))} attempt refused {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" ;;',
         '    *) [ "$rc" -ne 0 ] || rc=1 ;;',
         "  esac",

@@ -1,6 +1,6 @@
-"""Slurm's commands and what they print: the only module that calls them. Used by the Slurm backend and by watch.
+"""Slurm's commands and what they print. Used by the Slurm backend and by watch.
 
-Plain text in fields we name, never --json, whose layout differs between versions. Submission itself is in slurm_submit.py."""
+Plain text in fields we name, never --json, whose layout differs between versions. Submission itself is in executor.py."""
 
 from __future__ import annotations
 

@@ -49,12 +49,12 @@ class SlurmBackend:
         self.limits = limits
         self.python = python
 
-    def submit(self, run: RunDir, plan: Plan) -> Exit:
+    def submit(self, run: RunDir, planned: Plan) -> Exit:
         """Queue everything that is not done and not queued. Raises InputError for what Slurm refuses, and MedgenError
         (nothing runs) if Slurm does not answer."""
         try:
             with FileLock(run.lock, timeout=LOCK_SECONDS):
-                self._submit_under_lock(run, plan)
+                self._submit_under_lock(run, planned)
         except Timeout:
             local = living_supervisor(run)
             hint = f"it runs on this machine now ({local}); `medgen cancel {run.run_id}` first" if local else "another submit of it is at work; try again"
@@ -82,7 +82,7 @@ class SlurmBackend:
             self._roll_back(run, submission)
             raise InputError(f"Slurm refused a job of {run.run_id}: {error.reason}; nothing was left in the queue by this submit") from None
         except SlurmUnsure as error:
-            raise MedgenError(f"{error}. What was queued is held and will not run; submit again when Slurm answers: nothing is queued twice") from None
+            raise MedgenError(f"{error}. If anything was queued it is held and will not run; submit again when Slurm answers: nothing is queued twice") from None
         self._release(run)
 
     def _waiting(self, run: RunDir, stage: PlannedStage, alive: set[tuple[str, int]]) -> list[int]:
@@ -196,7 +196,7 @@ class SlurmBackend:
         tasks = queued_tasks(run)
         return Poll(bool(tasks), f"{len(tasks)} tasks in Slurm's queue" if tasks else "nothing of it is in Slurm's queue")
 
-    def cancel(self, run: RunDir, plan: Plan) -> str:
+    def cancel(self, run: RunDir, planned: Plan) -> str:
         """What waits goes at once; what runs gets TERM, some seconds to save, KILL. Raises SlurmError if Slurm does not answer."""
         files.write_text(run.cancel_mark, "no job of this run starts itself again until the next submit\n")
         tasks = queued_tasks(run)
@@ -204,7 +204,7 @@ class SlurmBackend:
             return f"{run.run_id}: nothing is queued or running"
         waiting, running = [task for task in tasks if task.is_pending], [task for task in tasks if not task.is_pending]
         slurm.cancel(sorted({task.element for task in waiting}))
-        scripts = {task.element for task in running if plan.stage(task.stage).launcher == "none"}
+        scripts = {task.element for task in running if planned.stage(task.stage).launcher == "none"}
         with_step = [task.element for task in running if task.element not in scripts]
         slurm.signal_scripts(sorted(scripts), "TERM")
         slurm.signal_steps(with_step, "TERM")
@@ -220,7 +220,7 @@ class SlurmBackend:
         if left:
             nodes = ", ".join(sorted({task.row.nodes for task in left}))
             raise MedgenError(f"{run.run_id}: {len(left)} tasks are still ending on {nodes}; look again with `medgen watch {run.run_id}`")
-        return f"{run.run_id}: {len(tasks)} tasks taken out of the queue; the same submit command goes on from what was saved"
+        return f"{run.run_id}: {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} taken out of the queue; the same submit command goes on from what was saved"
 
     def _wait_until_gone(self, run: RunDir, seconds: float) -> list[QueuedTask]:
         """What is still there after so many seconds."""

@@ -150,7 +150,7 @@ def _ask(question: Question, partitions: list[Partition]) -> Finding:
     facts = {"stages": question.names, "expected_start": at}
     if at is None or not question.roots:
         return Finding(topic, "fine", f"would take {listed(question.names)}", facts)
-    return Finding(topic, "note", f"Slurm would start {listed(question.roots)} {_when(at)}", facts)
+    return Finding(topic, "note", f"Slurm expects to start {listed(question.roots)} {_when(at)}", facts)
 
 
 def test_only(script: str, exported: list[str]) -> tuple[int, str]:
@@ -316,7 +316,7 @@ def _when(at: float) -> str:
     if wait < 60:
         return "at once"
     clock = datetime.datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
-    return f"at about {clock} (in {_hours(round(wait / 60))})"
+    return f"at {clock} at the latest (in {_hours(round(wait / 60))})"
 
 
 def _hours(minutes: int) -> str:

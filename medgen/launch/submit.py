@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from medgen import document, files, plan, site, spec
+from medgen import document, files, plan, planning, site, spec
 from medgen.errors import InputError, MedgenError
 from medgen.launch import snapshot
 from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
@@ -63,13 +63,13 @@ def prepare(spec_path: Path, overrides: Sequence[str], site_name: str | None, ru
 def _prepare_point(point: spec.Point, profile: site.Site, limits: Limits, spec_path: Path, runs_root: Path) -> Prepared:
     try:
         checked, notes = point.spec, list[str]()
-        planned = plan.make_plan(checked, profile)
+        planned = planning.make_plan(checked, profile)
         if profile.scheduler == "slurm":
             checked, notes = fit_shards(checked, planned, limits)
-            fitted, more = fit_to_cluster(plan.make_plan(checked, profile), profile, limits, datetime.date.today())
+            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today())
         else:
             fitted, more = fit_to_machine(planned, profile)
-    except plan.Unplannable as problem:
+    except planning.Unplannable as problem:
         raise point.document.error(problem.path, problem.message) from None
     run = RunDir(runs_root.absolute() / fitted.run_id)
     if run.plan.is_file():

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from medgen import plan
-from medgen.errors import Exit, InputError
-from medgen.launch import local, preflight
+from medgen.errors import Exit, InputError, Interrupted
+from medgen.launch import preflight
+from medgen.launch.backend import Backend
 from medgen.launch.dry import describe
 from medgen.launch.fit import Limits
 from medgen.launch.local import AlreadyRunning, LocalBackend, detach
@@ -55,13 +56,18 @@ def submit(
         tell([line])
     if on_slurm:
         tell(preflight.check(prepared))
-    codes = [_submit_one(item, display, watch, detached, as_json) for item in prepared]
+    try:
+        codes = [_submit_one(item, display, watch, detached, as_json) for item in prepared]
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; if anything was queued it is held and will not run; submit again to go on, or `medgen cancel` it") from None
     if len(prepared) > 1 and not as_json:
         print(f"{len(prepared)} points; compare them: medgen ls --sweep {prepared[0].plan.name}")
     return max(codes)
 
 
 def _submit_one(item: Prepared, display: Display, watch: Callable[[RunDir], Exit], detached: bool, as_json: bool) -> Exit:
+    if item.site.scheduler == "local" and was_queued(item.run) and (queued := SlurmBackend(Limits()).poll(item.run)).alive:
+        raise InputError(f"{item.run.run_id}: {queued.where}; `medgen cancel {item.run.run_id}` first, then run it here")
     tell(list(dict.fromkeys(create(item))))
     if item.site.scheduler == "slurm":
         code = SlurmBackend(item.limits).submit(item.run, item.plan)
@@ -80,8 +86,6 @@ def _submit_one(item: Prepared, display: Display, watch: Callable[[RunDir], Exit
 
 def _start_here(item: Prepared, display: Display, detached: bool) -> Exit:
     run, site = item.run, item.site
-    if was_queued(run) and (queued := SlurmBackend(item.limits).poll(run)).alive:
-        raise InputError(f"{run.run_id}: {queued.where}; `medgen cancel {run.run_id}` first, then run it here")
     if detached:
         tell([detach(run, site.cpus, site.gpus)])
         return Exit.DONE
@@ -111,7 +115,7 @@ def queued_text(item: Prepared) -> str:
         return f"{title}: everything that is not done is in the queue already; follow it: medgen watch {run.run_id}"
     if item.point.values:  # one of many
         numbers = sorted(jobs.values())
-        return f"{title}: queued, jobs {numbers[0]} to {numbers[-1]}"
+        return f"{title}: queued, " + (f"job {numbers[0]}" if len(numbers) == 1 else f"jobs {numbers[0]} to {numbers[-1]}")
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     table = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([f"{title}: queued", *table, f"follow it: medgen watch {run.run_id}"])
@@ -135,9 +139,14 @@ def _first_chunks(item: Prepared) -> dict[str, list[Chunk]]:
 
 def cancel(run: RunDir) -> str:
     """Stop a run wherever it runs; returns what happened in words."""
+    return backend_of(run).cancel(run, plan.read(run))
+
+
+def backend_of(run: RunDir) -> Backend:
+    """What runs it now, else what it was last given to."""
     if living_supervisor(run) is not None or not was_queued(run):
-        return local.cancel(run)
-    return SlurmBackend(Limits()).cancel(run, plan.read(run))
+        return LocalBackend(1, 0)
+    return SlurmBackend(Limits())
 
 
 def tell(messages: Sequence[str]) -> None:

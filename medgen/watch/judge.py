@@ -157,7 +157,8 @@ def _gone(facts: Facts, seen: Seen) -> Judgement:
     if last is None and (facts.stuck or seen.cancelled or seen.submitted is None):
         return _not_started(facts)
     if seen.ending is not None:
-        if seen.ending.end is not None and facts.now - seen.ending.end <= AWAITED_SECONDS:
+        began = last is not None or facts.beat is not None
+        if began and seen.ending.end is not None and facts.now - seen.ending.end <= AWAITED_SECONDS:
             return "running", "its job has ended; its outcome is awaited"
         return seen.ending.word, seen.ending.text
     return "interrupted", f"its job {seen.job} has left Slurm's queue without an outcome"

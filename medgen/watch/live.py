@@ -160,7 +160,7 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind in ("task_started", "task_ended"):
         task = f"{event['stage']} shard {event['shard']}"
         if kind == "task_started":
-            return f"{task}: started" + (f" (attempt {event['attempt'] + 1})" if event["attempt"] else "")
+            return f"{task}: started" + (f" (try {event['attempt'] + 1})" if event["attempt"] else "")
         if event["status"] == "done":
             return f"{task}: done in {event['seconds']:.1f} s"
         return f"{task}: {event['status']}: {event['cause']}; {event['next']}; log: {event['log']}"

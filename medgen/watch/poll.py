@@ -24,7 +24,7 @@ from medgen.launch.slurm import AccountingRow, SlurmError
 
 INTERVAL_SECONDS, SLOWEST_SECONDS = 15.0, 60.0
 SLOWER = 1.5  # times the interval after an answer that is like the one before
-PATIENCE_SECONDS = 20.0  # for one answer
+PATIENCE_SECONDS, ACCOUNTING_PATIENCE_SECONDS = 20.0, 10.0  # for one answer
 SHARE = 0.1  # of the time at most is spent waiting for Slurm
 SOON_SECONDS = 2.0  # when something was submitted after the last answer
 ACCOUNTING_SECONDS, WITHOUT_ACCOUNTING_SECONDS = 60.0, 600.0
@@ -169,7 +169,7 @@ def _states(text: str) -> list[list[str]]:
 
 def _ask_accounting(kept: AccountingAnswer, run_id: str, jobs: Set[int], since: float) -> AccountingAnswer:
     try:
-        rows = slurm.accounting(sorted(jobs), since, timeout_seconds=PATIENCE_SECONDS)
+        rows = slurm.accounting(sorted(jobs), since, timeout_seconds=ACCOUNTING_PATIENCE_SECONDS)
     except SlurmError as error:
         return AccountingAnswer(kept.rows, time.time(), str(error))
     mine = {(row.job_id, row.array_task): row for row in rows if row.name.startswith(f"medgen.{run_id}.")}  # job numbers are used again

@@ -1,4 +1,4 @@
-"""Slurm's reasons and states in words a person understands. Pure; called by jobs.py and judge.py.
+"""Slurm's reasons and states in words a person understands. Pure; called by judge.py, queue_view.py and why.py.
 
 A reason that is not known here is shown as Slurm writes it."""
 

@@ -213,7 +213,7 @@ class _Reading:
             verdict=_verdict(stages, self.supervisor, events),
             where=where,
             seconds=seconds_busy(spans),
-            device_hours=sum(stage.device_hours for stage in stages),
+            device_hours=sum(state.device_hours for state, stage in zip(stages, self.plan.stages, strict=True) if stage.gpus_per_node or not on_gpu),
             device_word="GPU-hours" if on_gpu else "process-hours",
             created=events[0]["time"] if events else None,
             changed=events[-1]["time"] if events else None,

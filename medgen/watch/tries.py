@@ -72,8 +72,9 @@ def _end(tries: list[Try], event: dict[str, Any]) -> None:
     places = [place for place, item in enumerate(tries) if item.attempt == event.get("attempt")] or list(range(len(tries)))
     if places:
         begun = tries[places[-1]]
+        ended = min(begun.started + event["seconds"], max(begun.started, event["time"]))  # the script began before it could tell
         tries[places[-1]] = replace(
-            begun, ended=begun.started + event["seconds"], status=event["status"], exit_code=event.get("rc"), cause=event["cause"], next=event["next"] or "",
+            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], next=event["next"] or "",
         )  # fmt: skip
 
 

@@ -202,7 +202,8 @@ def _progress(stage: StageState, brief: bool = False) -> Text:
     task = stage.tasks[0]
     if task.total:
         return Text(f"{task.total if task.word == 'done' else task.step}/{task.total}" + ("" if brief else f" {task.unit}"))
-    return Text("starting" if task.word == "running" else "", style=DIM)
+    began = task.age_seconds is not None  # a command tells no steps
+    return Text("starting" if task.word == "running" and not began else "", style=DIM)
 
 
 def _note(stage: StageState) -> Text:
@@ -217,7 +218,7 @@ def _note(stage: StageState) -> Text:
     if task.loss is not None:
         text.append("loss ", DIM).append(f"{task.loss:.4g}")
     if task.attempt and task.word != "done":
-        text.append("  " if text else "").append(f"attempt {task.attempt + 1}", DIM)
+        text.append("  " if text else "").append(f"try {task.attempt + 1}", DIM)
     return text
 
 

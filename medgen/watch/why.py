@@ -53,7 +53,7 @@ FOREVER: dict[str, Kind] = {
     "jobhelduser": "CANCELLED", "jobheldadmin": "CANCELLED", "jobrequeuedinheldstate": "CANCELLED", "jobholdmaxrequeue": "NODE_FAIL", "maxrequeue": "NODE_FAIL",
     "launchfailedrequeuedheld": "NODE_FAIL", "launchfailedlimitexceededrequeuedheld": "NODE_FAIL", "partitiondown": "NODE_FAIL", "partitioninactive": "NODE_FAIL",
 }  # fmt: skip
-RELEASABLE = ("jobhelduser", "jobrequeuedinheldstate", "jobholdmaxrequeue", "maxrequeue", "launchfailedrequeuedheld", "launchfailedlimitexceededrequeuedheld")
+RELEASABLE = ("jobhelduser", "jobheldadmin", "jobrequeuedinheldstate", "jobholdmaxrequeue", "maxrequeue", "launchfailedrequeuedheld", "launchfailedlimitexceededrequeuedheld")
 
 
 @dataclass(frozen=True)

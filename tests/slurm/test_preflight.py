@@ -110,7 +110,7 @@ def test_a_value_of_the_spec_is_told_with_its_line(lab: Lab) -> None:
 
 def test_a_job_that_slurm_takes_is_queued_and_its_start_told(lab: Lab) -> None:
     said = lab.submit("site.qos=normal", "site.account=share-lab")
-    assert "Slurm would start a " in said
+    assert "Slurm expects to start a " in said
     assert len(lab.queued()) == 2
 
 

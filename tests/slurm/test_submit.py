@@ -212,7 +212,7 @@ def test_a_lost_reply_that_cannot_be_looked_up_is_refused_and_held(lab: Lab) -> 
     lab.shim("sbatch", '"$real" "$@"; touch $folder/submitted; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1')
     lab.shim("squeue", '[ ! -e $folder/submitted ] || { echo "squeue: error: Socket timed out" >&2; exit 1; }; exec "$real" "$@"')
     said = lab.submit(spec, expect=1).stderr
-    assert "is held and will not run" in said
+    assert "it is held and will not run" in said
     lab.unshim()
     assert [row["reason"] for row in lab.jobs("unsure")] == ["JobHeldUser"]
     lab.submit(spec)
