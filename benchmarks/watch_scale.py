@@ -29,7 +29,7 @@ def big_run(root: Path) -> RunDir:
     """A run in the middle of its images."""
     run = RunDir(root / "big-0123456789")
     tasks = [Task("images", shard, f"{shard:016x}", Shard(16 * shard, 16 * shard + 16)) for shard in range(TASKS)]
-    stage = PlannedStage("images", "generate", [], 1, 1, 1, 1, 60, None, RUNNING, 1, "srun", [], [], [], {}, tasks)
+    stage = PlannedStage("images", "generate", [], 1, 1, 1, 1, 60, None, RUNNING, 1, "srun", [], [], [], [], {}, tasks)
     place = Place("slurm", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []})
     made = Plan(plan.PLAN_VERSION, run.run_id, "big", 42, "example", place, {}, [stage])
     run.root.mkdir(parents=True)

@@ -51,6 +51,7 @@ class PlannedStage:
     setup: list[str]  # bash lines before anything of medgen
     command_setup: list[str]  # of a command stage: lines in its own shell, which may bring another interpreter
     directives: list[str]  # sbatch options in the site's and the user's words
+    left_out: list[str]  # options that medgen writes no line for, because the user's own header is to stand alone
     settings: dict[str, Any]  # the stage as the user wrote it, resolved
     tasks: list[Task]
 

@@ -141,6 +141,7 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         setup=[*site.environment.lines(), *site.setup, *([] if isinstance(stage, CommandStage) else resources.setup)],
         command_setup=list(resources.setup) if isinstance(stage, CommandStage) else [],
         directives=_directives(name, stages, gpus_per_node, site) if site.scheduler == "slurm" else [],
+        left_out=_left_out(stage),
         settings=stage.model_dump(mode="json", by_alias=True, exclude={"resources"}),
         tasks=tasks,
     )
@@ -172,6 +173,18 @@ def _site_directives(name: str, resources: Resources, gpus_per_node: int, site: 
     if resources.gpu is not None:
         directives += _gpu_directives(name, resources.gpu, site)
     return directives
+
+
+def _left_out(stage: AnyStage) -> list[str]:
+    """A command that brings sbatch options asks for what they say, and for what its resources say beside them: no defaults."""
+    resources = stage.resources
+    if not isinstance(stage, CommandStage) or not resources.slurm:
+        return []
+    said = {
+        "time": resources.time, "nodes": resources.nodes if resources.nodes > 1 else None, "ntasks-per-node": resources.processes,
+        "cpus-per-task": resources.cpus, "mem": resources.mem, "gres": resources.gpus_asked,
+    }  # fmt: skip
+    return [option for option, value in said.items() if value is None]
 
 
 def _mail(name: str, stages: dict[str, AnyStage], site: Site) -> list[str]:

@@ -86,7 +86,7 @@ def build(root: Path, stages: list[dict[str, Any]], behaviour: dict[str, Any] | 
         planned.append(
             PlannedStage(
                 stage["name"], stage["kind"], stage.get("needs", []), 1, stage.get("ranks", 1), stage.get("gpus", 0), stage.get("threads", 1),
-                60, None, stage.get("parallel", count), 1, stage.get("launcher", "srun"), [], [], stage.get("directives", []),
+                60, None, stage.get("parallel", count), 1, stage.get("launcher", "srun"), [], [], stage.get("directives", []), [],
                 {"of": stage["of"]} if "of" in stage else {}, tasks,
             )
         )  # fmt: skip

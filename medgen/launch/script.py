@@ -122,7 +122,7 @@ def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> l
         lines.append(f"--signal=USR2@{plan.place.grace_seconds}")
     elif stage.segments > 1:
         lines.append(f"--signal=B:USR2@{plan.place.grace_seconds}")  # to the batch shell, which passes it on
-    lines = sbatch_options.without(lines, sbatch_options.decided(stage.directives))
+    lines = sbatch_options.without(lines, {*sbatch_options.decided(stage.directives), *stage.left_out})
     if chunk.indices is not None:
         lines.append(f"--array={array_text(chunk.indices)}%{min(stage.parallel, len(chunk.indices))}")
     return [*lines, *stage.directives]

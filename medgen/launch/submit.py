@@ -26,7 +26,7 @@ from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 RESOURCE_FIELDS = (
-    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "launcher", "setup", "command_setup", "directives",
+    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "launcher", "setup", "command_setup", "directives", "left_out",
 )  # fmt: skip
 LOCK_SECONDS = 60
 

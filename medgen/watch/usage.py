@@ -68,6 +68,7 @@ class StageUsage:
     memory_efficiency: float | None
     used_mebibytes: float | None
     asked_mebibytes: float | None
+    longest_seconds: float  # of the attempts whose memory was measured
     wait_seconds: float | None
     images: int | None
     images_per_hour: float | None
@@ -244,7 +245,7 @@ def _stage(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> StageUs
     images = sum(task.images.stop - task.images.first for task in finished if task.images is not None) if stage.kind == "generate" else None
     hours = gpu_hours if unit == "GPU-hours" else cpu_hours
     measured = [item for item in spent if item.cpu_seconds is not None and not item.running and item.seconds > 0]
-    remembered = [item for item in spent if item.used_mebibytes and item.asked_mebibytes and item.seconds >= SAMPLED_SECONDS]
+    remembered = [item for item in spent if item.used_mebibytes and item.asked_mebibytes]
     most = max(remembered, key=lambda item: item.used_mebibytes or 0, default=None)
     return StageUsage(
         name=stage.name,
@@ -261,6 +262,7 @@ def _stage(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> StageUs
         memory_efficiency=(most.used_mebibytes or 0) / (most.asked_mebibytes or 1) if most is not None else None,
         used_mebibytes=most.used_mebibytes if most is not None else None,
         asked_mebibytes=most.asked_mebibytes if most is not None else None,
+        longest_seconds=max((item.seconds for item in remembered), default=0.0),
         wait_seconds=_wait_seconds(inquiry, stage, spent),
         images=images,
         images_per_hour=images / hours if images and hours else None,
@@ -283,6 +285,8 @@ def _wait_seconds(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> 
 def _memory_hint(stage: PlannedStage, used: StageUsage) -> str | None:
     """The option to ask for less with; None where enough was used, or where a spec has no place for it."""
     if used.used_mebibytes is None or used.asked_mebibytes is None or used.asked_mebibytes <= TOO_MUCH * used.used_mebibytes or stage.kind == "collect":
+        return None
+    if used.longest_seconds < SAMPLED_SECONDS:
         return None
     wanted = max(SMALLEST_MEBIBYTES, -(-used.used_mebibytes * MARGIN // 512) * 512)
     if wanted >= used.asked_mebibytes:
