@@ -37,7 +37,7 @@ def big_run(root: Path) -> RunDir:
     now = time.time()
     events: list[dict[str, Any]] = [{"time": now - 90_000, "event": "submitted", "backend": "slurm", "tasks": TASKS, "submission": "1"}]
     for offset in range(0, TASKS, LARGEST_ARRAY):
-        name = job_name(run.run_id, "images", 1, offset)
+        name = job_name(run, "images", 1, offset)
         shards = list(range(offset, offset + LARGEST_ARRAY))
         events.append({"time": now - 90_000, "event": "job_intent", "name": name, "stage": "images", "submission": "1", "offset": offset, "shards": shards})
         events.append({"time": now - 90_000, "event": "job_submitted", "name": name, "job_id": 5000 + offset // LARGEST_ARRAY})
@@ -77,10 +77,10 @@ def stand_ins(folder: Path, run: RunDir) -> None:
     lines = []
     for shard in range(DONE, DONE + RUNNING):
         offset = shard - shard % LARGEST_ARRAY
-        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{shard % LARGEST_ARRAY}|RUNNING|None|{now - 600}|{now + 3000}|10:00|{now - 90_000}|n1|{job_name(run.run_id, 'images', 1, offset)}")
+        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{shard % LARGEST_ARRAY}|RUNNING|None|{now - 600}|{now + 3000}|10:00|{now - 90_000}|n1|{job_name(run, 'images', 1, offset)}")
     for offset in range(DONE, TASKS, LARGEST_ARRAY):
         first = max(0, DONE + RUNNING - offset)
-        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{first}-{LARGEST_ARRAY - 1}%300|PENDING|JobArrayTaskLimit|N/A|N/A|0:00|{now - 90_000}||{job_name(run.run_id, 'images', 1, offset)}")
+        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{first}-{LARGEST_ARRAY - 1}%300|PENDING|JobArrayTaskLimit|N/A|N/A|0:00|{now - 90_000}||{job_name(run, 'images', 1, offset)}")
     folder.mkdir()
     (folder / "answer").write_text("\n".join(lines) + "\n")
     for name in ("squeue", "sacct"):

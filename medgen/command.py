@@ -20,6 +20,8 @@ def command(work: Work) -> Done:
     """Run the stage's bash text in the folder of submit. Raises MedgenError for an exit code other than 0 or a missing
     output, and Interrupted if a signal came and the command did not end well."""
     stage = spec.CommandStage.model_validate(work.stage.settings)
+    if stage.submits_itself is not None:
+        raise InputError(f"stages.{work.stage.name}.run: {stage.submits_itself}")
     folder = Path(files.read_json(work.run.manifest)["folder"])
     if not folder.is_dir():
         raise InputError(f"{folder}: the folder where the run was submitted is gone; the command of {work.stage.name} starts there")

@@ -273,7 +273,7 @@ class RunDir:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("time"), int | float):
+            if is_sound(record):
                 records.append(record)
         return records
 
@@ -281,6 +281,26 @@ class RunDir:
     def submitted_at(self) -> float:
         """Unix seconds of the last submit; 0 if there was none."""
         return max((event["time"] for event in self.events() if event["event"] == "submitted"), default=0.0)
+
+
+# what others calculate with, by kind of event
+EVENT_FACTS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "submitted": {"tasks": int},
+    "job_intent": {"name": str, "stage": str, "offset": int, "shards": list},
+    "job_submitted": {"name": str, "job_id": int},
+    "jobs_released": {"job_ids": list},
+    "jobs_cancelled": {"job_ids": list},
+    "task_started": {"stage": str, "shard": int, "attempt": int, "devices": int, "from_step": int},
+    "task_ended": {"stage": str, "shard": int, "seconds": (int, float), "status": str, "next": str, "cause": (str, type(None))},
+    "requeue_refused": {"stage": str, "shard": int},
+}
+
+
+def is_sound(record: Any) -> bool:
+    """True if a line of events.jsonl, parsed, holds what its kind of event must: the file may have been damaged or edited."""
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str) or not isinstance(record.get("time"), int | float):
+        return False
+    return all(isinstance(record.get(name), kind) for name, kind in EVENT_FACTS.get(record["event"], {}).items())
 
 
 def _is_plausible(outcome: Outcome) -> bool:

@@ -17,11 +17,12 @@ from medgen.document import Document
 from medgen.errors import InputError
 from medgen.units import Mebibytes, Minutes
 
-STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
 PROJECT = Path(__file__).parent.parent  # a checkout's own configs/, for specs that were copied elsewhere
+SUBMITS_ITSELF = re.compile(r"^[^#\n]*\bsbatch\b[^#\n]*[\s\"']\$\{?0\b", re.MULTILINE)
 BASH_KEYS = ("run", "setup")  # text for bash: its ${NAME} are not ours to replace
 
 
@@ -188,7 +189,7 @@ PHANTOM_FILES: dict[str, Any] = {
 
 def _stage_name(value: str) -> str:
     if not STAGE_NAME.fullmatch(value):
-        raise ValueError(f"stage names are lower-case letters, digits and _, got {value!r}")
+        raise ValueError(f"stage names are up to 60 lower-case letters, digits and _, got {value[:80]!r}")
     return value
 
 
@@ -301,11 +302,27 @@ class CommandStage(StageSpec):
     env: dict[VariableName, str] = {}
     outputs: list[str] = []
 
+    @field_validator("run", "foreach", "env")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else list(value.values()) if isinstance(value, dict) else value
+        if any("\0" in text for text in texts):
+            raise ValueError("bash takes no NUL character; remove it")
+        return value
+
     @model_validator(mode="after")
     def _parallel_counts_items(self) -> CommandStage:
         if self.parallel is not None and not self.foreach:
             raise ValueError("parallel limits the items of foreach, and there are none; remove it")
         return self
+
+
+    @property
+    def submits_itself(self) -> str | None:
+        """Why the text cannot work here, in words, if it gives its own file to sbatch; None if it does not."""
+        if not SUBMITS_ITSELF.search(self.run):
+            return None
+        return "it gives its own file ($0) to sbatch, and here it has none; write segments: N for a chain, foreach: [...] for a loop, and remove the sbatch"
 
 
 class ReportStage(StageSpec):

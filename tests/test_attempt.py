@@ -99,7 +99,7 @@ def test_a_stop_before_the_limit_goes_on_and_one_at_the_limit_counts_segments(tm
     assert [stopped_after(number, limit / 2) for number in range(4)] == [REQUEUE] * 4, "preempted as often as it takes"
     assert stopped_after(4, limit - 100) == REQUEUE
     assert stopped_after(5, limit - 100) == Exit.FAILED
-    assert "met its time limit 2 times; write more segments:" in last(run)["next"]
+    assert "write more segments: or a longer time:, and submit again (it met its limit 2 times)" in last(run)["next"]
 
 
 def test_three_attempts_that_end_where_they_began_are_the_last(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ def script(tmp_path: Path, stages: list[dict[str, object]], **changes: object) -
 def test_directives_say_what_the_stage_asks_for(tmp_path: Path) -> None:
     text = script(tmp_path, GPU_ARRAY, mem_mebibytes=4096)
     for directive in (
-        "--job-name=medgen.stub-0123456789.images.1.0", "--time=60", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=3", "--gres=gpu:1",
+        "--time=60", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=3", "--gres=gpu:1",
         "--mem=4096M", "--array=0-15%4", "--open-mode=append", "--requeue", "--signal=USR2@180", "--kill-on-invalid-dep=yes",
     ):  # fmt: skip
         assert f"#SBATCH {directive}\n" in text
+    assert "#SBATCH --job-name=medgen.stub-0123456789.images.1.0." in text
     assert "/logs/images/s%a/batch.log" in text
     assert text.index("trap '' USR2") < text.index("set -Eeuo pipefail") < text.index("srun ")
 

@@ -169,3 +169,13 @@ def test_any_yaml_is_parsed_or_refused_with_a_place(value: object) -> None:
         assert str(error).startswith("job.yaml")
     else:
         assert "key" in parsed.data
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("sbatch $0", True), ("  sbatch --export=ALL,FOLD=$f \"$0\"", True), ("sbatch ${0}", True), ("# sbatch $0", False),
+     ("sbatch other.sh", False), ("echo $0", False)],
+)
+def test_a_command_that_submits_itself_is_noticed(text: str, found: bool) -> None:
+    stage = spec.CommandStage(kind="command", run=text)
+    assert (stage.submits_itself is not None) == found

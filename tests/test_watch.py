@@ -126,7 +126,7 @@ def test_running_stalled_and_lost(run: RunDir) -> None:
 
 def test_stopping_is_shown_until_it_is_over(run: RunDir) -> None:
     register(run, False)
-    event(run, "submitted", 60)
+    event(run, "submitted", 60, tasks=1)
     started(run, 50)
     event(run, "stopping", 1)
     assert read_state(run).verdict == "stopping"
@@ -134,7 +134,7 @@ def test_stopping_is_shown_until_it_is_over(run: RunDir) -> None:
     retire(run)
     assert read_state(run).verdict == "interrupted"
     register(run, False)
-    event(run, "submitted", 0)
+    event(run, "submitted", 0, tasks=1)
     assert read_state(run).verdict == "running"
 
 

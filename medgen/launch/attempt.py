@@ -25,6 +25,9 @@ TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why: ano
 WITHOUT_PROGRESS = 3  # attempts in a row that end where they began: then the job is not started again
 AGAIN, GOES_ON = COMES_BACK
 CANCELLED = "submit again to go on"
+OVER_TIME = "not tried again: write more segments: or a longer time:, and submit again"
+LIMIT_SECONDS = 30  # Slurm may end a job a little before or after its limit
+INTERRUPTIONS = 5  # of what cannot show progress
 
 
 def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
@@ -53,13 +56,13 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     stage, task_hash = _find(plan, stage_name, shard)
     seconds = time.time() - started
     status, cause = _ending(run, stage, shard, task_hash, attempt, exit_code)
-    earlier = [item for item in _attempts(run, stage_name, shard) if item.attempt != attempt]
-    taken = _taken_by_slurm(run, job)
+    taken = _taken_by_slurm(run, job, at_limit=seconds >= stage.time_minutes * 60 - LIMIT_SECONDS)
     if status == "done":
         action = "done"
     elif taken is not None:
         status, cause, action = "interrupted", taken.cause, taken.action
     else:
+        earlier = [item for item in _attempts_since_submit(run, stage_name, shard) if item.attempt != attempt]
         action = _next(run, stage, shard, attempt, status, seconds, plan.place.grace_seconds, earlier)
     _tell_end(run, stage, shard, attempt, status, exit_code, cause, seconds, action, job_id())
     if action.startswith(COMES_BACK):
@@ -76,7 +79,7 @@ class Taken:
     action: str
 
 
-def _taken_by_slurm(run: RunDir, job: str) -> Taken | None:
+def _taken_by_slurm(run: RunDir, job: str, at_limit: bool) -> Taken | None:
     """None if the job just runs: what comes next is ours to decide."""
     facts = dict(re.findall(r"(\w+)=(\S*)", job))
     if run.cancel_mark.exists():
@@ -85,6 +88,8 @@ def _taken_by_slurm(run: RunDir, job: str) -> Taken | None:
         return None
     if int(facts.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return Taken("Slurm took the job back to start it again", GOES_ON)
+    if at_limit:
+        return Taken("it met its time limit", OVER_TIME)
     return Taken("cancelled with scancel", CANCELLED)
 
 
@@ -113,6 +118,13 @@ def _attempts(run: RunDir, stage: str, shard: int) -> list[Attempt]:
     return read_history(run.events()).get((stage, shard), [])
 
 
+def _attempts_since_submit(run: RunDir, stage: str, shard: int) -> list[Attempt]:
+    """Each submit brings new tries. By place in the events, not by time: the clocks of login node and nodes may differ."""
+    events = run.events()
+    last = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+    return read_history(events[last:]).get((stage, shard), [])
+
+
 def _ending(run: RunDir, stage: PlannedStage, shard: int, task_hash: str, attempt: int, exit_code: int) -> tuple[str, str | None]:
     """The outcome counts, the exit code only where there is none."""
     if run.is_done(stage.name, shard, task_hash):
@@ -133,20 +145,20 @@ def _next(
     """What to do after an attempt that is not done, in words; those in COMES_BACK mean: start the job again."""
     if status == "refused":
         return "not tried again: the input is wrong"
-    since = run.submitted_at()
-    these = [item for item in earlier if item.started >= since]  # each submit brings new tries
     if status == "interrupted":
-        if _without_progress(run, stage, shard, these):
+        if _without_progress(run, stage, shard, earlier):
             return f"not tried again: no progress in {WITHOUT_PROGRESS} attempts"
+        if stage.kind != "train" and sum(item.status == "interrupted" for item in earlier) >= INTERRUPTIONS:
+            return f"not tried again: stopped {INTERRUPTIONS + 1} times; submit again to go on"
         at_limit = seconds >= stage.time_minutes * 60 - grace_seconds - 60
-        limits = sum(item.seconds(0) >= stage.time_minutes * 60 - grace_seconds - 60 for item in these if item.ended is not None) + at_limit
+        limits = sum(item.seconds(0) >= stage.time_minutes * 60 - grace_seconds - 60 for item in earlier if item.ended is not None) + at_limit
         if at_limit and limits >= stage.segments:
-            return f"not tried again: it met its time limit {limits} times; write more segments: or a longer time:, and submit again"
+            return f"{OVER_TIME} (it met its limit {limits} times)"
         return GOES_ON
     outcome = run.read_outcome(stage.name, shard)
     told = outcome is not None and outcome.attempt == attempt
     tries = TRIES[stage.kind] if told else max(TRIES[stage.kind], TRIES_WITHOUT_A_WORD)
-    crashes = 1 + sum(item.status == "failed" for item in these)
+    crashes = 1 + sum(item.status == "failed" for item in earlier)
     return AGAIN if crashes < tries else "not tried again"
 
 

@@ -13,6 +13,7 @@ from medgen.rundir import RunDir
 
 RANK_ERROR = re.compile(r"^srun: error: .*?: tasks? (\d+).*?: (?!Terminated)(.+)$", re.MULTILINE)
 ATTEMPT_LINE = re.compile(r"^medgen: \S+ shard \d+ attempt (\d+) on ", re.MULTILINE)
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07?|[\x00-\x08\x0b-\x1f\x7f]")  # a log must not steer the terminal
 TAIL_BYTES = 64 * 1024
 
 
@@ -59,7 +60,8 @@ def tail(path: Path, lines: int) -> list[str]:
 
 def last_lines(text: str, lines: int) -> list[str]:
     """The last non-empty ones; a progress bar rewrites its line with carriage returns: what was last on screen counts."""
-    return [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n") if line.strip()][-lines:]
+    found = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n") if line.strip()][-lines:]
+    return [CONTROL.sub("", line) for line in found]
 
 
 def guilty_log(run: RunDir, stage: str, shard: int, attempt: int) -> Path:

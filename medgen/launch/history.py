@@ -10,12 +10,6 @@ from medgen.rundir import RunDir
 
 COMES_BACK = ("will be tried again", "goes on from what it saved")
 
-NEEDED = {
-    "task_started": {"stage", "shard", "attempt", "devices", "from_step"},
-    "requeue_refused": {"stage", "shard"},
-    "task_ended": {"stage", "shard", "seconds", "status", "cause", "next"},
-}
-
 History = dict[tuple[str, int], "list[Attempt]"]
 
 
@@ -45,8 +39,6 @@ def read_history(events: Iterable[dict[str, Any]]) -> History:
     history: History = {}
     for event in events:
         kind = event["event"]
-        if not NEEDED.get(kind, set()) <= event.keys():
-            continue  # damaged: what it told is lost, the rest is not
         if kind == "task_started":
             attempts = history.setdefault((event["stage"], event["shard"]), [])
             attempts.append(Attempt(event["attempt"], event["time"], event["devices"], event["from_step"]))

@@ -207,7 +207,7 @@ class _Supervision:
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": ",".join(job.gpus),
             "SLURM_JOB_ID": str(job_id),
-            "SLURM_JOB_NAME": job_name(self.plan.run_id, stage.name, int(self.folder.name), 0),
+            "SLURM_JOB_NAME": job_name(self.run, stage.name, int(self.folder.name), 0),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_NNODES": "1",
             "SLURM_NTASKS": str(tasks_per_node(stage)),

@@ -24,7 +24,7 @@ from medgen.launch.slurm import SlurmError
 from medgen.launch.submit import Prepared
 from medgen.plan import PlannedStage
 from medgen.site import Site
-from medgen.spec import TrainStage
+from medgen.spec import CommandStage, TrainStage
 
 ENVIRONMENT_SECONDS = 60.0  # modules and conda on a busy login node
 SLACK_SECONDS = 60  # the signal may come late by as much
@@ -136,6 +136,8 @@ def _processes(item: Prepared) -> list[Finding]:
             problem = uneven_batch(asked.config["batch_size"], stage.ranks)
             if problem:
                 findings.append(Finding(stage.name, "wrong", str(item.point.document.error(("stages", stage.name, "config", "batch_size"), problem.removeprefix("batch_size: ")))))
+        if isinstance(asked, CommandStage) and asked.submits_itself is not None and undone(item.run, stage):
+            findings.append(Finding(stage.name, "wrong", str(item.point.document.error(("stages", stage.name, "run"), asked.submits_itself))))
         if asked is not None and stage.launcher != "none":
             findings += _contradictions(item, stage, asked.resources.slurm)
     return findings

@@ -41,12 +41,12 @@ def queued_tasks(run: RunDir) -> list[QueuedTask]:
     found = []
     for row in slurm.queue(f"medgen.{run.run_id}."):
         name = parse_job_name(row.name)
-        if name is None or name.run_id != run.run_id or row.state in slurm.TERMINAL_STATES:
+        if name is None or not name.is_of(run) or row.state in slurm.TERMINAL_STATES:
             continue
         found.append(QueuedTask(name.stage, name.offset + (row.array_task or 0), row.job_id, row.name, row))
     return sorted(found, key=lambda task: (task.job_id, task.shard))
 
 
 def was_queued(run: RunDir) -> bool:
-    """True if jobs of this run were ever given to Slurm."""
-    return any(event["event"] == "job_intent" for event in run.events())
+    """True if jobs of this run were ever given to Slurm: its events say so, or, where they are lost, the scripts that were submitted."""
+    return any(event["event"] == "job_intent" for event in run.events()) or any(run.root.glob("submissions/*/*_submission.sh"))

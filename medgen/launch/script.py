@@ -9,13 +9,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgen import sbatch_options
+from medgen import files, sbatch_options
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 FIRST_PORT, PORTS = 10000, 20000  # below 32768, where Linux begins to hand out ephemeral ports
 REQUEUE = 75  # exit code of `medgen attempt end`: start this job again
-NAME = re.compile(r"medgen\.(?P<run_id>[A-Za-z0-9_-]+)\.(?P<stage>[a-z0-9_]+)\.(?P<submission>\d+)\.(?P<offset>\d+)")
+NAME = re.compile(r"medgen\.(?P<run_id>[A-Za-z0-9_-]+)\.(?P<stage>[a-z0-9_]+)\.(?P<submission>\d+)\.(?P<offset>\d+)(?:\.(?P<folder>[0-9a-f]{6}))?")
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,25 @@ class JobName:
     stage: str
     submission: int
     offset: int
+    folder: str | None  # of which runs folder; None: not told
+
+    def is_of(self, run: RunDir) -> bool:
+        return self.run_id == run.run_id and self.folder in (None, folder_tag(run))
 
 
-def job_name(run_id: str, stage: str, submission: int, offset: int) -> str:
-    return f"medgen.{run_id}.{stage}.{submission}.{offset}"
+def job_name(run: RunDir, stage: str, submission: int, offset: int) -> str:
+    return f"medgen.{run.run_id}.{stage}.{submission}.{offset}.{folder_tag(run)}"
+
+
+def folder_tag(run: RunDir) -> str:
+    """The same spec may be submitted in two folders: their jobs must not be taken for each other's."""
+    return files.sha256_bytes(str(run.root.resolve()).encode())[:6]
 
 
 def parse_job_name(name: str) -> JobName | None:
     """None for a job that is not medgen's."""
     match = NAME.fullmatch(name)
-    return JobName(match["run_id"], match["stage"], int(match["submission"]), int(match["offset"])) if match else None
+    return JobName(match["run_id"], match["stage"], int(match["submission"]), int(match["offset"]), match["folder"]) if match else None
 
 
 def is_array(stage: PlannedStage) -> bool:
@@ -102,7 +111,7 @@ def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> l
     shard_folder = run.log(stage.name, chunk.offset, 0, 0).parent
     output = str(shard_folder if chunk.indices is None else shard_folder.parent).replace("%", "%%")
     lines = [
-        f"--job-name={job_name(plan.run_id, stage.name, chunk.submission, chunk.offset)}",
+        f"--job-name={job_name(run, stage.name, chunk.submission, chunk.offset)}",
         f"--time={stage.time_minutes}",
         f"--nodes={stage.nodes}",
         f"--ntasks-per-node={tasks_per_node(stage)}",
@@ -151,6 +160,9 @@ def _attempt(stage: PlannedStage, chunk: Chunk, run: RunDir) -> list[str]:
         'while [ -e "$logs/r0.a$attempt.log" ]; do attempt=$((attempt + 1)); done',
         ': > "$logs/r0.a$attempt.log"',
         "started=$(date +%s)",
+        # an array's last element has the array's own number as SLURM_JOB_ID: asked by that, Slurm would answer for all of them
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-${SLURM_JOB_ID:-}}",
         f'echo "medgen: {stage.name} shard $shard attempt $attempt on $(hostname) at $(date +%FT%T%z)"',
         "trap 'rc=$?; echo \"medgen: set-up failed with exit code $rc: $BASH_COMMAND\"; exit $rc' ERR",
     ]
@@ -254,12 +266,12 @@ def _end(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
         'echo "medgen: ended with exit code $rc at $(date +%FT%T%z)"',
         'if [ -z "${MEDGEN_SUPERVISED:-}" ]; then',
         f'  {interpreter} {shlex.quote(str(run.code))} attempt end {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" \\',
-        '    --exit-code "$rc" --started "$started" --job "$(scontrol show job --oneliner "$SLURM_JOB_ID" 2> /dev/null)"',
+        '    --exit-code "$rc" --started "$started" --job "$(scontrol show job --oneliner "$job" 2> /dev/null)"',
         "  case $? in",
         "    0) rc=0 ;;  # done: a rank that was killed after its work has harmed nothing",
         f"    {REQUEUE})",
         '      [ "$rc" -ne 0 ] || rc=1',
-        '      if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; exit "$rc"; fi  # Slurm ends this script when it takes the job back',
+        '      if scontrol requeue "$job"; then sleep 60; exit "$rc"; fi  # Slurm ends this script when it takes the job back',
         f'      {interpreter} {shlex.quote(str(run.code))} attempt refused {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" ;;',
         '    *) [ "$rc" -ne 0 ] || rc=1 ;;',
         "  esac",

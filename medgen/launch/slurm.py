@@ -21,7 +21,7 @@ from medgen.launch.processes import signal_group
 TIMEOUT_SECONDS = 30.0  # Slurm's own MessageTimeout is 10 s, and squeue asks a backup controller after that
 RETRIES, PAUSE_SECONDS = 2, 1.0
 IDS_PER_CALL = 1000  # one argument may hold 128 KiB
-TRANSIENT = ("socket timed out", "unable to contact slurm controller", "connection refused", "zero bytes were transmitted")
+TRANSIENT = ("socket timed out", "unable to contact slurm controller", "connection refused", "zero bytes were transmitted", "connection timed out", "unexpected message received", "communication connection failure")
 GONE = re.compile("invalid job id|already completing or completed|already finished", re.IGNORECASE)
 # what one Slurm job, or a user's habits, put into the environment: it would change what the commands print or ask for
 INHERITED = re.compile(r"(SLURM|SQUEUE|SACCT|SINFO|SCONTROL|SCANCEL|SBATCH|SALLOC|SRUN|PMI|PMIX)_")

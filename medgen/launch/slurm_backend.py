@@ -40,6 +40,7 @@ class Submission:
     number: int
     jobs: dict[str, list[str]] = field(default_factory=dict)
     made: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)  # of those, what nothing but the hold keeps back
 
 
 class SlurmBackend:
@@ -67,7 +68,7 @@ class SlurmBackend:
         except SlurmError as error:
             raise MedgenError(f"{error}; nothing was submitted, because what is queued already cannot be seen") from None
         run.cancel_mark.unlink(missing_ok=True)
-        queued = self._cancel_doomed(run, plan, queued)
+        queued = self._cancel_doomed(run, plan, *self._without_doubles(run, queued))
         alive = {(task.stage, task.shard) for task in queued}
         waiting = {stage.name: self._waiting(run, stage, alive) for stage in plan.stages}
         total = sum(map(len, waiting.values()))
@@ -79,28 +80,40 @@ class SlurmBackend:
                 submission.jobs[stage.name] = self._parents(run, stage, [task for task in queued if task.stage == stage.name])
                 self._submit_stage(run, plan, stage, waiting[stage.name], submission)
         except SlurmRefused as error:
-            self._roll_back(run, submission)
-            raise InputError(f"Slurm refused a job of {run.run_id}: {error.reason}; nothing was left in the queue by this submit") from None
+            left = self._roll_back(run, submission)
+            raise InputError(f"Slurm refused a job of {run.run_id}: {error.reason}; {left}") from None
         except SlurmUnsure as error:
             raise MedgenError(f"{error}. If anything was queued it is held and will not run; submit again when Slurm answers: nothing is queued twice") from None
-        self._release(run)
+        self._release(run, submission)
 
     def _waiting(self, run: RunDir, stage: PlannedStage, alive: set[tuple[str, int]]) -> list[int]:
         """Shards that are neither done nor queued."""
         return [task.shard for task in stage.tasks if (stage.name, task.shard) not in alive and not run.is_done(stage.name, task.shard, task.hash)]
 
-    def _cancel_doomed(self, run: RunDir, plan: Plan, queued: list[QueuedTask]) -> list[QueuedTask]:
-        """Jobs that wait for tasks which have to be queued anew would wait for the old ones for ever: they are queued anew too."""
+    def _without_doubles(self, run: RunDir, queued: list[QueuedTask]) -> tuple[list[QueuedTask], set[str]]:
+        """Of two jobs for one task the older stays. Returns what is left, and the stages whose children may wait for what is gone."""
+        oldest: dict[tuple[str, int], int] = {}
+        for task in queued:
+            oldest.setdefault((task.stage, task.shard), task.job_id)
+        doubles = [task for task in queued if oldest[task.stage, task.shard] != task.job_id]
+        if doubles:
+            slurm.cancel([task.element for task in doubles])
+            run.event("jobs_cancelled", job_ids=sorted({task.job_id for task in doubles}), cause="queued twice: the older job stays")
+        return [task for task in queued if task not in doubles], {task.stage for task in doubles}
+
+    def _cancel_doomed(self, run: RunDir, plan: Plan, queued: list[QueuedTask], lost: set[str]) -> list[QueuedTask]:
+        """What waits for tasks that have to be queued anew, or for jobs of `lost` stages, would wait for ever: it is queued anew too.
+
+        What runs already is left alone."""
         alive = {(task.stage, task.shard) for task in queued}
-        anew = {stage.name for stage in plan.stages if self._waiting(run, stage, alive)}
+        anew = lost | {stage.name for stage in plan.stages if self._waiting(run, stage, alive)}
         for stage in plan.stages:  # in order, so what waits for what waits is found
             if anew & set(stage.needs):
                 anew.add(stage.name)
         doomed = [task for task in queued if task.is_pending and anew & set(plan.stage(task.stage).needs)]
         if doomed:
-            ids = sorted({task.job_id for task in doomed})
-            slurm.cancel(ids)
-            run.event("jobs_cancelled", job_ids=ids, cause="what they waited for is queued anew")
+            slurm.cancel([task.element for task in doomed])
+            run.event("jobs_cancelled", job_ids=sorted({task.job_id for task in doomed}), cause="what they waited for is queued anew")
         return [task for task in queued if task not in doomed]
 
     def _parents(self, run: RunDir, stage: PlannedStage, queued: list[QueuedTask]) -> list[str]:
@@ -121,10 +134,12 @@ class SlurmBackend:
             before = submission.jobs[stage.name][-1:] if serial else []
             conditions = [f"afterok:{':'.join(parents)}"] if parents else []
             conditions += [f"afterany:{before[0]}"] if before else []
-            options = [f"--job-name={job_name(run.run_id, stage.name, chunk.submission, chunk.offset)}"]
+            options = [f"--job-name={job_name(run, stage.name, chunk.submission, chunk.offset)}"]
             options += [f"--output={self._output(run, stage, chunk)}"] if stage.launcher == "none" else []
             options.append(f"--dependency={','.join(conditions)}" if conditions else "--hold")
-            submission.jobs[stage.name].append(str(self._submit_chunk(run, plan, stage, chunk, options, submission)))
+            job_id = self._submit_chunk(run, plan, stage, chunk, options, submission)
+            submission.jobs[stage.name].append(str(job_id))
+            submission.held += [] if conditions else [job_id]
 
     def _output(self, run: RunDir, stage: PlannedStage, chunk: Chunk) -> str:
         """A command's own --output stays in its script for whoever submits that by hand; here the log is the run's."""
@@ -135,7 +150,7 @@ class SlurmBackend:
 
     def _submit_chunk(self, run: RunDir, plan: Plan, stage: PlannedStage, chunk: Chunk, options: list[str], submission: Submission) -> int:
         script = render_script(plan, stage, chunk, run.root, self.python)
-        name = job_name(run.run_id, stage.name, chunk.submission, chunk.offset)
+        name = job_name(run, stage.name, chunk.submission, chunk.offset)
         folder = run.submission(submission.number)
         files.write_text(folder / f"{stage.name}.{chunk.offset}.sh", script)
         run.event("job_intent", name=name, stage=stage.name, submission=str(chunk.submission), offset=chunk.offset, shards=chunk.shards)
@@ -171,23 +186,22 @@ class SlurmBackend:
                 time.sleep(LOOK_PAUSE_SECONDS)
         return None
 
-    def _roll_back(self, run: RunDir, submission: Submission) -> None:
-        """Take back what this submit queued; what was there before stays."""
-        slurm.cancel(submission.made)
+    def _roll_back(self, run: RunDir, submission: Submission) -> str:
+        """Take back what this submit queued; what was there before stays. Returns what became of it in words."""
+        try:
+            slurm.cancel(submission.made)
+        except SlurmError as error:
+            return f"what was queued is held and will not run, but could not be taken back ({error}); submit again, or `medgen cancel {run.run_id}`"
         run.event("submission_rolled_back", job_ids=submission.made, submission=str(submission.number))
+        return "nothing was left in the queue by this submit"
 
-    def _release(self, run: RunDir) -> None:
-        """Let start what medgen holds, and nothing a person has put on hold since. First, doubles go: the oldest job stays."""
-        tasks = queued_tasks(run)
-        oldest: dict[tuple[str, int], int] = {}
-        for task in tasks:
-            oldest.setdefault((task.stage, task.shard), task.job_id)
-        doubles = sorted({task.job_id for task in tasks if oldest[task.stage, task.shard] != task.job_id})
-        if doubles:
-            slurm.cancel(doubles)
-            run.event("jobs_cancelled", job_ids=doubles, cause="queued twice: the older job stays")
+    def _release(self, run: RunDir, submission: Submission) -> None:
+        """Let start what medgen holds, and nothing a person has put on hold since. What this submit has made is released even if
+        squeue, which may answer from a cache, does not show it yet."""
+        tasks, _ = self._without_doubles(run, queued_tasks(run))
         released = {job for event in run.events() if event["event"] == "jobs_released" for job in event["job_ids"]}
-        held = sorted({task.job_id for task in tasks if task.is_held} - released - set(doubles))
+        seen = {task.job_id for task in tasks if task.is_held} - released
+        held = sorted(seen | set(submission.held))
         if held:
             slurm.release(held)
             run.event("jobs_released", job_ids=held)

@@ -19,7 +19,7 @@ Kind = Literal[
 Where = Literal["host", "GPU", ""]
 
 SLACK_SECONDS = 60  # Slurm may send its warning a minute early
-KILLED = (137, 9)
+KILLED = (137,)
 NOT_FOUND = (126, 127)  # what a shell says of a command it cannot start
 # guessed from the exit code, not told by the work itself
 WEAK = re.compile(r"^(exit code 0, but no outcome that verifies: )?(killed by|exit code \d+)|^the command ended with exit code (?P<code>\d+)$")

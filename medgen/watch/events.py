@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from medgen.rundir import RunDir
+from medgen.rundir import RunDir, is_sound
 
 
 class EventLog:
@@ -29,10 +29,7 @@ class EventLog:
             return 0
         complete = text[: text.rfind(b"\n") + 1]
         self._read_bytes += len(complete)
-        new = [
-            record for record in _parsed(complete.decode(errors="replace").splitlines())
-            if isinstance(record, dict) and isinstance(record.get("event"), str) and isinstance(record.get("time"), int | float)
-        ]  # fmt: skip
+        new = [record for record in _parsed(complete.decode(errors="replace").splitlines()) if is_sound(record)]
         self.records += new
         self.changes += bool(new)
         return len(new)

@@ -112,7 +112,7 @@ def read_queue_view(
         return None
     submitted = read_submitted(events)
     answer = source.queue(submitted.last)
-    jobs = jobs_of(run.run_id, answer.text, submitted)
+    jobs = jobs_of(run, answer.text, submitted)
     keys = {}
     for stage in plan.stages:
         for task in stage.tasks:

@@ -11,6 +11,7 @@ from typing import Any
 from medgen.launch import slurm
 from medgen.launch.script import parse_job_name
 from medgen.launch.slurm import AccountingRow, QueueRow
+from medgen.rundir import RunDir
 from medgen.watch.poll import Key
 from medgen.watch.reasons import SUSPENDED_STATES, WAITING_STATES
 
@@ -73,14 +74,14 @@ class Jobs:
     over: dict[TaskKey, QueueRow]
 
 
-def jobs_of(run_id: str, queue_text: str, submitted: Submitted) -> Jobs:
+def jobs_of(run: RunDir, queue_text: str, submitted: Submitted) -> Jobs:
     """Sort squeue's rows by task; of several jobs of one task the one that is furthest counts."""
     live: dict[TaskKey, QueueRow] = {}
     over: dict[TaskKey, QueueRow] = {}
-    for row in slurm.parse_queue(queue_text, f"medgen.{run_id}."):
+    for row in slurm.parse_queue(queue_text, f"medgen.{run.run_id}."):
         name = parse_job_name(row.name)
         numbers = submitted.numbers.get(row.name)
-        if name is None or (numbers and row.job_id not in numbers):
+        if name is None or not name.is_of(run) or (numbers and row.job_id not in numbers):
             continue  # of a run with the same id in another folder
         task = name.stage, name.offset + (row.array_task or 0)
         rows = over if row.state in slurm.TERMINAL_STATES else live

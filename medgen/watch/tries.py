@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medgen.launch.backend import next_attempt
-from medgen.launch.history import COMES_BACK, NEEDED
+from medgen.launch.history import COMES_BACK
 from medgen.rundir import RunDir
 
 HEADER = re.compile(r"^medgen: \S+ shard (?P<shard>\d+) attempt (?P<attempt>\d+) on (?P<node>\S+) at (?P<time>\S+)$", re.MULTILINE)
@@ -53,13 +53,11 @@ def read_tries(events: Iterable[dict[str, Any]]) -> dict[Key, list[Try]]:
     found: dict[Key, list[Try]] = {}
     for event in events:
         kind = event["event"]
-        if not NEEDED.get(kind, set()) <= event.keys():
-            continue  # damaged
         if kind == "task_started":
             found.setdefault((event["stage"], event["shard"]), []).append(
                 Try(
                     event["stage"], event["shard"], event["attempt"], event["time"], event["devices"], event["from_step"],
-                    str(event.get("job_id", "")), event.get("node", event["host"]),  # a local supervisor tells neither
+                    str(event.get("job_id", "")), str(event.get("node", event.get("host", ""))),  # a local supervisor tells neither
                 )
             )
         elif kind == "task_ended":

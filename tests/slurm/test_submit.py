@@ -275,9 +275,9 @@ def test_arrays_are_cut_below_the_clusters_largest_index(lab: Lab) -> None:
     lab.submit(spec, "-o", "stages.a.parallel=7")
     assert len((folder / "calls").read_text().splitlines()) == 2
     rows = lab.jobs("chunks")
-    shards = sorted(int(row["name"].rsplit(".", 1)[1]) + int(row["index"]) for row in rows)
+    shards = sorted(int(row["name"].split(".")[4]) + int(row["index"]) for row in rows)
     assert shards == list(range(count)), "the union is exact"
-    assert {row["name"].rsplit(".", 1)[1] for row in rows} == {"0", str(count - 6)}
+    assert {row["name"].split(".")[4] for row in rows} == {"0", str(count - 6)}
     assert any("afterany" in row["dependency"] for row in rows), "seven at once, not seven of each array"
     lab.medgen("cancel", "chunks")
     assert not lab.alive("chunks")
