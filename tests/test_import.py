@@ -17,13 +17,14 @@ from conftest import unavailable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medgen import plan, spec
+from medgen import planning, spec
 from medgen.errors import InputError
 from medgen.launch.importing import run_import
 from medgen.launch.importing.directives import DirectiveError, read_header
 from medgen.launch.importing.items import array_items
 from medgen.launch.importing.portable import duration, minutes
-from medgen.launch.importing.shell import literal, split
+from medgen.launch.importing.shell import split
+from medgen.launch.importing.words import literal
 from medgen.launch.script import render_script, whole_stage
 from medgen.site import Site
 
@@ -55,7 +56,7 @@ def imported(tmp_path: Path, *scripts: Path | str, portable: bool = False) -> An
 
 def header(tmp_path: Path) -> list[str]:
     """The directives of the script that the imported spec gives."""
-    made = plan.make_plan(spec.load(tmp_path / "out" / "spec.yaml"), SLURM_SITE)
+    made = planning.make_plan(spec.load(tmp_path / "out" / "spec.yaml"), SLURM_SITE)
     text = render_script(made, made.stages[0], whole_stage(made.stages[0], 1), tmp_path / "runs" / made.run_id, "/usr/bin/python3")
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
@@ -180,7 +181,7 @@ def written_header(draw: st.DrawFn) -> tuple[list[str], dict[str, list[str | Non
 
 
 @given(written_header())
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=80)
 def test_every_effective_directive_comes_through(tmp_path: Path, written: tuple[list[str], dict[str, list[str | None]]]) -> None:
     """Script -> spec -> script: the same settings, word for word and in the same order."""
     lines, expected = written
@@ -214,7 +215,7 @@ def defined(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
 
 @given(written_header())
-@settings(PROPERTY, max_examples=100)
+@settings(PROPERTY, max_examples=80)
 def test_sbatch_itself_reads_the_same(tmp_path: Path, defined: Callable[[str], dict[str, str]], written: tuple[list[str], Any]) -> None:
     text = "\n".join(["#!/bin/bash", *written[0], "true", "#SBATCH --mem=77G", ""])
     before = defined(text)
@@ -323,7 +324,7 @@ def lost(text: str, path: Path) -> list[str]:
 
 
 @given(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=12), st.sampled_from(["#!/bin/sh", "#!/bin/bash -eu", "#!/usr/bin/env bash"]))
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=80)
 def test_every_line_stands_somewhere(tmp_path: Path, blocks: list[str], shebang: str) -> None:
     text = "\n".join([shebang, "#SBATCH --time=1 --job-name=x", "##SBATCH --mem=1G", "true", *blocks, ""])
     imported(tmp_path, text)
@@ -337,11 +338,21 @@ def test_every_line_of_the_examples_stands_somewhere(tmp_path: Path, path: Path)
 
 
 @given(st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=60))
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=100)
 def test_any_text_survives_the_yaml(tmp_path: Path, text: str) -> None:
     """Control characters, tabs, other line separators, ${NAME}: `run` is what bash would have read."""
     written = f"#!/bin/bash\n: <<'THE END'\n{text} ${{HOME_OF_NOBODY}}\nTHE END\n"
     assert imported(tmp_path, written).run == written.removeprefix("#!/bin/bash\n")
+
+
+@given(st.lists(st.sampled_from([*"\n\n\t  ;|&()<>{}[]$'\"`\\#=!*~", "if ", "then\n", "fi", "for x in a b; do\n", "done", "case ", "esac", "<<E\n", "E\n", "$(", "((", "a", "b=1"]), max_size=30))
+@settings(PROPERTY, max_examples=120)
+def test_no_text_is_too_odd(tmp_path: Path, pieces: list[str]) -> None:
+    """Whatever stands in a script, valid or not: it is cut and put together again without a loss."""
+    text = "".join(["#!/bin/bash\ntrue\n", *pieces, "\n"])
+    assert "\n".join(statement.text for statement in split(text)) == text
+    imported(tmp_path, text)
+    assert lost(text, tmp_path / "out" / "spec.yaml") == []
 
 
 # ----- what is understood
@@ -464,7 +475,7 @@ WORDS = st.text(st.sampled_from("abz019_."), min_size=1, max_size=6)
 
 
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=2, max_size=4, unique=True))
-@settings(PROPERTY, max_examples=60)
+@settings(PROPERTY, max_examples=40)
 def test_an_item_gives_its_script_s_command(tmp_path: Path, values: list[tuple[str, str]]) -> None:
     """Each item of a family calls the programs with the very words of its script; what is no family is not made one."""
     template = "#!/bin/bash\n#SBATCH --time=1\nNAME=\"run {}\"\nprintf '<%s>' call --first={} --name \"$NAME\" -x{}y " + "word " * 40 + "\n"
@@ -536,6 +547,12 @@ def test_a_variable_whose_order_counts_stays(tmp_path: Path, text: str) -> None:
     stage = imported(tmp_path, f"#!/bin/bash\n#SBATCH --time=1\n{text}\n")
     assert stage.env == {}
     assert "export" in stage.run
+
+
+def test_a_script_without_directives_asks_for_what_slurm_gives(tmp_path: Path) -> None:
+    told = run_import([script(tmp_path, "#!/bin/bash\n#SBATCH --job-name=x\ntrue\n")], tmp_path / "out" / "spec.yaml")
+    assert "no time limit" in told
+    assert [line for line in header(tmp_path) if line.startswith(("--cpus-per-task", "--nodes"))] == ["--nodes=1", "--cpus-per-task=1"]
 
 
 def test_a_login_shell_and_settings_of_the_first_line_are_kept(tmp_path: Path) -> None:
@@ -610,6 +627,40 @@ def test_the_stage_calls_what_the_script_called(name: str, tmp_path: Path, envir
     run_import([example(name)], tmp_path / "spec.yaml")
     medgen("submit", "spec.yaml", "--local")
     assert stubs() == by_hand
+
+
+ACTIONS = [
+    "export A=1", "export A=2 B='two words'", "export B=$A", "A=plain", "unset B", 'prog one "$A" "$B"', "prog two > out.txt", "python -c 'import os; print(1)'", "cd inside", "cd ..",
+    'cd "$SLURM_SUBMIT_DIR"', 'source "$HOME/envs/eval/bin/activate"', 'WHICH=ddp\nsource "$HOME/envs/$WHICH/bin/activate"', "export PATH_OF_NOTHING=x", 'export PATH="$HOME/other:$PATH"',
+    "FOLD=${FOLD:-4}", 'prog fold "$FOLD"', "false", "echo done", "deactivate", "for x in a 'b c'; do\n    prog loop $x \"$A\"\ndone", "for x in 1 2; do\n    A=$x\n    prog loop \"$A\" \"$x\"\ndone",
+    "if [ -n \"$A\" ]; then\n    prog has\nfi", "run() { prog inside \"$1\" \"$B\"; }", "run 3 2> /dev/null", "X=$(prog quiet)", "prog back &\nPID=$!\nwait $PID", "prog three || exit 5", "exit 0",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=8))
+@settings(PROPERTY, max_examples=60)
+def test_any_mixture_of_lines_does_the_same(tmp_path: Path, actions: list[str]) -> None:
+    """The programs are called as by the script: same words, order, folder and variables; lines may move, their effects may not."""
+    home, calls = tmp_path / "home", tmp_path / "calls"
+    if not home.exists():
+        for name in ("eval", "ddp"):
+            (home / "envs" / name / "bin").mkdir(parents=True)
+            script(home / "envs" / name / "bin", f"export VENV={name}\ndeactivate() {{ unset VENV; }}\n", "activate")
+        (home / "bin").mkdir()
+        script(home / "bin", '#!/bin/bash\necho "$* in ${PWD##*/} with $A,$B,$VENV,$PATH_OF_NOTHING" >> "$CALLS"\n', "prog").chmod(0o755)
+        (tmp_path / "inside").mkdir()
+    text = "\n".join(["#!/bin/bash", "echo start", *actions, "prog last", ""])
+    environment = {"PATH": f"{home}/bin:/usr/bin:/bin", "HOME": str(home), "CALLS": str(calls)}
+
+    def called(bash: str, **variables: str) -> list[str]:
+        calls.write_text("")
+        subprocess.run(["bash", "-c", bash, "main"], cwd=tmp_path, env={**environment, **variables}, capture_output=True, timeout=60)
+        return calls.read_text().splitlines()
+
+    stage = imported(tmp_path, text)
+    prepared = "\n".join(["set -e", *stage.resources.setup, "set +e", stage.run])
+    found = [line for item in stage.foreach or [""] for line in called(prepared, **stage.env, MEDGEN_ITEM=item)]
+    assert found == called(text, SLURM_SUBMIT_DIR=str(tmp_path))
 
 
 def test_each_item_of_an_array_calls_what_its_task_called(tmp_path: Path, environment: dict[str, str], medgen: Medgen, stubs: Callable[[], list[str]]) -> None:
@@ -708,18 +759,25 @@ def test_portable_resources_and_a_site_beside_the_specs(tmp_path: Path, medgen: 
     assert stage.resources.slurm == ["--exclude=node-06-02"], "only one of the three says so"
     assert f"submit with --site {tmp_path / 'jobs' / 'imported_site.yaml'}" in told
     shown = medgen("submit", "jobs/train_chain.yaml", "--dry-run", "--site", "jobs/imported_site.yaml").stdout
-    for line in ("--partition=GPUQ", "--account=share-lab", "--time=720", "--nodes=1", "--cpus-per-task=8", "--gres=gpu:1", "--mem=49152M", "--constraint=a100|h100"):
+    for line in ("--partition=GPUQ", "--account=share-lab", "--time=720", "--cpus-per-task=8", "--gres=gpu:1", "--mem=49152M", "--constraint=a100|h100"):
         assert re.search(rf'^#SBATCH {re.escape(line.split("=")[0])}="?{re.escape(line.split("=", 1)[1])}"?$', shown, flags=re.MULTILINE), line
 
 
+def test_several_tasks_stay_on_their_one_node(tmp_path: Path) -> None:
+    stage = imported(tmp_path, "#!/bin/bash\n#SBATCH -N 1 --ntasks=4 --cpus-per-task=2 --time=5\ntrue\n", portable=True)
+    assert stage.resources.slurm == ["-N 1", "--ntasks=4", "--cpus-per-task=2"]
+    assert {"-N 1", "--ntasks=4", "--cpus-per-task=2", "--time=5"} <= set(header(tmp_path))
+    assert not any(line.startswith(("--nodes", "--ntasks-per-node")) for line in header(tmp_path))
+
+
 @given(written_header())
-@settings(PROPERTY, max_examples=60)
+@settings(PROPERTY, max_examples=40)
 def test_portable_words_ask_sbatch_for_the_same(tmp_path: Path, defined: Callable[[str], dict[str, str]], written: tuple[list[str], Any]) -> None:
     text = "\n".join(["#!/bin/bash", *written[0], "true", ""])
     before = defined(text)
     run_import([script(tmp_path, text)], fresh := _fresh(tmp_path), portable=True)
     site = Site.model_validate(_yaml(fresh / "imported_site.yaml"))
-    made = plan.make_plan(spec.load(fresh / "job.yaml"), site)
+    made = planning.make_plan(spec.load(fresh / "job.yaml"), site)
     rendered = render_script(made, made.stages[0], whole_stage(made.stages[0], 1), tmp_path, "/usr/bin/python3")
     after = defined(rendered)
     same = {"time", "mem", "nodes", "gres", "constraint", "partition", "account", "qos", "reservation", "mail-user"} & set(before)
@@ -739,7 +797,9 @@ def _yaml(path: Path) -> Any:
 
 
 def _amount(option: str, value: str) -> object:
-    """Memory in mebibytes; other values as they are."""
+    """Memory in mebibytes; one node also where nothing is said, for one task needs no more."""
+    if option == "nodes":
+        return value or "1"
     if option == "mem" and (match := re.fullmatch(r"(\d+)([MG])?", value)):
         return int(match.group(1)) * (1024 if match.group(2) == "G" else 1)
     return value

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass, replace
 
 from medgen.launch.importing.reading import Draft
-from medgen.launch.importing.shell import Statement, assignment, split, unquoted
+from medgen.launch.importing.shell import Statement, split
+from medgen.launch.importing.words import assignment, unquoted
 
 SIGNAL = re.compile(r"(?:SIG)?(USR1|USR2|TERM|INT|HUP|10|12|15)", re.IGNORECASE)
 NUMBERS = {"10": "USR1", "12": "USR2", "15": "TERM"}

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import PurePath
 
 from medgen.launch.importing.reading import Draft
-from medgen.launch.importing.shell import Lost, Statement, assignment, everything_called, literal, names_in
+from medgen.launch.importing.shell import Lost, Statement, everything_called
+from medgen.launch.importing.words import assignment, literal, names_in
 
 SUBMIT_FOLDER = re.compile(r'"?\$(SLURM_SUBMIT_DIR|\{SLURM_SUBMIT_DIR(:-\.|:-\$PWD)?\})/?"?')
 PRINTS = {"echo", "printf", "date", "hostname", "nvidia-smi", "pwd", "whoami", "uptime", "free", "df", "lscpu", "nproc", "env", "printenv", "which", "type"}
@@ -108,10 +109,17 @@ def _without_submit_folder(draft: Draft) -> Draft:
             first, *others = statement.commands
             harmless = all(words[0] in ("exit", "true") for words in others) and set(statement.operators) <= {"||"}
             if len(first) == 2 and SUBMIT_FOLDER.fullmatch(first[1]) and harmless:
-                return draft.move(statement, "left out: run begins in the folder of submit")
+                return _with_submit_folder(draft.move(statement, "left out: run begins in the folder of submit"))
         if {"cd", "pushd"} & set(statement.called) or statement.kind == "opaque":
-            return draft
-    return draft
+            break
+    return _with_submit_folder(draft)
+
+
+def _with_submit_folder(draft: Draft) -> Draft:
+    """Where the script still asks for the folder, it is told also without Slurm."""
+    asking = [statement for statement in draft.body if statement.kind not in ("blank", "comment") and "SLURM_SUBMIT_DIR" in statement.text]
+    told = any(statement.first == 0 for statement in asking)  # that line came with --chdir
+    return draft.first('export SLURM_SUBMIT_DIR="${SLURM_SUBMIT_DIR:-$PWD}"') if asking and not told else draft
 
 
 def _without_ending(draft: Draft) -> Draft:

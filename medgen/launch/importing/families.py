@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from medgen.launch.importing.directives import MAGIC
 from medgen.launch.importing.reading import Draft, Note
-from medgen.launch.importing.shell import Statement, names_in, split
+from medgen.launch.importing.shell import Statement, split
+from medgen.launch.importing.words import names_in
 
 PIECES = re.compile(r"[\w.]+|.", re.DOTALL)
 MOST_VARIABLES = 4
@@ -33,7 +34,8 @@ def join_families(drafts: Sequence[Draft]) -> list[Draft]:
             groups.append([draft])
         else:
             family.append(draft)
-    return [_as_one(group) for group in groups]
+    starts = [_common_start([item.path.stem for item in group]) for group in groups]
+    return [_as_one(group, start if starts.count(start) == 1 else _first_and_more(group)) for group, start in zip(groups, starts, strict=True)]
 
 
 def _differences(drafts: Sequence[Draft]) -> list[Variable] | None:
@@ -127,7 +129,8 @@ def _in_single_quotes(statement: Statement, offset: int) -> bool:
     return quote == "'"
 
 
-def _as_one(drafts: Sequence[Draft]) -> Draft:
+def _as_one(drafts: Sequence[Draft], stem: str) -> Draft:
+    """`stem`: of the name of its file."""
     variables = _differences(drafts) if len(drafts) > 1 else None
     if variables is None:
         return drafts[0]
@@ -135,10 +138,8 @@ def _as_one(drafts: Sequence[Draft]) -> Draft:
     draft = replace(first, body=_with_variables(first, variables), foreach=tuple(" ".join(words) for words in zip(*(item.words for item in variables), strict=True)))
     if len(variables) > 1:
         draft = draft.first(f'read -r {" ".join(item.name for item in variables)} <<< "$MEDGEN_ITEM"')
-    name = _common_start([item.name for item in drafts])
-    path = first.path.with_name(f"{_common_start([item.path.stem for item in drafts])}{first.path.suffix}")
     hints = tuple(dict.fromkeys(Note(note.line, note.text) for item in drafts for note in item.hints))
-    draft = replace(draft, name=name, path=path, hints=hints)
+    draft = replace(draft, name=_common_start([item.name for item in drafts]), path=first.path.with_name(f"{stem}{first.path.suffix}"), hints=hints)
     for number, item in enumerate(drafts):
         draft = draft.moved_line(0, f"{item.path.name} ({item.name})", f"item {number}: {draft.foreach[number]}")
         draft = _with_its_own_lines(draft, first, item)
@@ -148,9 +149,13 @@ def _as_one(drafts: Sequence[Draft]) -> Draft:
 def _common_start(names: Sequence[str]) -> str:
     """`base_256` of base_256_1, base_256_12, ...; where they begin differently, the first and how many more."""
     same = 0
-    while all(name[: same + 1] == names[0][: same + 1] for name in names) and same < len(names[0]):
+    while len(names) > 1 and same < len(names[0]) and all(name[: same + 1] == names[0][: same + 1] for name in names):
         same += 1
-    return names[0][:same].rstrip("0123456789.").rstrip("_-.") or f"{names[0]}_and_{len(names) - 1}"
+    return names[0][:same].rstrip("0123456789.").rstrip("_-.") or (names[0] if len(names) == 1 else f"{names[0]}_and_{len(names) - 1}_more")
+
+
+def _first_and_more(drafts: Sequence[Draft]) -> str:
+    return drafts[0].path.stem if len(drafts) == 1 else f"{drafts[0].path.stem}_and_{len(drafts) - 1}_more"
 
 
 def _with_variables(draft: Draft, variables: Sequence[Variable]) -> tuple[Statement, ...]:

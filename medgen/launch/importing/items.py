@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from medgen.launch.importing.environment import KEYWORDS, LOOKS, PRINTS
 from medgen.launch.importing.reading import Draft, ScriptError
-from medgen.launch.importing.shell import Statement, assignment, literal, split
+from medgen.launch.importing.shell import Statement, split
+from medgen.launch.importing.words import assignment, literal
 
 ARRAY_PART = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 MOST_ITEMS = 100_000

@@ -54,18 +54,14 @@ def duration(whole_minutes: int) -> str:
 
 
 def word_for_word(draft: Draft) -> Portable:
-    """Every directive as it is; only where a script says nothing and medgen's default is not Slurm's, a key says what Slurm's is."""
-    return Portable(_without_time(draft), {} if _counts_cores(draft) else {"cpus": 1})
+    """Every directive as it is; a script that has none asks for one core, as Slurm gives it, and for medgen's hour."""
+    return Portable(draft, {}) if draft.directives else Portable(_told_about_time(draft), {"cpus": 1})
 
 
-def _counts_cores(draft: Draft) -> bool:
-    return any(draft.directive(option) is not None for option in ("cpus-per-task", "cpus-per-gpu"))
-
-
-def _without_time(draft: Draft) -> Draft:
+def _told_about_time(draft: Draft) -> Draft:
     if draft.directive("time") is not None:
         return draft
-    return draft.hint(None, "no time limit: Slurm gave the default of its partition, medgen asks for one hour; write time: below resources:")
+    return draft.hint(None, "it gives no time limit; write time: below resources: if one hour is too short")
 
 
 def to_portable(draft: Draft) -> Portable:
@@ -79,21 +75,21 @@ def to_portable(draft: Draft) -> Portable:
         translated.append(said[option])
 
     nodes = _number(said.get("nodes")) or (1 if "nodes" not in said else None)
-    if "nodes" in said and nodes:
-        take("nodes", "nodes", nodes)
-    _take_gpus(said, nodes, take)
     tasks = _number(said.get("ntasks-per-node")) or (_number(said.get("ntasks")) if nodes == 1 else None)
     one_task = not {"ntasks", "ntasks-per-node"} & set(said) or (tasks == 1 and len({"ntasks", "ntasks-per-node"} & set(said)) == 1)
+    if "nodes" in said and nodes and (nodes > 1 or one_task):  # that several tasks stay on one node is only said by --nodes=1
+        take("nodes", "nodes", nodes)
+    _take_gpus(said, nodes, take)
     if one_task and (cpus := _number(said.get("cpus-per-task"))):
         take("cpus-per-task", "cpus", cpus)
         translated += [said[option] for option in ("ntasks", "ntasks-per-node") if option in said]
-    elif one_task and not _counts_cores(draft):
-        resources["cpus"] = 1
+    elif one_task and "cpus-per-gpu" not in said:
+        resources["cpus"] = 1  # as Slurm gives it
     if "mem" in said and (amount := AMOUNT.fullmatch(said["mem"].value or "")) and int(amount.group(1)):
         take("mem", "mem", f"{amount.group(1)}{amount.group(2).upper() or 'M'}")
     if "time" in said and (limit := minutes(said["time"].value or "")):
         take("time", "time", duration(limit))
-    draft = _without_time(draft)
+    draft = _told_about_time(draft)
     gpu = _gpu(said, draft.prefer, bool(resources.get("gpus") or resources.get("gpus_per_node")), translated)
     if gpu:
         resources["gpu"] = gpu
@@ -164,9 +160,15 @@ def _has_gpus(part: Portable) -> bool:
     return bool(part.resources.get("gpus") or part.resources.get("gpus_per_node"))
 
 
+def _counts_gpus(draft: Draft) -> bool:
+    return any(draft.directive(option) is not None for option in ("gres", "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"))
+
+
 def _without_site(part: Portable, common: dict[str, str], partitions: dict[str, str | None]) -> Portable:
     draft = part.draft
     wanted = {**common, "partition": partitions["gpu" if _has_gpus(part) else "cpu"]}
+    if _counts_gpus(draft):
+        del wanted["partition"]  # GPUs in Slurm's words do not tell medgen which of the two it is
     for option, value in wanted.items():
         directive = draft.directive(option)
         if directive is not None and directive.value == value:

@@ -94,11 +94,11 @@ def _preferred_by_wrapper(path: Path) -> str | None:
 
 
 def _with_lifts(draft: Draft) -> Draft:
+    """Unchanged where bash would not take the result, which is so if it does not take the script either."""
     lifted = lift_chain(lift_environment(draft))
-    problem = _bash_problem(draft.run)
-    if problem is not None:
-        return draft.hint(None, f"bash finds an error in it ({problem}); kept as it stands")
-    return lifted if _bash_problem(lifted.run) is None else draft.hint(None, "kept as it stands: it could not be taken apart safely")
+    if (problem := _bash_problem(lifted.run)) is None:
+        return lifted
+    return draft.hint(None, f"bash finds an error in it ({problem}); kept as it stands")
 
 
 def _finished(draft: Draft) -> Draft:
