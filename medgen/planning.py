@@ -115,13 +115,14 @@ def _run_science(spec: Spec, science: dict[str, dict[str, Any]]) -> dict[str, An
 def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], run_id: str, site: Site) -> PlannedStage:
     stage = stages[name]
     resources = stage.resources
+    said = sbatch_options.amounts(resources.slurm)  # the user's own words for it, if there are any
     stage_hash = files.sha256_json([run_id, name, science[name]])
     tasks = _tasks(name, stage, stage_hash)
-    gpus_per_node = _gpus_per_node(stage, resources, site)
+    gpus_per_node = said.gpus_per_node if said.gpus_per_node is not None else _gpus_per_node(stage, resources, site)
     ranks_per_node = max(gpus_per_node, resources.processes or 1) if isinstance(stage, TrainStage) else max(1, resources.processes or 1)
     _check_ranks(name, stage, gpus_per_node)
     parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage) and stage.parallel else len(tasks)
-    time_minutes = resources.time or DEFAULT_TIME_MINUTES[stage.kind]
+    time_minutes = said.time_minutes or resources.time or DEFAULT_TIME_MINUTES[stage.kind]
     if site.limits.time is not None and time_minutes > site.limits.time:
         hint = "save and go on with segments" if isinstance(stage, TrainStage | CommandStage) else "use more shards"
         raise Unplannable(("stages", name, "resources", "time"), f"{_hours(time_minutes)} is more than {site.name} gives a job ({_hours(site.limits.time)}); {hint}")
@@ -129,12 +130,12 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         name=name,
         kind=stage.kind,
         needs=_needs(name, stages),
-        nodes=resources.nodes,
+        nodes=said.nodes or resources.nodes,
         ranks_per_node=ranks_per_node,
         gpus_per_node=gpus_per_node,
-        threads=_threads(stage, resources, ranks_per_node, gpus_per_node, site),
+        threads=said.cpus_per_task or _threads(stage, resources, ranks_per_node, gpus_per_node, site),
         time_minutes=time_minutes,
-        mem_mebibytes=resources.mem or (site.mem * max(1, gpus_per_node) if site.mem else None),
+        mem_mebibytes=said.mem_mebibytes or resources.mem or (site.mem * max(1, gpus_per_node) if site.mem else None),
         parallel=parallel,
         segments=stage.segments if isinstance(stage, TrainStage | CommandStage) else 1,
         launcher="none" if isinstance(stage, CommandStage) else stage.launcher if isinstance(stage, TrainStage) else "srun",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from dataclasses import dataclass
 
 # the short forms of sbatch(1), 20.11 to 24.11; those that take no value are in FLAGS
 SHORT = {
@@ -55,3 +57,53 @@ def decided(lines: list[str]) -> set[str]:
 def without(lines: list[str], names: set[str]) -> list[str]:
     """The lines that decide nothing of `names`."""
     return [line for line in lines if not names_of(line) & names]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What lines of options ask for, None where they do not say or not in one number."""
+
+    time_minutes: int | None = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_mebibytes: int | None = None
+
+
+def amounts(lines: list[str]) -> Amounts:
+    """For planning; the last of several counts."""
+    said = {SAME_MEANING.get(name, name): value or "" for line in lines for name, value in options_of(line)}
+    nodes = _whole(said.get("nodes", ""))
+    gpus = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?", said.get("gres", ""))
+    per_node = int(gpus.group(1) or 1) if gpus else _whole(said.get("gpus-per-node", "").rpartition(":")[2])
+    in_all = _whole(said.get("gpus", "").rpartition(":")[2])
+    memory = re.fullmatch(r"(\d+)([MGT]?)B?", said.get("mem", ""), flags=re.IGNORECASE)
+    return Amounts(
+        time_minutes=minutes(said.get("time", "")),
+        nodes=nodes,
+        gpus_per_node=per_node if per_node is not None else in_all if (nodes or 1) == 1 else None,
+        cpus_per_task=_whole(said.get("cpus-per-task", "")),
+        mem_mebibytes=int(memory.group(1)) * {"": 1, "M": 1, "G": 1024, "T": 1024**2}[memory.group(2).upper()] or None if memory else None,
+    )
+
+
+def minutes(value: str) -> int | None:
+    """A time limit as Slurm reads it, in whole minutes rounded up; None for no limit and for what is no time.
+
+    `30` is minutes, `30:00` minutes and seconds, `1-12` days and hours."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value.strip())
+    if match is None:
+        return None
+    days, *clock = match.groups()
+    first, second, third = (int(part or 0) for part in clock)
+    if days is not None:
+        seconds = int(days) * 86400 + first * 3600 + second * 60 + third
+    elif clock[2] is not None:
+        seconds = first * 3600 + second * 60 + third
+    else:
+        seconds = first * 60 + second
+    return -(-seconds // 60) or None
+
+
+def _whole(value: str) -> int | None:
+    return int(value) if value.isdigit() and int(value) else None

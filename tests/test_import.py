@@ -22,10 +22,11 @@ from medgen.errors import InputError
 from medgen.launch.importing import run_import
 from medgen.launch.importing.directives import DirectiveError, read_header
 from medgen.launch.importing.items import array_items
-from medgen.launch.importing.portable import duration, minutes
+from medgen.launch.importing.portable import duration
 from medgen.launch.importing.shell import split
 from medgen.launch.importing.words import literal
 from medgen.launch.script import render_script, whole_stage
+from medgen.sbatch_options import minutes
 from medgen.site import Site
 
 EXAMPLES = Path(__file__).parent / "imported"

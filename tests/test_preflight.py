@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import TINY_NET, tiny_spec
 
-from medgen import checks
+from medgen import checks, sbatch_options
 from medgen.checks import trial
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.launch import preflight, record, slurm_checks, space, submit
@@ -256,7 +256,7 @@ def test_words_of_other_versions_are_understood(lab: Lab) -> None:
 
 @pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("1:30", 2), ("1:30:00", 90), ("1:00:01", 61), ("1-12", 2160), ("2-00:00:00", 2880), ("1-0:5", 1445), ("UNLIMITED", None), ("", None)])
 def test_durations_as_sbatch_reads_them(text: str, minutes: int | None) -> None:
-    assert slurm_checks.slurm_minutes(text) == minutes
+    assert sbatch_options.minutes(text) == minutes
 
 
 @pytest.mark.parametrize(("constraint", "fits"), [

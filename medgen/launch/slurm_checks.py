@@ -221,7 +221,7 @@ def _names(partitions: list[Partition]) -> str:
 
 def _never_starts(question: Question, partitions: list[Partition]) -> InputError | None:
     """Many clusters take a job with too long a limit, and it waits for ever (PartitionTimeLimit)."""
-    minutes = slurm_minutes(question.options.get("time", ""))
+    minutes = sbatch_options.minutes(question.options.get("time", ""))
     limits = [partition.time_limit_minutes for partition in partitions]
     largest = None if not limits or None in limits else max(limit for limit in limits if limit is not None)
     if minutes is None or largest is None or minutes <= largest:
@@ -229,19 +229,6 @@ def _never_starts(question: Question, partitions: list[Partition]) -> InputError
     message = f"{_hours(minutes)} is more than {_names(partitions)} gives a job ({_hours(largest)}): it would wait for ever"
     hint = {"train": "; save and go on with segments", "generate": "; use more shards"}.get(question.stage.kind, "")
     return question.error("time", ("resources", "time"), None, message + hint)
-
-
-def slurm_minutes(text: str) -> int | None:
-    """`90`, `1:30:00`, `1-12`, `2-00:00:00` as minutes; None for what is none of these."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if match is None:
-        return None
-    days, first, second, third = (None if part is None else int(part) for part in match.groups())
-    if days is not None:
-        return days * 1440 + (first or 0) * 60 + (second or 0) + bool(third)
-    if third is not None:
-        return (first or 0) * 60 + (second or 0) + bool(third)
-    return (first or 0) + bool(second)
 
 
 def _misfit(question: Question, said: str, partitions: list[Partition]) -> InputError:

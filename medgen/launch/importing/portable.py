@@ -13,6 +13,7 @@ from typing import Any
 
 from medgen.launch.importing.directives import Directive
 from medgen.launch.importing.reading import Draft
+from medgen.sbatch_options import minutes
 
 FEATURE = re.compile(r"[\w.-]+")
 AMOUNT = re.compile(r"(\d+)([MGT]?)B?", re.IGNORECASE)
@@ -26,24 +27,6 @@ class Portable:
 
     draft: Draft
     resources: dict[str, Any]
-
-
-def minutes(value: str) -> int | None:
-    """A time limit as Slurm reads it, in whole minutes rounded up; None for no limit and for what is no time.
-
-    `30` is minutes, `30:00` minutes and seconds, `1-12` days and hours."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value.strip())
-    if match is None:
-        return None
-    days, *clock = match.groups()
-    first, second, third = (int(part or 0) for part in clock)
-    if days is not None:
-        seconds = int(days) * 86400 + first * 3600 + second * 60 + third
-    elif clock[2] is not None:
-        seconds = first * 3600 + second * 60 + third
-    else:
-        seconds = first * 60 + second
-    return -(-seconds // 60) or None
 
 
 def duration(whole_minutes: int) -> str:
