@@ -115,7 +115,8 @@ def _run_science(spec: Spec, science: dict[str, dict[str, Any]]) -> dict[str, An
 def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], run_id: str, site: Site) -> PlannedStage:
     stage = stages[name]
     resources = stage.resources
-    said = sbatch_options.amounts(resources.slurm)  # the user's own words for it, if there are any
+    # a command's own header is believed; for medgen's stages other numbers behind the plan's back are refused by preflight
+    said = sbatch_options.amounts(resources.slurm if isinstance(stage, CommandStage) else [])
     stage_hash = files.sha256_json([run_id, name, science[name]])
     tasks = _tasks(name, stage, stage_hash)
     gpus_per_node = said.gpus_per_node if said.gpus_per_node is not None else _gpus_per_node(stage, resources, site)
