@@ -265,6 +265,47 @@ def test_a_task_that_is_killed_outright_is_started_again_by_its_own_job(lab: Lab
     assert lab.tasks("kill") == Counter({("a", "N/A"): 1}), "the same job, started again"
 
 
+def test_an_element_starts_again_alone(lab: Lab) -> None:
+    """The last element of an array carries the array's own number: asked by that, Slurm would restart all of them."""
+    run = "echo start >> $MEDGEN_OUT/starts; if [ $MEDGEN_ITEM = z ]; then [ -e $MEDGEN_OUT/again ] || { touch $MEDGEN_OUT/again; kill -9 $PPID; }; else sleep 12; fi"
+    lab.submit(lab.spec("alone", {"a": {"kind": "command", "foreach": ["x", "y", "z"], "run": run}}))
+    lab.wait("alone")
+    lab.assert_done("alone")
+    starts = [(lab.run("alone") / "a" / "made" / f"{shard:05d}" / "starts").read_text().count("start") for shard in range(3)]
+    assert starts == [1, 1, 2]
+    [failed] = [end for end in lab.events("alone", "task_ended") if end["status"] != "done"]
+    assert (failed["shard"], failed["status"], failed["next"]) == (2, "failed", "will be tried again")
+    assert not lab.events("alone", "requeue_refused")
+
+
+def test_one_spec_in_two_folders_makes_two_runs(lab: Lab) -> None:
+    spec = lab.spec("twice", {**GRAPH, "a": {**GRAPH["a"], "run": "sleep 5; echo a > $MEDGEN_OUT/a"}})
+    lab.submit(spec)
+    first = lab.run("twice")
+    lab.environment["MEDGEN_RUNS"] = str(lab.folder / "elsewhere")
+    assert "b  3 tasks" in lab.submit(spec).stdout
+    lab.wait("twice")
+    lab.assert_done("twice")
+    [second] = (lab.folder / "elsewhere").glob("twice-*")
+    assert first.name == second.name
+    assert (second / "c" / "made" / "00000" / "all").read_text() == "x\ny\nz\n"
+
+
+def test_a_squeue_that_answers_late_leaves_nothing_held(lab: Lab) -> None:
+    lab.shim("squeue", "exit 0")
+    lab.submit(lab.spec("cached", GRAPH))
+    lab.unshim()
+    lab.wait("cached")
+    lab.assert_done("cached")
+    assert lab.tasks("cached") == EVERY_TASK_ONCE
+
+
+def test_a_command_that_is_stopped_for_ever_is_given_up(lab: Lab) -> None:
+    lab.submit(lab.spec("stopped", {"a": {"kind": "command", "run": "exit 143"}}))
+    lab.wait("stopped", 240)
+    assert lab.events("stopped", "task_ended")[-1]["next"].startswith("not tried again: stopped 6 times")
+
+
 def test_arrays_are_cut_below_the_clusters_largest_index(lab: Lab) -> None:
     count = int(lab.slurm.run("bash", "-c", "scontrol show config | awk '/MaxArraySize/ {print $3}'").stdout) + 6
     if count > 200:
