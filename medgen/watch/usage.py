@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medgen.errors import Exit
+from medgen.launch import slurm
 from medgen.launch.slurm import AccountingRow
 from medgen.plan import PlannedStage
 from medgen.rundir import RunDir
@@ -146,7 +147,8 @@ def measure(run: RunDir) -> Usage:
 def _spent(inquiry: Inquiry, stage: PlannedStage, key: Key) -> list[Spent]:
     """Every life of the task: rows of the accounting, and attempts that it does not know."""
     tries = all_tries(inquiry.run, *key, inquiry.tries.get(key, []))
-    rows = [row for row in inquiry.rows(key) if row.start is not None] if inquiry.on_slurm else []
+    # a job that was cancelled before it began may have a start all the same: that of its end
+    rows = [row for row in inquiry.rows(key) if row.start is not None and (row.elapsed_seconds or row.state not in slurm.TERMINAL_STATES)] if inquiry.on_slurm else []
     mates = {item.attempt: row_of(item, rows) for item in tries}
     found = [_of_row(inquiry, stage, row, [place for place, item in enumerate(tries) if mates[item.attempt] is row], tries) for row in rows]
     found += [_of_try(inquiry, stage, tries, place) for place, item in enumerate(tries) if mates[item.attempt] is None and item.told]

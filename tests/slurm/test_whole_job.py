@@ -14,7 +14,7 @@ from conftest import TINY_NET
 
 from .test_submit import SITE, Lab, lab  # noqa: F401  (a fixture)
 
-NET = {**TINY_NET, "strategy": "ddpm", "mode": "bravo", "epochs": 150, "loop": {"log_steps": 10, "preview_images": 0, "validate_epochs": 50.0}}
+NET = {**TINY_NET, "strategy": "ddpm", "mode": "bravo", "epochs": 100, "loop": {"log_steps": 10, "preview_images": 0, "validate_epochs": 50.0}}
 STAGES: dict[str, Any] = {
     "train": {"kind": "train", "config": NET, "resources": {"time": "30m", "mem": "3G"}},
     "images": {"kind": "generate", "from": "train", "condition": "test", "count": 16, "chunk": 2, "shards": 8, "sampling": {"sampler": "ddim", "steps": 2},
