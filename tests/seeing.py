@@ -9,6 +9,12 @@ from typing import Any
 
 from medgen.rundir import Heartbeat, Outcome, RunDir
 
+STAGES = [
+    {"name": "train", "kind": "train", "ranks": 2},
+    {"name": "images", "kind": "generate", "tasks": 4, "needs": ["train"]},
+    {"name": "report", "kind": "report", "needs": ["images"]},
+]
+
 
 def event(run: RunDir, kind: str, seconds_ago: float, **facts: Any) -> None:
     run.events_file.parent.mkdir(parents=True, exist_ok=True)

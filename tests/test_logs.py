@@ -11,17 +11,12 @@ from pathlib import Path
 
 import pytest
 from launch_stub import build, interpreter, wait_until
-from seeing import FakeSlurm, batch, ended, event, log, outcome, queue_row, queued, started
+from seeing import STAGES, FakeSlurm, batch, ended, event, log, outcome, queue_row, queued, started
 
 from medgen.launch.supervisor import register, retire
 from medgen.rundir import RunDir
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = [
-    {"name": "train", "kind": "train", "ranks": 2},
-    {"name": "images", "kind": "generate", "tasks": 4, "needs": ["train"]},
-    {"name": "report", "kind": "report", "needs": ["images"]},
-]
 
 
 @pytest.fixture

@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 from launch_stub import build, interpreter
-from seeing import FakeSlurm, accounting_row, batch, beat, ended, event, log, outcome, queue_row, queued, started
+from seeing import (
+    STAGES,
+    FakeSlurm,
+    accounting_row,
+    batch,
+    beat,
+    ended,
+    event,
+    log,
+    outcome,
+    queue_row,
+    queued,
+    started,
+)
 
 from medgen.launch.local import LocalBackend
 from medgen.launch.slurm import AccountingRow
@@ -19,11 +32,6 @@ from medgen.watch.causes import Records, classify
 from medgen.watch.tries import Try
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
-STAGES = [
-    {"name": "train", "kind": "train", "ranks": 2},
-    {"name": "images", "kind": "generate", "tasks": 4, "needs": ["train"]},
-    {"name": "report", "kind": "report", "needs": ["images"]},
-]
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from typing import Any
 
 from medgen import plan as planning
 from medgen.errors import Exit, InputError
-from medgen.launch.backend import cause_of, guilty_log
+from medgen.launch.backend import ending_of, fresh_outcome, guilty_log
 from medgen.launch.history import COMES_BACK, Attempt, read_history
 from medgen.launch.notify import tell_people
 from medgen.launch.queue import TRIES
 from medgen.launch.script import REQUEUE
-from medgen.plan import Plan, PlannedStage
-from medgen.rundir import Outcome, RunDir
+from medgen.plan import Plan, PlannedStage, Task
+from medgen.rundir import RunDir
 
 TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why: another node may do better
 WITHOUT_PROGRESS = 3  # attempts in a row that end where they began: then the job is not started again
@@ -41,7 +41,7 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:
         _tell_end(run, stage, shard, last[0].attempt, "interrupted", None, "Slurm took the job away: preempted, or its node failed",
                   max(0.0, seen - last[0].started), GOES_ON, job_id())  # fmt: skip
     run.event(
-        "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task, devices=stage.devices,
+        "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task.hash, devices=stage.devices,
         from_step=run.saved_step(stage_name) if stage.kind == "train" else 0, job_id=job_id(), node=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )  # fmt: skip
@@ -53,9 +53,10 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
 
     `job`: one line of `scontrol show job`, or nothing."""
     plan = planning.read(run)
-    stage, task_hash = _find(plan, stage_name, shard)
+    stage, task = _find(plan, stage_name, shard)
     seconds = time.time() - started
-    status, cause = _ending(run, stage, shard, task_hash, attempt, exit_code)
+    status: str
+    status, cause = ending_of(run, task, attempt, exit_code)
     taken = _taken_by_slurm(run, job, at_limit=seconds >= stage.time_minutes * 60 - LIMIT_SECONDS)
     if status == "done":
         action = "done"
@@ -107,11 +108,11 @@ def job_id() -> str:
     return environment.get("SLURM_JOB_ID", "")
 
 
-def _find(plan: Plan, stage_name: str, shard: int) -> tuple[PlannedStage, str]:
+def _find(plan: Plan, stage_name: str, shard: int) -> tuple[PlannedStage, Task]:
     stage = plan.stage(stage_name)
     if not 0 <= shard < len(stage.tasks):
         raise InputError(f"{plan.run_id}: {stage_name} has no shard {shard}")
-    return stage, stage.tasks[shard].hash
+    return stage, stage.tasks[shard]
 
 
 def _attempts(run: RunDir, stage: str, shard: int) -> list[Attempt]:
@@ -123,20 +124,6 @@ def _attempts_since_submit(run: RunDir, stage: str, shard: int) -> list[Attempt]
     events = run.events()
     last = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
     return read_history(events[last:]).get((stage, shard), [])
-
-
-def _ending(run: RunDir, stage: PlannedStage, shard: int, task_hash: str, attempt: int, exit_code: int) -> tuple[str, str | None]:
-    """The outcome counts, the exit code only where there is none."""
-    if run.is_done(stage.name, shard, task_hash):
-        return "done", None
-    outcome = run.read_outcome(stage.name, shard)
-    fresh: Outcome | None = outcome if outcome is not None and outcome.attempt == attempt and outcome.task_hash == task_hash else None
-    if exit_code == Exit.INTERRUPTED or (fresh is not None and fresh.status == "interrupted"):
-        return "interrupted", (fresh.cause if fresh is not None else None) or "stopped by a signal after saving"
-    cause = (fresh.cause if fresh is not None else None) or cause_of(exit_code, guilty_log(run, stage.name, shard, attempt))
-    if exit_code == 0:
-        cause = f"exit code 0, but no outcome that verifies: {cause}"
-    return ("refused" if exit_code == Exit.BAD_INPUT else "failed"), cause
 
 
 def _next(
@@ -155,8 +142,7 @@ def _next(
         if at_limit and limits >= stage.segments:
             return f"{OVER_TIME} (it met its limit {limits} times)"
         return GOES_ON
-    outcome = run.read_outcome(stage.name, shard)
-    told = outcome is not None and outcome.attempt == attempt
+    told = fresh_outcome(run, stage.tasks[shard], attempt) is not None
     tries = TRIES[stage.kind] if told else max(TRIES[stage.kind], TRIES_WITHOUT_A_WORD)
     crashes = 1 + sum(item.status == "failed" for item in earlier)
     return AGAIN if crashes < tries else "not tried again"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from medgen.errors import Exit
-from medgen.plan import Plan
-from medgen.rundir import RunDir
+from medgen.launch.queue import Ending
+from medgen.plan import Plan, Task
+from medgen.rundir import Outcome, RunDir
 
 RANK_ERROR = re.compile(r"^srun: error: .*?: tasks? (\d+).*?: (?!Terminated)(.+)$", re.MULTILINE)
 ATTEMPT_LINE = re.compile(r"^medgen: \S+ shard \d+ attempt (\d+) on ", re.MULTILINE)
@@ -36,6 +37,26 @@ class Backend(Protocol):
 
     def cancel(self, run: RunDir, planned: Plan) -> str:
         """Stop everything of the run, let it save first; returns what happened in words."""
+
+
+def fresh_outcome(run: RunDir, task: Task, attempt: int) -> Outcome | None:
+    """The outcome of exactly this attempt at this work."""
+    outcome = run.read_outcome(task.stage, task.shard)
+    return outcome if outcome is not None and outcome.attempt == attempt and outcome.task_hash == task.hash else None
+
+
+def ending_of(run: RunDir, task: Task, attempt: int, exit_code: int) -> tuple[Ending, str | None]:
+    """How an attempt ended, and why. The outcome counts, the exit code only where there is none."""
+    if run.is_done(task.stage, task.shard, task.hash):
+        return "done", None
+    fresh = fresh_outcome(run, task, attempt)
+    cause = fresh.cause if fresh is not None else None
+    if exit_code == Exit.INTERRUPTED or (fresh is not None and fresh.status == "interrupted"):
+        return "interrupted", cause or "stopped by a signal after saving"
+    cause = cause or cause_of(exit_code, guilty_log(run, task.stage, task.shard, attempt))
+    if exit_code == 0:
+        cause = f"exit code 0, but no outcome that verifies: {cause}"
+    return ("refused" if exit_code == Exit.BAD_INPUT else "failed"), cause
 
 
 def next_attempt(run: RunDir, stage: str, shard: int) -> int:

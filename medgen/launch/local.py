@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from medgen import files, plan
 from medgen.errors import Exit, MedgenError
-from medgen.launch.backend import Poll, cause_of, guilty_log, next_attempt
+from medgen.launch.backend import Poll, ending_of, fresh_outcome, guilty_log, next_attempt
 from medgen.launch.history import close_lost, read_history
 from medgen.launch.ports import job_id_with_free_port
 from medgen.launch.processes import MARK, die_with_parent, kill_marked, signal_group, signal_process, start_ticks
@@ -236,20 +236,11 @@ class _Supervision:
         )  # fmt: skip
 
     def _ending(self, item: Running, code: int) -> tuple[Ending, str | None]:
-        stage, task = item.job.stage, item.job.task
-        if self.run.is_done(stage.name, task.shard, task.hash):
-            return "done", None
-        outcome = self.run.read_outcome(stage.name, task.shard)
-        fresh = outcome is not None and outcome.attempt == item.attempt and outcome.task_hash == task.hash
-        cause = outcome.cause if outcome is not None and fresh else None
-        if code == Exit.INTERRUPTED or (outcome is not None and fresh and outcome.status == "interrupted"):
-            return "interrupted", cause or "stopped by a signal after saving"
-        if self.backend.stop_asked and code in (0, 130, 137, 143):
-            return "interrupted", cause or "stopped before it could save"
-        cause = cause or cause_of(code, guilty_log(self.run, stage.name, task.shard, item.attempt))
-        if code == 0:
-            cause = f"exit code 0, but no outcome that verifies: {cause}"
-        return ("refused" if code == Exit.BAD_INPUT else "failed"), cause
+        ending, cause = ending_of(self.run, item.job.task, item.attempt, code)
+        if ending == "failed" and self.backend.stop_asked and code in (0, 130, 137, 143):
+            fresh = fresh_outcome(self.run, item.job.task, item.attempt)
+            return "interrupted", (fresh.cause if fresh is not None else None) or "stopped before it could save"
+        return ending, cause
 
     def _stop(self) -> Exit:
         """TERM to everything, time to save, KILL at the end of it or at the second signal."""

@@ -25,7 +25,7 @@ class QueuedTask:
     @property
     def element(self) -> str:
         """What scancel and --dependency call it."""
-        return str(self.job_id) if self.row.array_task is None else f"{self.job_id}_{self.row.array_task}"
+        return slurm.element_text(self.job_id, self.row.array_task)
 
     @property
     def is_pending(self) -> bool:

@@ -108,8 +108,6 @@ def tasks_per_node(stage: PlannedStage) -> int:
 
 
 def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> list[str]:
-    shard_folder = run.log(stage.name, chunk.offset, 0, 0).parent
-    output = str(shard_folder if chunk.indices is None else shard_folder.parent).replace("%", "%%")
     lines = [
         f"--job-name={job_name(run, stage.name, chunk.submission, chunk.offset)}",
         f"--time={stage.time_minutes}",
@@ -122,7 +120,7 @@ def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> l
     if stage.mem_mebibytes is not None:
         lines.append(f"--mem={stage.mem_mebibytes}M")
     lines += [
-        f'--output="{output}/{_log_folder_pattern(chunk)}batch.log"',
+        f'--output="{batch_log_pattern(run, stage, chunk)}"',
         "--open-mode=append",
         "--requeue",
         "--kill-on-invalid-dep=yes",
@@ -137,11 +135,13 @@ def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> l
     return [*lines, *stage.directives]
 
 
-def _log_folder_pattern(chunk: Chunk) -> str:
-    """Where sbatch itself can name the folder of a shard, it does; it cannot add an offset to %a."""
+def batch_log_pattern(run: RunDir, stage: PlannedStage, chunk: Chunk) -> str:
+    """Where sbatch puts what the batch shell prints. Where it can name the folder of a shard, it does; it cannot add an offset to %a."""
+    log = run.batch_log(stage.name, chunk.offset)
     if chunk.indices is None:
-        return ""
-    return "s%a/" if chunk.offset == 0 else f"from{chunk.offset}.%a."
+        return str(log).replace("%", "%%")
+    folder = str(log.parent.parent).replace("%", "%%")
+    return f"{folder}/s%a/{log.name}" if chunk.offset == 0 else f"{folder}/from{chunk.offset}.%a.{log.name}"
 
 
 def _attempt(stage: PlannedStage, chunk: Chunk, run: RunDir) -> list[str]:

@@ -394,6 +394,11 @@ def release(job_ids: Sequence[int]) -> None:
         _refuse_unless_gone(_patient_call(["scontrol", "release", ",".join(ids)]))
 
 
+def element_text(job_id: int, array_task: int | None) -> str:
+    """`123`, or `123_4` for an element of an array: what Slurm's commands call it."""
+    return str(job_id) if array_task is None else f"{job_id}_{array_task}"
+
+
 def cancel(job_ids: Sequence[int | str]) -> None:
     """End jobs; `12_3` names one element. One that has ended already is no failure. Raises SlurmError."""
     for ids in _chunks([str(job) for job in job_ids]):

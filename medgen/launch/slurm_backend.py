@@ -19,7 +19,7 @@ from medgen.launch.backend import Poll
 from medgen.launch.executor import submit_script
 from medgen.launch.fit import Limits
 from medgen.launch.queued import QueuedTask, queued_tasks
-from medgen.launch.script import Chunk, is_array, job_name, render_script
+from medgen.launch.script import Chunk, batch_log_pattern, is_array, job_name, render_script
 from medgen.launch.slurm import SlurmError, SlurmRefused, SlurmUnsure
 from medgen.launch.supervisor import living_supervisor
 from medgen.plan import Plan, PlannedStage
@@ -135,18 +135,12 @@ class SlurmBackend:
             conditions = [f"afterok:{':'.join(parents)}"] if parents else []
             conditions += [f"afterany:{before[0]}"] if before else []
             options = [f"--job-name={job_name(run, stage.name, chunk.submission, chunk.offset)}"]
-            options += [f"--output={self._output(run, stage, chunk)}"] if stage.launcher == "none" else []
+            # a command's own --output stays in its script for whoever submits that by hand; here the log is the run's
+            options += [f"--output={batch_log_pattern(run, stage, chunk)}"] if stage.launcher == "none" else []
             options.append(f"--dependency={','.join(conditions)}" if conditions else "--hold")
             job_id = self._submit_chunk(run, plan, stage, chunk, options, submission)
             submission.jobs[stage.name].append(str(job_id))
             submission.held += [] if conditions else [job_id]
-
-    def _output(self, run: RunDir, stage: PlannedStage, chunk: Chunk) -> str:
-        """A command's own --output stays in its script for whoever submits that by hand; here the log is the run's."""
-        if chunk.indices is None:
-            return str(run.batch_log(stage.name, chunk.offset)).replace("%", "%%")
-        folder = str(run.batch_log(stage.name, 0).parent.parent).replace("%", "%%")
-        return f"{folder}/s%a/batch.log" if chunk.offset == 0 else f"{folder}/from{chunk.offset}.%a.batch.log"
 
     def _submit_chunk(self, run: RunDir, plan: Plan, stage: PlannedStage, chunk: Chunk, options: list[str], submission: Submission) -> int:
         script = render_script(plan, stage, chunk, run.root, self.python)

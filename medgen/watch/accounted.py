@@ -72,15 +72,10 @@ def read_accounting(jobs: list[SubmittedJob]) -> Accounting:
 
 def row_of(item: Try, rows: list[AccountingRow]) -> AccountingRow | None:
     """The life of a job in which an attempt took place: the last that had begun by then."""
-    mine = [row for row in rows if row.start is not None and item.job_id in ("", job_text(row))]
+    mine = [row for row in rows if row.start is not None and item.job_id in ("", slurm.element_text(row.job_id, row.array_task))]
     begun = [row for row in mine if (row.start or 0) <= item.started + ROUNDING_SECONDS] or [row for row in mine if (row.start or 0) <= item.started + CLOCK_SECONDS]
     last = begun[-1] if begun else None
     return last if last is not None and (last.end is None or last.end >= item.started - CLOCK_SECONDS) else None
-
-
-def job_text(row: AccountingRow) -> str:
-    """As an attempt tells its job: `12`, or `12_3` for an element of an array."""
-    return str(row.job_id) if row.array_task is None else f"{row.job_id}_{row.array_task}"
 
 
 def was_cancelled(times: Iterable[float], item: Try) -> bool:

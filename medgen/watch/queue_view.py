@@ -11,6 +11,7 @@ from typing import Any
 from medgen.launch.history import History
 from medgen.launch.queue import TRIES
 from medgen.launch.script import is_array
+from medgen.launch.slurm import element_text
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 from medgen.watch.judge import Facts, Judgement, Seen, Word, gone_at, on_slurm, proof_of_absence
@@ -22,7 +23,6 @@ from medgen.watch.slurm_jobs import (
     Submitted,
     TaskKey,
     expected_start,
-    job_text,
     jobs_of,
     over_in_accounting,
     read_submitted,
@@ -99,8 +99,8 @@ class QueueView:
     def _job(self, task: TaskKey) -> str:
         row = self.jobs.live.get(task)
         if row is not None:
-            return job_text((row.job_id, row.array_task))
-        return job_text(self.keys[task]) if task in self.keys else "of Slurm"
+            return element_text(row.job_id, row.array_task)
+        return element_text(*self.keys[task]) if task in self.keys else "of Slurm"
 
 
 def read_queue_view(

@@ -95,12 +95,6 @@ def _rank(row: QueueRow) -> tuple[int, int]:
     return (0 if row.state in WAITING_STATES else 1 if row.state in SUSPENDED_STATES else 2), row.job_id
 
 
-def job_text(key: Key) -> str:
-    """`123`, or `123_4` for an element of an array."""
-    job, element = key
-    return str(job) if element is None else f"{job}_{element}"
-
-
 def expected_start(row: QueueRow, now: float) -> float | None:
     """When Slurm expects a waiting job to start, unix seconds; None where it does not say, or where that time has passed."""
     return row.start if row.state in WAITING_STATES and row.start is not None and row.start > now else None

@@ -22,7 +22,7 @@ from medgen import plan as planning
 from medgen.errors import Exit
 from medgen.launch.backend import guilty_log, last_lines
 from medgen.launch.queued import QueuedTask, queued_tasks, was_queued
-from medgen.launch.slurm import AccountingRow, SlurmError
+from medgen.launch.slurm import AccountingRow, SlurmError, element_text
 from medgen.launch.supervisor import Supervisor, living_supervisor
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Outcome, RunDir
@@ -30,7 +30,6 @@ from medgen.watch.accounted import (
     ROUNDING_SECONDS,
     Accounting,
     SubmittedJob,
-    job_text,
     newest_jobs,
     read_accounting,
     row_of,
@@ -310,9 +309,9 @@ def _never_began(inquiry: Inquiry, stage: PlannedStage, key: Key, job: Submitted
     rows = [row for row in inquiry.rows(key) if row.job_id == job.job_id]
     row = rows[-1] if rows else None
     if set(stage.needs) & stuck and (row is None or row.state == "CANCELLED"):
-        return _blocked(stage, stuck, (Evidence("accounting", f"job {job_text(row)}: {row.state}"),) if row is not None else ())
+        return _blocked(stage, stuck, (Evidence("accounting", f"job {element_text(row.job_id, row.array_task)}: {row.state}"),) if row is not None else ())
     if row is not None and row.state:
-        said = (Evidence("accounting", f"job {job_text(row)}: {row.state} {row.exit_code}:{row.signal}{f' ({row.reason})' if row.reason else ''}"),)
+        said = (Evidence("accounting", f"job {element_text(row.job_id, row.array_task)}: {row.state} {row.exit_code}:{row.signal}{f' ({row.reason})' if row.reason else ''}"),)
         kind: Kind = STATES.get(row.state, "SETUP")
         words = "cancelled before it began" if kind == "CANCELLED" else f"its job ended as {row.state} before its script began"
         return Cause(kind, words, said)
@@ -327,7 +326,7 @@ def _never_began(inquiry: Inquiry, stage: PlannedStage, key: Key, job: Submitted
 def _finding(inquiry: Inquiry, stage: PlannedStage, task: Task, cause: Cause, item: Try | None) -> Finding:
     row = row_of(item, inquiry.rows((task.stage, task.shard))) if item is not None and inquiry.on_slurm else None
     node = row.node_list if row is not None else item.node if item is not None else ""
-    job = item.job_id or (job_text(row) if row is not None else "") if item is not None else ""
+    job = item.job_id or (element_text(row.job_id, row.array_task) if row is not None else "") if item is not None else ""
     return Finding(stage.name, (task.shard,), len(stage.tasks), cause, item.attempt if item is not None else None, node, job, None, (), ())
 
 
