@@ -70,8 +70,19 @@ def read_accounting(jobs: list[SubmittedJob]) -> Accounting:
     return Accounting(by_task)
 
 
-def row_of(item: Try, rows: list[AccountingRow]) -> AccountingRow | None:
-    """The life of a job in which an attempt took place: the last that had begun by then."""
+def rows_of(tries: list[Try], rows: list[AccountingRow]) -> dict[int, AccountingRow]:
+    """Attempt -> the life of a job in which it took place. A life holds one attempt: what the accounting has not written yet
+    must not be taken for the life before it."""
+    found: dict[int, AccountingRow] = {}
+    for item in tries:
+        row = _row_of(item, [row for row in rows if not any(row is taken for taken in found.values())])
+        if row is not None:
+            found[item.attempt] = row
+    return found
+
+
+def _row_of(item: Try, rows: list[AccountingRow]) -> AccountingRow | None:
+    """The last life that had begun when the attempt did."""
     mine = [row for row in rows if row.start is not None and item.job_id in ("", slurm.element_text(row.job_id, row.array_task))]
     begun = [row for row in mine if (row.start or 0) <= item.started + ROUNDING_SECONDS] or [row for row in mine if (row.start or 0) <= item.started + CLOCK_SECONDS]
     last = begun[-1] if begun else None

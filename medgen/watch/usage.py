@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from medgen.launch import slurm
 from medgen.launch.slurm import AccountingRow
 from medgen.plan import PlannedStage
 from medgen.rundir import RunDir
-from medgen.watch.accounted import row_of
+from medgen.watch.accounted import rows_of
 from medgen.watch.advice import size
 from medgen.watch.causes import STATES, Kind, classify
 from medgen.watch.tries import Key, Try, all_tries
@@ -149,16 +148,17 @@ def _spent(inquiry: Inquiry, stage: PlannedStage, key: Key) -> list[Spent]:
     tries = all_tries(inquiry.run, *key, inquiry.tries.get(key, []))
     # a job that was cancelled before it began may have a start all the same: that of its end
     rows = [row for row in inquiry.rows(key) if row.start is not None and (row.elapsed_seconds or row.state not in slurm.TERMINAL_STATES)] if inquiry.on_slurm else []
-    mates = {item.attempt: row_of(item, rows) for item in tries}
-    found = [_of_row(inquiry, stage, row, [place for place, item in enumerate(tries) if mates[item.attempt] is row], tries) for row in rows]
-    found += [_of_try(inquiry, stage, tries, place) for place, item in enumerate(tries) if mates[item.attempt] is None and item.told]
+    mates = rows_of(tries, rows)
+    places = {id(mates[item.attempt]): place for place, item in enumerate(tries) if item.attempt in mates}
+    found = [_of_row(inquiry, stage, row, places.get(id(row)), tries) for row in rows]
+    found += [_of_try(inquiry, stage, tries, place) for place, item in enumerate(tries) if item.attempt not in mates and item.told]
     return sorted(found, key=lambda item: item.started)
 
 
-def _of_row(inquiry: Inquiry, stage: PlannedStage, row: AccountingRow, places: Sequence[int], tries: list[Try]) -> Spent:
+def _of_row(inquiry: Inquiry, stage: PlannedStage, row: AccountingRow, place: int | None, tries: list[Try]) -> Spent:
     running = row.end is None and row.state in ("RUNNING", "SUSPENDED", "COMPLETING", "RESIZING")
-    kind, lost = (None, 0.0) if running else _loss(inquiry, stage, tries, places[-1]) if places else _loss_without_a_try(row)
-    offset = tries[places[-1]].shard if places else 0
+    kind, lost = (None, 0.0) if running else _loss(inquiry, stage, tries, place) if place is not None else _loss_without_a_try(row)
+    offset = tries[place].shard if place is not None else 0
     return Spent(
         offset, "accounting", row.start or 0.0, float(row.elapsed_seconds), row.gpus, row.cpus, running, kind, lost, row.total_cpu_seconds,
         row.max_rss_mebibytes * stage.ranks if row.max_rss_mebibytes is not None else None, row.requested_mem_mebibytes,

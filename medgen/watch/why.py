@@ -32,7 +32,7 @@ from medgen.watch.accounted import (
     SubmittedJob,
     newest_jobs,
     read_accounting,
-    row_of,
+    rows_of,
     submitted_jobs,
     was_cancelled,
 )
@@ -152,9 +152,15 @@ class Inquiry:
     def rows(self, key: Key) -> list[AccountingRow]:
         return self.accounting.rows.get(key, [])
 
+    def row(self, item: Try) -> AccountingRow | None:
+        """What the accounting keeps of one attempt."""
+        key = (item.stage, item.shard)
+        tries = [other for other in self.tries.get(key, []) if other.attempt != item.attempt]
+        return rows_of(sorted([*tries, item], key=lambda other: other.attempt), self.rows(key)).get(item.attempt) if self.on_slurm else None
+
     def records(self, stage: PlannedStage, item: Try) -> Records:
         """All that is known of how an attempt ended."""
-        run, key = self.run, (item.stage, item.shard)
+        run = self.run
         outcome = run.read_outcome(item.stage, item.shard)
         fresh: Outcome | None = outcome if outcome is not None and outcome.attempt == item.attempt and item.told else None
         log = guilty_log(run, item.stage, item.shard, item.attempt)
@@ -170,7 +176,7 @@ class Inquiry:
             batch=batch_section(run, item.stage, item.shard, item.attempt),
             rank_log="batch log" if is_batch else f"log {log.name}",
             rank_lines=() if is_batch else tuple(last_lines(read_end(log), 200)),
-            row=row_of(item, self.rows(key)) if self.on_slurm else None,
+            row=self.row(item),
             cancelled=was_cancelled(self.cancelled_at, item),
         )
 
@@ -324,7 +330,7 @@ def _never_began(inquiry: Inquiry, stage: PlannedStage, key: Key, job: Submitted
 
 
 def _finding(inquiry: Inquiry, stage: PlannedStage, task: Task, cause: Cause, item: Try | None) -> Finding:
-    row = row_of(item, inquiry.rows((task.stage, task.shard))) if item is not None and inquiry.on_slurm else None
+    row = inquiry.row(item) if item is not None else None
     node = row.node_list if row is not None else item.node if item is not None else ""
     job = item.job_id or (element_text(row.job_id, row.array_task) if row is not None else "") if item is not None else ""
     return Finding(stage.name, (task.shard,), len(stage.tasks), cause, item.attempt if item is not None else None, node, job, None, (), ())
@@ -349,7 +355,7 @@ def _completed(inquiry: Inquiry, stage: PlannedStage, item: Try | None, finding:
     if item is not None:
         log = guilty_log(run, item.stage, item.shard, item.attempt)
         lines = last_lines(read_end(log), LAST_LINES)
-        row = row_of(item, inquiry.rows((item.stage, item.shard))) if inquiry.on_slurm else None
+        row = inquiry.row(item)
     seconds = (item.ended - item.started) if item is not None and item.ended is not None else 0.0
     case = Case(
         cause=finding.cause, stage=stage, run_root=run.root, submit=submit_command(inquiry.manifest, Path.cwd()), node=finding.node, job_id=finding.job_id,
