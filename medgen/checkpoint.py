@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from medgen import files
+from medgen import fault, files
 from medgen.errors import InputError, MedgenError
 
 FORMAT_VERSION = 1
@@ -85,6 +85,8 @@ def _write_tensors(path: Path, value: Any) -> dict[str, Any]:
             if writer.error is not None:  # torch closes its archive on the way out and complains about that instead
                 raise writer.error from None
             raise
+    if fault.ARMED:
+        fault.at("ckpt.write", path)
     return {"sha256": writer.digest.hexdigest(), "size_bytes": writer.size_bytes}
 
 
@@ -104,6 +106,8 @@ def save(folder: Path, step: int, objects: dict[str, Any], state: dict[str, Any]
             state_file = temporary / "state.json"
             hashes["state.json"] = {"sha256": files.sha256_file(state_file), "size_bytes": state_file.stat().st_size}
             commit = {"version": FORMAT_VERSION, "step": step, "metrics": metrics, "files": hashes}
+            if fault.ARMED:
+                fault.at("ckpt.commit")
             files.write_json(temporary / "commit.json", commit)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -196,6 +200,8 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     Raises MedgenError if checkpoints exist but none verifies: training never silently starts over."""
     found = _step_folders(folder)
     for step, path in found:
+        if fault.ARMED:
+            fault.at("ckpt.load", step=step)
         problem = problem_with(path)
         if problem is None:
             return Checkpoint(path, step, _read_commit(path))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from medgen import fault
 from medgen.errors import MedgenError
 from medgen.world import rank_from_environment
 
@@ -50,6 +51,8 @@ def joined_ranks(threads: int) -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if world_size > 1:
+        if fault.ARMED:
+            fault.at("rdzv")
         # gloo beside NCCL: agreements about stopping are made on the CPU and never wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = meet(rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), MEETING_SECONDS)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medgen import checkpoint, dist, files, rng, spec
+from medgen import checkpoint, dist, fault, files, rng, spec
 from medgen import plan as planning
 from medgen.checkpoint import Checkpoint
 from medgen.data.image_files import read_slice, write_slice
@@ -91,6 +91,8 @@ def generate(work: Work) -> Done:
         with files.folder_in_one_move(target) as folder:
             entries = _draw_shard(generation, folder)
             files.write_json(folder / MANIFEST, _manifest(generation, entries))
+            if fault.ARMED:
+                fault.at("shard.commit")
     return _done(target)
 
 
@@ -182,6 +184,8 @@ def _draw_shard(generation: Generation, folder: Path) -> list[dict[str, Any]]:
     for indices in chunks_of(work.task.images, generation.stage.settings["chunk"]):
         for index, tries, channels in _draw_chunk(generation, indices):
             entries.append(_write_image(generation, folder, index, tries, channels))
+            if fault.ARMED:
+                fault.at("shard.write", folder / next(iter(entries[-1]["files"].values()))["path"])
         work.progress(len(entries), total, "images")
         if work.stop.is_set and len(entries) < total:
             raise Interrupted(f"stopped by {work.stop.signal_name}; this shard starts again next time")

@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from medgen import fault
 from medgen import plan as planning
 from medgen.errors import Exit, InputError, Interrupted, MedgenError
 from medgen.plan import Plan, PlannedStage
@@ -122,6 +123,7 @@ def perform(run: RunDir, kind: str, stage_name: str | None, shard: int, attempt:
     stage = plan.only_stage(kind, stage_name)
     task = _task(stage, shard)
     work = Work(run, plan, stage, task, attempt, StopFlag(), is_main=rank == 0)
+    fault.here = fault.Here(stage.name, shard, attempt)
     if run.is_done(stage.name, shard, task.hash) and not again:
         work.say(f"{stage.name}: already done")
         return Exit.DONE
@@ -155,6 +157,8 @@ class _Ending:
 def _work_and_tell(work: Work, kind: str) -> Exit:
     """Do the work between heartbeats and write its outcome, however it ends."""
     work.stop.install()
+    if fault.ARMED:
+        fault.at("start")
     started = time.time()
     finished = threading.Event()
     beats = threading.Thread(target=_beat_until, args=(work, finished), daemon=True)
@@ -213,6 +217,8 @@ def _write_outcome(work: Work, ending: _Ending, started: float) -> Exit:
         return ending.code
     try:
         work.heartbeat()
+        if fault.ARMED:
+            fault.at("outcome.write")
         work.run.write_outcome(
             Outcome(
                 run_id=work.run.run_id, stage=work.stage.name, shard=work.task.shard, task_hash=work.task.hash,

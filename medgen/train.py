@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgen import checkpoint, dist, models, rng, spec
+from medgen import checkpoint, dist, fault, models, rng, spec
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
@@ -116,6 +116,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             rows = training.rows[_sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
             report = model.step(training.batch(rows, positions, f"train/{clock.phase}"), context)
             clock.step += 1
+            if fault.ARMED and fault.at("step", step=clock.step) == "nan":
+                report.scalars["loss"] = report.scalars["loss"] * math.nan
             averages.add(report)
             window_steps += 1
             step_in_phase = clock.step - clock.phase_start_step

@@ -15,6 +15,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from medgen import fault
 from medgen.launch import slurm
 from medgen.launch.slurm import SlurmMissing, SlurmRefused, SlurmUnsure
 
@@ -44,7 +45,10 @@ class ScriptExecutor(submitit.SlurmExecutor):
     def submit_script(self) -> int:
         """The job's number. Raises SlurmRefused, SlurmMissing, or SlurmUnsure when the job may exist all the same."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return int(self._submit_command("").job_id)
+        job_id = int(self._submit_command("").job_id)
+        if fault.ARMED:
+            fault.at("submit.after_sbatch")
+        return job_id
 
 
 def submit_script(folder: Path, script: str, options: list[str], exported: list[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from medgen import files
+from medgen import fault, files
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.launch import slurm
 from medgen.launch.backend import Poll
@@ -149,6 +149,8 @@ class SlurmBackend:
         files.write_text(folder / f"{stage.name}.{chunk.offset}.sh", script)
         run.event("job_intent", name=name, stage=stage.name, submission=str(chunk.submission), offset=chunk.offset, shards=chunk.shards)
         job_id = self._submit_once(folder, name, script, options, plan.place.export)
+        if fault.ARMED:
+            fault.at("submit.before_record")
         submission.made.append(job_id)
         run.event("job_submitted", name=name, job_id=job_id)
         return job_id
