@@ -49,7 +49,7 @@ def big_run(root: Path) -> RunDir:
         beat = Heartbeat("images", shard, 0, 16 if is_done else 7, 16, "images", None, began + 600 if is_done else now - 3, "n1", 4711, now - 5)
         _write(run.heartbeat_file("images", shard), asdict(beat))
         if is_done:
-            events.append({"time": began + 600, "event": "task_ended", **facts, "status": "done", "rc": 0, "cause": None, "seconds": 600.0, "devices": 1, "next": "done", "log": "logs/x"})
+            events.append({"time": began + 600, "event": "task_ended", **facts, "status": "done", "rc": 0, "cause": None, "seconds": 600.0, "devices": 1, "next": "done", "again": False, "log": "logs/x"})
             _finish(run, shard, tasks[shard].hash, began)
     run.events_file.write_text("".join(json.dumps(event) + "\n" for event in events))
     return run

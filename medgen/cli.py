@@ -161,6 +161,19 @@ def cancel(run: RunName) -> None:
     print(verbs.cancel(rundir.find_only_run(run)))
 
 
+@app.command(rich_help_panel="Jobs")
+def nodes(
+    avoid: Annotated[str | None, typer.Option("--avoid", metavar="NODE", help="keep away from it for a week", show_default=False)] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="why, for whoever reads it later", show_default=False)] = None,
+    forget: Annotated[str | None, typer.Option("--forget", metavar="NODE", help="use it again", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the nodes that failed tasks of this folder's runs: new jobs keep away from them for a week."""
+    from medgen.launch import verbs
+
+    verbs.nodes(avoid, reason, forget, as_json)
+
+
 @app.command("import", rich_help_panel="Jobs")
 def import_scripts(
     scripts: Annotated[list[Path], typer.Argument(metavar="SCRIPT...", help="sbatch scripts; those that differ in a few words become one spec", show_default=False)],

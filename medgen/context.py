@@ -19,13 +19,13 @@ from medgen.models.base import Batch
 class Context:
     """Implements models.base.StepContext for one process."""
 
-    def __init__(self, ranks: Ranks, precision: Literal["auto", "fp32", "bf16"], micro_batch: int | None):
+    def __init__(self, ranks: Ranks, precision: Literal["auto", "fp32", "bf16"], micro_batch: int | None, micro_batch_divisor: int = 1):
         self.ranks = ranks
         self.step = 0
         self.total_steps = 0
         self.steps_per_epoch = 1.0
         self.use_bf16 = _use_bf16(ranks.device, precision)
-        self._micro_batch = micro_batch
+        self._micro_batch, self._divisor = micro_batch, micro_batch_divisor
         self._wrapped: dict[int, nn.Module] = {}
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -46,7 +46,7 @@ class Context:
         return self._wrapped[id(module)]
 
     def micro_batches(self, batch: Batch, module: nn.Module) -> Iterator[tuple[Batch, float]]:
-        size = self._micro_batch or len(batch)
+        size = max(1, -(-(self._micro_batch or len(batch)) // self._divisor))
         last_start = (len(batch) - 1) // size
         for number, part in enumerate(batch.split(size)):
             silent = isinstance(module, DistributedDataParallel) and number < last_start

@@ -47,6 +47,9 @@ def joined_ranks(threads: int) -> Iterator[Ranks]:
     torch.set_num_threads(threads)
     rank, world_size, local_rank = rank_from_environment()
     device = torch.device("cpu")
+    promised = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if promised and torch.backends.cuda.is_built() and not torch.cuda.is_available():
+        raise MedgenError(f"no GPU can be used on {socket.gethostname()}, although the job was given {promised}: the node or its driver is broken")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

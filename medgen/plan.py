@@ -11,7 +11,7 @@ from medgen import files
 from medgen.errors import InputError
 from medgen.rundir import RunDir
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class PlannedStage:
     time_minutes: int
     mem_mebibytes: int | None
     parallel: int
-    segments: int
+    segments: int | None  # how often it may meet its time limit and go on; None: as often as it progresses
+    chain: int  # jobs queued at once for its one task, one behind the other; 1 where a job asks Slurm to be queued again
     launcher: str  # srun: a task per rank; torchrun: an agent per node; none: the batch shell itself
     setup: list[str]  # bash lines before anything of medgen
     command_setup: list[str]  # of a command stage: lines in its own shell, which may bring another interpreter

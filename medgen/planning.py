@@ -125,7 +125,7 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
     parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage) and stage.parallel else len(tasks)
     time_minutes = said.time_minutes or resources.time or DEFAULT_TIME_MINUTES[stage.kind]
     if site.limits.time is not None and time_minutes > site.limits.time:
-        hint = "save and go on with segments" if isinstance(stage, TrainStage | CommandStage) else "use more shards"
+        hint = {"train": "it goes on by itself after that", "command": "save and go on with segments"}.get(stage.kind, "use more shards")
         raise Unplannable(("stages", name, "resources", "time"), f"{_hours(time_minutes)} is more than {site.name} gives a job ({_hours(site.limits.time)}); {hint}")
     return PlannedStage(
         name=name,
@@ -139,6 +139,7 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         mem_mebibytes=said.mem_mebibytes or resources.mem or (site.mem * max(1, gpus_per_node) if site.mem else None),
         parallel=parallel,
         segments=stage.segments if isinstance(stage, TrainStage | CommandStage) else 1,
+        chain=_chain(stage, site),
         launcher="none" if isinstance(stage, CommandStage) else stage.launcher if isinstance(stage, TrainStage) else "srun",
         setup=[*site.environment.lines(), *site.setup, *([] if isinstance(stage, CommandStage) else resources.setup)],
         command_setup=list(resources.setup) if isinstance(stage, CommandStage) else [],
@@ -147,6 +148,12 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         settings=stage.model_dump(mode="json", by_alias=True, exclude={"resources"}),
         tasks=tasks,
     )
+
+
+def _chain(stage: AnyStage, site: Site) -> int:
+    """How many jobs are queued for the one task of a stage that is known to meet its time limit."""
+    chained = site.restart == "chain" and isinstance(stage, TrainStage | CommandStage) and not (isinstance(stage, CommandStage) and stage.foreach)
+    return (stage.segments or 1) if chained and isinstance(stage, TrainStage | CommandStage) else 1
 
 
 def _check_ranks(name: str, stage: AnyStage, gpus_per_node: int) -> None:

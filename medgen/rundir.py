@@ -73,6 +73,16 @@ class Heartbeat:
     advanced: float | None = None
 
 
+@dataclass(frozen=True)
+class Relief:
+    """With what a task starts again after it had too little memory. `mem_mebibytes` None: with what the plan says.
+
+    `micro_batch_divisor`: into how many more parts a rank's batch is cut; the global batch stays the same."""
+
+    mem_mebibytes: int | None = None
+    micro_batch_divisor: int = 1
+
+
 class RunDir:
     """Paths and small records of one run. Creating the object touches nothing on disk."""
 
@@ -256,6 +266,21 @@ class RunDir:
         numbers = (beat.step, beat.total, beat.time, beat.attempt, beat.time if beat.advanced is None else beat.advanced)
         return beat if all(isinstance(number, int | float) for number in numbers) else None
 
+    def relief_file(self, stage: str, shard: int) -> Path:
+        return self.root / "hb" / f"{stage}.{shard}.relief.json"
+
+    def write_relief(self, stage: str, shard: int, relief: Relief) -> None:
+        files.write_json(self.relief_file(stage, shard), asdict(relief))
+
+    def read_relief(self, stage: str, shard: int) -> Relief:
+        """What later attempts were promised; nothing where there is no readable word of it."""
+        try:
+            relief = Relief(**files.read_json(self.relief_file(stage, shard)))
+        except (OSError, ValueError, TypeError):
+            return Relief()
+        sound = isinstance(relief.micro_batch_divisor, int) and relief.micro_batch_divisor >= 1 and isinstance(relief.mem_mebibytes, int | None)
+        return relief if sound else Relief()
+
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl: kind, time, host and the facts."""
         record = {"time": round(time.time(), 3), "event": kind, "host": socket.gethostname(), **facts}
@@ -291,7 +316,7 @@ EVENT_FACTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "jobs_released": {"job_ids": list},
     "jobs_cancelled": {"job_ids": list},
     "task_started": {"stage": str, "shard": int, "attempt": int, "devices": int, "from_step": int},
-    "task_ended": {"stage": str, "shard": int, "seconds": (int, float), "status": str, "next": str, "cause": (str, type(None))},
+    "task_ended": {"stage": str, "shard": int, "seconds": (int, float), "status": str, "next": str, "again": bool, "cause": (str, type(None))},
     "requeue_refused": {"stage": str, "shard": int},
 }
 

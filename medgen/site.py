@@ -131,6 +131,7 @@ class Site(Frozen):
     export: list[str] = []  # environment variables that jobs get from the shell of `medgen submit`
     secrets: Path | None = None  # a file of NAME=value lines, read on the node
     notify: Notify = Notify()
+    restart: Literal["requeue", "chain"] = "requeue"  # how what meets its limit goes on: the job is queued again, or `segments` jobs wait one behind the other
     grace: Seconds = 180  # between the warning signal and the time limit: one step, one save and a minute of slack
 
     _document: Document | None = PrivateAttr(None)  # where every key stands
@@ -142,7 +143,7 @@ class Site(Frozen):
     @model_validator(mode="after")
     def _cluster_words_need_a_cluster(self) -> Site:
         if self.scheduler == "local":
-            words = {"account", "qos", "reservation", "partitions", "features", "exclude", "limits", "mem", "cluster"} & self.model_fields_set
+            words = {"account", "qos", "reservation", "partitions", "features", "exclude", "limits", "mem", "cluster", "restart"} & self.model_fields_set
             if words:
                 raise ValueError(f"{', '.join(sorted(words))}: these are words of a cluster; write scheduler: slurm, or remove them")
         return self

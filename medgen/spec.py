@@ -215,11 +215,13 @@ class StageSpec(Frozen):
 
 
 class TrainStage(StageSpec):
-    """`segments`: into how many time limits the training may be cut; it saves before each and goes on after it."""
+    """`segments`: into how many time limits the training may be cut; it saves before each and goes on after it.
+
+    None: into as many as it takes, for as long as it progresses."""
 
     kind: Literal["train"]
     config: dict[str, Any]
-    segments: int = Field(1, ge=1)
+    segments: int | None = Field(None, ge=1)
     launcher: Literal["srun", "torchrun"] = "srun"  # one srun task per GPU, or one torchrun agent per node
 
 

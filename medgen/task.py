@@ -213,7 +213,7 @@ def _beat_until(work: Work, finished: threading.Event) -> None:
 def _write_outcome(work: Work, ending: _Ending, started: float) -> Exit:
     if not work.is_main:
         if ending.status == "failed":
-            work.run.event("rank_failed", stage=work.stage.name, shard=work.task.shard, attempt=work.attempt, cause=ending.cause)
+            work.run.event("rank_failed", stage=work.stage.name, shard=work.task.shard, attempt=work.attempt, cause=ending.cause, node=os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         return ending.code
     try:
         work.heartbeat()

@@ -170,7 +170,10 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     model = build_model(work.stage.settings["config"]["model"], config, shape, work.plan.seed, work.stage.name)
     for module in model.modules().values():
         module.to(ranks.device)
-    context = Context(ranks, config.loop.precision, config.loop.micro_batch)
+    relief = work.run.read_relief(work.stage.name, work.task.shard)
+    if relief.micro_batch_divisor > 1:
+        work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
+    context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor)
     for phase in model.phases():
         if phase.batch_size % ranks.world_size:
             raise InputError(f"batch_size: {phase.batch_size} cannot be shared evenly by {ranks.world_size} ranks; use a multiple")

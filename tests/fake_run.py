@@ -61,7 +61,7 @@ def finish(run: RunDir, stage: str, start_s: float, seconds: float, facts: dict[
     run.write_outcome(outcome)
     files.append_line(run.events_file, json.dumps({
         "time": outcome.ended, "event": "task_ended", "host": "node-7", "stage": stage, "shard": 0, "attempt": attempt,
-        "status": status, "rc": 0 if status == "done" else 1, "cause": cause, "seconds": seconds, "devices": 1, "next": "done" if status == "done" else "not tried again",
+        "status": status, "rc": 0 if status == "done" else 1, "cause": cause, "seconds": seconds, "devices": 1, "next": "done" if status == "done" else "not tried again", "again": False,
     }))
 
 

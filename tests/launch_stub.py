@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         print("ValueError: the stub was told to crash", flush=True)
         return 1
     if attempt < behaviour.get("told_failures", 0):
-        return end("failed", "the disk is full", behaviour.get("code", 1))
+        return end("failed", "the stub cannot do it", behaviour.get("code", 1))
     if rank in behaviour.get("hanging_ranks", []):
         time.sleep(300)
     if behaviour.get("silent"):
@@ -86,7 +86,7 @@ def build(root: Path, stages: list[dict[str, Any]], behaviour: dict[str, Any] | 
         planned.append(
             PlannedStage(
                 stage["name"], stage["kind"], stage.get("needs", []), 1, stage.get("ranks", 1), stage.get("gpus", 0), stage.get("threads", 1),
-                60, None, stage.get("parallel", count), 1, stage.get("launcher", "srun"), [], [], stage.get("directives", []), [],
+                60, None, stage.get("parallel", count), stage.get("segments", 1), stage.get("chain", 1), stage.get("launcher", "srun"), [], [], stage.get("directives", []), [],
                 {"of": stage["of"]} if "of" in stage else {}, tasks,
             )
         )  # fmt: skip

@@ -50,7 +50,8 @@ def ended(
     run: RunDir, status: str = "failed", code: int | None = 1, cause: str | None = None, seconds: float = 60, next_action: str = "not tried again",
     stage: str = "train", shard: int = 0, attempt: int = 0, seconds_ago: float = 0,
 ) -> None:  # fmt: skip
-    event(run, "task_ended", seconds_ago, stage=stage, shard=shard, attempt=attempt, status=status, rc=code, cause=cause, seconds=seconds, devices=1, next=next_action, log="")
+    event(run, "task_ended", seconds_ago, stage=stage, shard=shard, attempt=attempt, status=status, rc=code, cause=cause, seconds=seconds, devices=1, next=next_action, log="",
+          again=next_action.startswith(("will be tried again", "goes on")))
 
 
 def outcome(run: RunDir, status: Any = "failed", cause: str | None = None, stage: str = "train", shard: int = 0, attempt: int = 0) -> None:

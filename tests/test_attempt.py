@@ -46,6 +46,13 @@ def outcome(run: RunDir, planned: Plan, number: int, status: str, cause: str | N
     run.write_outcome(Outcome(run.run_id, task.stage, shard, task.hash, number, status, cause, "n1", "cpu", 1, now, now, produced))  # type: ignore[arg-type]
 
 
+def saved(run: RunDir, step: int) -> None:
+    """As if a checkpoint had been written."""
+    commit = run.checkpoints("train") / f"step-{step:06d}" / "commit.json"
+    commit.parent.mkdir(parents=True)
+    commit.write_text("{}")
+
+
 def submit_again(run: RunDir) -> None:
     run.event("submitted", backend="slurm", tasks=1, submission="1")
 
@@ -90,29 +97,27 @@ def test_a_stop_before_the_limit_goes_on_and_one_at_the_limit_counts_segments(tm
         attempt.begin(run, "train", 0, number)
         started = clock[0]
         clock[0] += seconds
+        saved(run, number + 1)
         return int(attempt.end(run, "train", 0, number, Exit.INTERRUPTED, started, ""))
 
     run, planned = build(tmp_path, TRAIN)
     files.write_json(run.plan, plan.to_json(dataclasses.replace(planned, stages=[dataclasses.replace(planned.stages[0], segments=2)])))
     submit_again(run)
     limit = planned.stages[0].time_minutes * 60
-    assert [stopped_after(number, limit / 2) for number in range(4)] == [REQUEUE] * 4, "preempted as often as it takes"
+    assert [stopped_after(number, limit / 3) for number in range(4)] == [REQUEUE] * 4, "preempted as often as it takes"
     assert stopped_after(4, limit - 100) == REQUEUE
     assert stopped_after(5, limit - 100) == Exit.FAILED
     assert "write more segments: or a longer time:, and submit again (it met its limit 2 times)" in last(run)["next"]
 
 
 def test_three_attempts_that_end_where_they_began_are_the_last(tmp_path: Path) -> None:
-    from medgen.rundir import Heartbeat
-
     run, _ = build(tmp_path, TRAIN)
-    commit = run.checkpoints("train") / "step-000007" / "commit.json"
-    commit.parent.mkdir(parents=True)
-    commit.write_text("{}")
-    run.write_heartbeat(Heartbeat("train", 0, 0, 7, 100, "steps", 0.5, time.time(), "n1", 1))
+    saved(run, 7)
     submit_again(run)
-    assert [end(run, number, Exit.INTERRUPTED) for number in range(4)] == [REQUEUE, REQUEUE, REQUEUE, Exit.FAILED]
-    assert "no progress in 3 attempts" in last(run)["next"]
+    assert [end(run, number, Exit.INTERRUPTED) for number in range(2)] == [REQUEUE, REQUEUE]
+    saved(run, 8)  # in between it did progress
+    assert [end(run, number, Exit.INTERRUPTED) for number in range(2, 5)] == [REQUEUE, REQUEUE, Exit.FAILED]
+    assert "no progress in 3 attempts, its checkpoints stand at step 8" in last(run)["next"]
 
 
 @pytest.mark.parametrize(
@@ -186,3 +191,141 @@ def test_a_message_that_cannot_be_sent_is_told_and_harms_nothing(tmp_path: Path,
     assert end(run, 0, Exit.BAD_INPUT) == Exit.FAILED
     [event] = events(run, "notified")
     assert event["problems"] == ["command: CalledProcessError", "webhook: the variable CHAT_HOOK is not set in the job; put it into the site's secrets file"]
+
+
+# --- budgets by cause --------------------------------------------------------------------------------------------------
+
+
+def said(run: RunDir, number: int, text: str, stage: str = "train", shard: int = 0) -> None:
+    """The last words in the log of the first rank."""
+    log = run.log(stage, shard, 0, number)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(text + "\n")
+
+
+def with_stage(run: RunDir, planned: Plan, **changes: Any) -> Plan:
+    """The same run with other facts about its only stage."""
+    changed = dataclasses.replace(planned, stages=[dataclasses.replace(planned.stages[0], **changes)])
+    files.write_json(run.plan, plan.to_json(changed))
+    return changed
+
+
+def test_too_little_memory_is_tried_once_more_with_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    with_stage(run, planned, mem_mebibytes=4000)
+    submit_again(run)
+    for number in range(2):
+        said(run, number, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=3.0")
+    assert end(run, 0, 137) == REQUEUE
+    assert capsys.readouterr().out == "MinMemoryNode=6000\n", "what scontrol update is to change"
+    assert (last(run)["cause_kind"], last(run)["next"]) == ("OOM", "will be tried again with 6000 MiB of memory instead of 4000")
+    assert run.read_relief("train", 0).mem_mebibytes == 6000
+    assert end(run, 1, 137) == Exit.FAILED
+    assert last(run)["next"] == "not tried again: it had too little memory twice"
+
+
+def test_too_little_gpu_memory_is_tried_once_more_with_smaller_micro_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    with_stage(run, planned, mem_mebibytes=4000)
+    submit_again(run)
+    said(run, 0, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert end(run, 0, 1) == REQUEUE
+    assert (run.read_relief("train", 0).micro_batch_divisor, run.read_relief("train", 0).mem_mebibytes) == (2, None)
+    assert "the global batch stays the same" in last(run)["next"] and not capsys.readouterr().out
+
+
+def test_sigkill_without_a_word_is_a_crash_and_asks_for_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    with_stage(run, planned, mem_mebibytes=4000)
+    submit_again(run)
+    assert end(run, 0, 137) == REQUEUE
+    assert not capsys.readouterr().out and run.read_relief("train", 0).mem_mebibytes is None
+
+
+def test_a_full_disk_is_not_tried_again(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    outcome(run, planned, 0, "failed", "ckpt/step-000004: the disk is full; free some space and submit again")
+    assert end(run, 0, 1) == Exit.FAILED
+    assert (last(run)["status"], last(run)["cause_kind"]) == ("refused", "DISK_FULL")
+
+
+def test_a_broken_node_is_remembered_and_left_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from medgen.launch import nodes
+
+    run, planned = build(tmp_path, TRAIN)
+    submit_again(run)
+    for number in range(3):
+        monkeypatch.setenv("SLURMD_NODENAME", f"n{number}")
+        outcome(run, planned, number, "failed", f"no GPU can be used on n{number}, although the job was given 0: the node or its driver is broken")
+        job = "JobState=RUNNING ExcNodeList=(null)" if number == 0 else "JobState=RUNNING ExcNodeList=n0"
+        assert end(run, number, 1, job=job) == (REQUEUE if number < 2 else Exit.FAILED)
+    assert capsys.readouterr().out.splitlines() == ["ExcNodeList=n0", "ExcNodeList=n0,n1"]
+    assert [entry.node for entry in nodes.believed(run.cache)] == ["n0", "n1", "n2"]
+    assert nodes.believed(run.cache)[0].reason.startswith("no GPU can be used on n0")
+    nodes.forget(run.cache, "n0")
+    assert [entry.node for entry in nodes.believed(run.cache)] == ["n1", "n2"]
+
+
+def test_preemption_has_no_budget_of_its_own(tmp_path: Path) -> None:
+    run, _ = build(tmp_path, ONE_OF_TWO)
+    submit_again(run)
+    for number in range(9):
+        assert end(run, number, Exit.INTERRUPTED, stage="images", job="JobState=RUNNING PreemptTime=2026-11-21T17:00:00") == REQUEUE
+    assert last(run)["cause_kind"] == "PREEMPTED"
+    assert [end(run, number, Exit.INTERRUPTED, stage="images", job="JobState=RUNNING PreemptTime=None") for number in range(9, 11)] == [Exit.FAILED] * 2
+
+
+def test_a_training_meets_its_limit_as_often_as_it_progresses(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    with_stage(run, planned, segments=None)
+    submit_again(run)
+    for number in range(6):
+        saved(run, number + 1)
+        attempt.begin(run, "train", 0, number)
+        saved(run, number + 100)
+        assert attempt.end(run, "train", 0, number, Exit.INTERRUPTED, time.time() - planned.stages[0].time_minutes * 60, "") == REQUEUE
+    assert last(run)["cause_kind"] == "TIMEOUT"
+
+
+def test_what_cannot_save_in_the_middle_is_not_started_again_at_its_limit(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, ONE_OF_TWO)
+    attempt.begin(run, "images", 0, 0)
+    assert attempt.end(run, "images", 0, 0, Exit.INTERRUPTED, time.time() - planned.stages[0].time_minutes * 60, "") == Exit.FAILED
+    assert "a longer time: or more shards:" in last(run)["next"]
+
+
+def test_jobs_of_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first meets its limit, the second finishes, the third has nothing to do."""
+    from medgen.launch.script import ENOUGH, Chunk, job_name
+
+    run, planned = build(tmp_path, TRAIN)
+    planned = with_stage(run, planned, segments=3, chain=3)
+    submit_again(run)
+
+    def segment(number: int) -> None:
+        monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, number)))
+
+    segment(1)
+    attempt.begin(run, "train", 0, 0)
+    saved(run, 5)
+    assert attempt.end(run, "train", 0, 0, Exit.INTERRUPTED, time.time() - planned.stages[0].time_minutes * 60, "") == Exit.FAILED
+    assert last(run)["next"] == "the next job of its chain goes on from what it saved (2 left)"
+    segment(2)
+    assert attempt.begin(run, "train", 0, 1) == 0
+    outcome(run, planned, 1, "done")
+    assert attempt.end(run, "train", 0, 1, 0, time.time(), "") == Exit.DONE
+    segment(3)
+    assert attempt.begin(run, "train", 0, 2) == ENOUGH
+    assert len(events(run, "task_started")) == 2
+
+
+def test_a_chain_that_was_given_up_is_not_taken_up_by_its_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medgen.launch.script import Chunk, job_name
+
+    run, planned = build(tmp_path, TRAIN)
+    planned = with_stage(run, planned, segments=3, chain=3)
+    monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, 1)))
+    outcome(run, planned, 0, "failed", "no such file")
+    assert end(run, 0, Exit.BAD_INPUT) == Exit.FAILED
+    monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, 2)))
+    assert attempt.begin(run, "train", 0, 1) == Exit.FAILED

@@ -73,7 +73,7 @@ def test_a_stage_that_fails_for_good_stops_its_dependents_only(tmp_path: Path) -
     run, plan = build(tmp_path, stages, {"train": {"told_failures": 9}})
     assert backend(tmp_path).submit(run, plan) == Exit.FAILED
     assert {name for name, *_ in calls(run)} == {"train", "other"}
-    assert events(run, "task_ended")[-1]["cause"] == "the disk is full" or events(run, "task_ended")[0]["cause"] == "the disk is full"
+    assert "the stub cannot do it" in {event["cause"] for event in events(run, "task_ended")}
     assert [event["stage"] for event in events(run, "stage_blocked")] == ["images", "collect_images", "report"]
     assert sum(name == "train" for name, *_ in calls(run)) == 2
 

@@ -53,7 +53,7 @@ def started(run: RunDir, seconds_ago: float, stage: str = "train", shard: int = 
 
 
 def ended(run: RunDir, status: str, seconds: float, stage: str = "train", shard: int = 0, attempt: int = 0, next_action: str = "not tried again", cause: str | None = None) -> None:
-    event(run, "task_ended", 0, stage=stage, shard=shard, attempt=attempt, status=status, cause=cause, seconds=seconds, next=next_action)
+    event(run, "task_ended", 0, stage=stage, shard=shard, attempt=attempt, status=status, cause=cause, seconds=seconds, next=next_action, again=next_action.startswith(("will be tried again", "goes on")))
 
 
 def beat(run: RunDir, step: int, seconds_ago: float = 0, stage: str = "train", shard: int = 0, attempt: int = 0) -> None:

@@ -89,7 +89,7 @@ class Lab:
         self.event("task_started", seconds_ago, stage=stage, shard=shard, attempt=attempt, devices=2, from_step=from_step, job_id=str(JOBS[stage]), node="n1")
 
     def ended(self, seconds_ago: float, status: str, seconds: float, following: str, cause: str | None = "exit code 1: no", stage: str = "train", shard: int = 0) -> None:
-        self.event("task_ended", seconds_ago, stage=stage, shard=shard, attempt=0, status=status, cause=cause, seconds=seconds, next=following, devices=2)
+        self.event("task_ended", seconds_ago, stage=stage, shard=shard, attempt=0, status=status, cause=cause, seconds=seconds, next=following, devices=2, again=following.startswith(("will be tried again", "goes on")))
 
     def beat(self, seconds_ago: float, step: int = 40, stage: str = "train", shard: int = 0, attempt: int = 0, still_seconds: float | None = 0) -> None:
         now = time.time()

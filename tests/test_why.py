@@ -25,11 +25,11 @@ from seeing import (
     started,
 )
 
+from medgen.launch.causes import Records, classify
 from medgen.launch.local import LocalBackend
 from medgen.launch.slurm import AccountingRow
+from medgen.launch.tries import Try
 from medgen.rundir import RunDir
-from medgen.watch.causes import Records, classify
-from medgen.watch.tries import Try
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -20,9 +20,10 @@ def describe(plan: Plan, run_root: Path, chunks: dict[str, list[Chunk]], python:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines = [f"run     {plan.run_id}", f"folder  {run_root}", f"site    {plan.site}", "", table[0], "-" * len(table[0]), *table[1:]]
     for stage in plan.stages:
-        for chunk in chunks[stage.name]:
+        for chunk in (chunk for chunk in chunks[stage.name] if chunk.segment <= 1):
             name = f"{stage.name}.{chunk.offset}.sh"
-            lines += ["", f"===== {name} " + "=" * max(3, 103 - len(name)), render_script(plan, stage, chunk, run_root, python).rstrip("\n")]
+            again = f" ({stage.chain} times, each waits for the one before)" if stage.chain > 1 else ""
+            lines += ["", f"===== {name}{again} " + "=" * max(3, 103 - len(name + again)), render_script(plan, stage, chunk, run_root, python).rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medgen import sbatch_options
 from medgen.errors import InputError
+from medgen.launch import nodes
 from medgen.plan import Plan, PlannedStage
 from medgen.site import Site
 from medgen.spec import GenerateStage, Spec
@@ -83,15 +85,16 @@ def _shared_out(sizes: dict[str, int], room: int) -> dict[str, int]:
     return fitted
 
 
-def fit_to_cluster(plan: Plan, site: Site, limits: Limits, today: datetime.date) -> tuple[Plan, list[str]]:
+def fit_to_cluster(plan: Plan, site: Site, limits: Limits, today: datetime.date, bad_nodes: Sequence[nodes.Entry]) -> tuple[Plan, list[str]]:
     """Exclusions that are still believed, and no option that this version of Slurm does not know."""
     stages, notes = list(plan.stages), []
     excluded = [item for item in site.exclude if item.until >= today]
     for item in site.exclude:
         if item not in excluded:
             notes.append(f"{item.nodes} were to be avoided until {item.until} ({item.reason}): used again; remove the entry from the profile of {site.name}, or renew it")
-    if excluded:
-        option = f"--exclude={','.join(item.nodes for item in excluded)}"
+    notes += [f"kept away from {entry.node} until {datetime.date.fromtimestamp(entry.until)}: {entry.reason}; `medgen nodes --forget {entry.node}` takes it back" for entry in bad_nodes]
+    if excluded or bad_nodes:
+        option = f"--exclude={','.join(dict.fromkeys([*(item.nodes for item in excluded), *(entry.node for entry in bad_nodes)]))}"
         stages = [_with_directive(stage, option) for stage in stages]
     if limits.version is not None and limits.version < NATIVE_PREFER:
         version = f"{limits.version[0]}.{limits.version[1]:02}"

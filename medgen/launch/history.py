@@ -8,8 +8,6 @@ from typing import Any
 
 from medgen.rundir import RunDir
 
-COMES_BACK = ("will be tried again", "goes on from what it saved")
-
 History = dict[tuple[str, int], "list[Attempt]"]
 
 
@@ -45,10 +43,9 @@ def read_history(events: Iterable[dict[str, Any]]) -> History:
         if kind == "task_ended" and (event["stage"], event["shard"]) in history:
             attempts = history[event["stage"], event["shard"]]
             last = attempts[-1]
-            comes_back = event["next"].startswith(COMES_BACK)
             # not `replace`, which takes ten times as long: there may be 10,000
             ended = min(last.started + event["seconds"], max(last.started, event["time"]))
-            attempts[-1] = Attempt(last.attempt, last.started, last.devices, last.from_step, ended, event["status"], event["cause"], comes_back)
+            attempts[-1] = Attempt(last.attempt, last.started, last.devices, last.from_step, ended, event["status"], event["cause"], event["again"])
         if kind == "requeue_refused" and (event["stage"], event["shard"]) in history:
             attempts = history[event["stage"], event["shard"]]
             attempts[-1] = replace(attempts[-1], comes_back=False)

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from medgen import files, plan
 from medgen.errors import Exit, MedgenError
-from medgen.launch.backend import Poll, ending_of, fresh_outcome, guilty_log, next_attempt
+from medgen.launch import after
+from medgen.launch.after import GOES_ON, Circumstances, Taken, Verdict
+from medgen.launch.backend import Poll, fresh_outcome, next_attempt
 from medgen.launch.history import close_lost, read_history
 from medgen.launch.ports import job_id_with_free_port
 from medgen.launch.processes import MARK, die_with_parent, kill_marked, signal_group, signal_process, start_ticks
-from medgen.launch.queue import Ending, Job, Queue
-from medgen.launch.script import is_array, job_name, render_script, tasks_per_node, whole_stage
+from medgen.launch.queue import Job, Queue
+from medgen.launch.script import Chunk, is_array, job_name, render_script, tasks_per_node, whole_stage
 from medgen.launch.snapshot import PACKAGE
 from medgen.launch.supervisor import BEAT_SECONDS, Supervisor, beat, living_supervisor, register, retire
 from medgen.plan import Plan, Task
@@ -140,11 +142,8 @@ class _Supervision:
     def _tell_lost(self) -> None:
         """End in the events what a killed supervisor could not end."""
         for (stage, shard), lost in close_lost(self.run, read_history(self.run.events())).items():
-            self.run.event(
-                "task_ended", stage=stage, shard=shard, attempt=lost.attempt, status="interrupted", rc=None,
-                cause="its supervisor was killed", seconds=round(lost.seconds(time.time()), 3), devices=lost.devices,
-                next="goes on from what it saved", log=str(guilty_log(self.run, stage, shard, lost.attempt).relative_to(self.run.root)),
-            )  # fmt: skip
+            verdict = Verdict("interrupted", "its supervisor was killed", "CANCELLED", True, GOES_ON)
+            after.tell(self.run, self.plan.stage(stage), shard, lost.attempt, verdict, None, lost.seconds(time.time()))
 
     def supervise(self) -> Exit:
         waiting = sum(job.state == "waiting" for job in self.queue.jobs)
@@ -207,7 +206,7 @@ class _Supervision:
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": ",".join(job.gpus),
             "SLURM_JOB_ID": str(job_id),
-            "SLURM_JOB_NAME": job_name(self.run, stage.name, int(self.folder.name), 0),
+            "SLURM_JOB_NAME": job_name(self.run, stage.name, Chunk(int(self.folder.name), 0)),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_NNODES": "1",
             "SLURM_NTASKS": str(tasks_per_node(stage)),
@@ -224,23 +223,23 @@ class _Supervision:
                 self._settle(item)
 
     def _settle(self, item: Running) -> None:
-        """Say how a script ended. Its outcome counts, its exit code only where there is none."""
-        stage, shard = item.job.stage, item.job.task.shard
+        """Say how a script ended, and what comes next."""
+        stage, task, run = item.job.stage, item.job.task, self.run
         code = item.process.returncode if item.process.returncode >= 0 else 128 - item.process.returncode
-        ending, cause = self._ending(item, code)
-        next_action = "stopped" if self.backend.stop_asked and ending == "interrupted" else self.queue.end(item.job, ending)
-        self.run.event(
-            "task_ended", stage=stage.name, shard=shard, attempt=item.attempt, status=ending, rc=code, cause=cause,
-            seconds=round(time.time() - item.started, 3), devices=stage.devices, next=next_action,
-            log=str(guilty_log(self.run, stage.name, shard, item.attempt).relative_to(self.run.root)),
-        )  # fmt: skip
+        seconds = time.time() - item.started
+        verdict = after.judge(run, self.plan, stage, task, item.attempt, code, seconds, Circumstances(on_slurm=False, taken=self._taken(item, code)))
+        repair = self.queue.repair(item.job) if verdict.status == "failed" else None
+        if repair is not None:
+            verdict = replace(verdict, again=True, words=repair)
+        self.queue.end(item.job, verdict.status, verdict.again)
+        after.tell(run, stage, task.shard, item.attempt, verdict, code, seconds)
 
-    def _ending(self, item: Running, code: int) -> tuple[Ending, str | None]:
-        ending, cause = ending_of(self.run, item.job.task, item.attempt, code)
-        if ending == "failed" and self.backend.stop_asked and code in (0, 130, 137, 143):
-            fresh = fresh_outcome(self.run, item.job.task, item.attempt)
-            return "interrupted", (fresh.cause if fresh is not None else None) or "stopped before it could save"
-        return ending, cause
+    def _taken(self, item: Running, code: int) -> Taken | None:
+        """What a person who stops the run has decided about it; None while nobody does, or if it ended by itself before."""
+        if not self.backend.stop_asked or code not in (0, Exit.INTERRUPTED, 130, 137, 143):
+            return None
+        fresh = fresh_outcome(self.run, item.job.task, item.attempt)
+        return Taken((fresh.cause if fresh is not None else None) or "stopped before it could save", "stopped", comes_back=False)
 
     def _stop(self) -> Exit:
         """TERM to everything, time to save, KILL at the end of it or at the second signal."""

@@ -1,4 +1,4 @@
-"""Which task may start now: order, CPU and GPU slots, tries. Starts nothing itself; used by local.py."""
+"""Which task may start now: order, CPU and GPU slots, repairs. Starts nothing itself; used by local.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from medgen.plan import Plan, PlannedStage, Task
 Ending = Literal["done", "interrupted", "failed", "refused"]  # refused: exit code 2, the input is wrong
 JobState = Literal["waiting", "running", "done", "failed"]
 
-# per submit; collect, evaluate and report would give the same answer twice
-TRIES = {"train": 2, "generate": 2, "collect": 1, "evaluate": 1, "report": 1, "command": 1}
-INTERRUPTIONS = 5  # a task that somebody stops again and again is left alone
 REPAIRS = 2  # times that collect may send shards back
 FAILED_SHARDS = 3  # then the rest of the stage is not even tried
 
@@ -25,8 +22,6 @@ class Job:
     stage: PlannedStage
     task: Task
     state: JobState = "waiting"
-    tries: int = 0
-    interruptions: int = 0
     gpus: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -71,7 +66,6 @@ class Queue:
         for job in self.jobs:
             if job.state == "waiting" and self._may_start(job):
                 job.state = "running"
-                job.tries += 1
                 self.free_cpus -= self.cpus_of(job.stage)
                 job.gpus, self.free_gpus = self.free_gpus[: job.stage.gpus_per_node], self.free_gpus[job.stage.gpus_per_node :]
                 return job
@@ -87,32 +81,17 @@ class Queue:
             and not self.gave_up(stage.name)
         )
 
-    def end(self, job: Job, ending: Ending) -> str:
-        """Give the slots back and decide what is next; returns it in words."""
+    def end(self, job: Job, ending: Ending, again: bool) -> None:
+        """Give the slots back; `again`: it waits for its next start."""
         self.free_cpus += self.cpus_of(job.stage)
         self.free_gpus = sorted([*self.free_gpus, *job.gpus])
         job.gpus = []
-        if ending == "done":
-            job.state = "done"
-            return "done"
-        if ending == "interrupted" and job.interruptions < INTERRUPTIONS:
-            job.interruptions += 1
-            job.tries -= 1
-            job.state = "waiting"
-            return "goes on from what it saved"
-        if ending == "failed" and (repair := self._repair(job)):
-            return repair
-        if ending == "failed" and job.tries < TRIES[job.stage.kind]:
-            job.state = "waiting"
-            return "will be tried again"
-        job.state = "failed"
+        job.state = "done" if ending == "done" else "waiting" if again else "failed"
         if ending == "refused":
             self.refused.add(job.stage.name)
-            return "not tried again: the input is wrong"
-        return "not tried again"
 
-    def _repair(self, job: Job) -> str | None:
-        """After collect took back bad shards: draw exactly those again, then collect again."""
+    def repair(self, job: Job) -> str | None:
+        """After collect took back bad shards: draw exactly those again, then collect again. What is done about it in words."""
         if job.stage.kind != "collect":
             return None
         lost = [other for other in self.of(job.stage.settings["of"]) if not self.is_done(other.task)]
@@ -120,8 +99,7 @@ class Queue:
             return None
         self.repairs += 1
         for other in lost:
-            other.state, other.tries = "waiting", 0
-        job.state, job.tries = "waiting", 0
+            other.state = "waiting"
         return f"{len(lost)} shards of {job.stage.settings['of']} are made again, then collected again"
 
     def blocked(self) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ class QueuedTask:
     job_id: int
     name: str
     row: QueueRow
+    segment: int = 0  # its place in a chain of jobs, from 1 on
 
     @property
     def element(self) -> str:
@@ -43,7 +44,7 @@ def queued_tasks(run: RunDir) -> list[QueuedTask]:
         name = parse_job_name(row.name)
         if name is None or not name.is_of(run) or row.state in slurm.TERMINAL_STATES:
             continue
-        found.append(QueuedTask(name.stage, name.offset + (row.array_task or 0), row.job_id, row.name, row))
+        found.append(QueuedTask(name.stage, name.offset + (row.array_task or 0), row.job_id, row.name, row, name.segment))
     return sorted(found, key=lambda task: (task.job_id, task.shard))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgen import files, sbatch_options
@@ -15,7 +15,8 @@ from medgen.rundir import RunDir
 
 FIRST_PORT, PORTS = 10000, 20000  # below 32768, where Linux begins to hand out ephemeral ports
 REQUEUE = 75  # exit code of `medgen attempt end`: start this job again
-NAME = re.compile(r"medgen\.(?P<run_id>[A-Za-z0-9_-]+)\.(?P<stage>[a-z0-9_]+)\.(?P<submission>\d+)\.(?P<offset>\d+)(?:\.(?P<folder>[0-9a-f]{6}))?")
+ENOUGH = 76  # exit code of `medgen attempt begin`: the task is done already
+NAME = re.compile(r"medgen\.(?P<run_id>[A-Za-z0-9_-]+)\.(?P<stage>[a-z0-9_]+)\.(?P<submission>\d+)\.(?P<offset>\d+)(?:-(?P<segment>\d+))?(?:\.(?P<folder>[0-9a-f]{6}))?")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Chunk:
     submission: int
     offset: int
     indices: tuple[int, ...] | None = None
+    segment: int = 0  # from 1 on in a chain of jobs that do the same task one after the other
 
     @property
     def shards(self) -> list[int]:
@@ -40,13 +42,15 @@ class JobName:
     submission: int
     offset: int
     folder: str | None  # of which runs folder; None: not told
+    segment: int = 0  # its place in a chain of jobs, from 1 on; 0: it is not part of one
 
     def is_of(self, run: RunDir) -> bool:
         return self.run_id == run.run_id and self.folder in (None, folder_tag(run))
 
 
-def job_name(run: RunDir, stage: str, submission: int, offset: int) -> str:
-    return f"medgen.{run.run_id}.{stage}.{submission}.{offset}.{folder_tag(run)}"
+def job_name(run: RunDir, stage: str, chunk: Chunk) -> str:
+    segment = f"-{chunk.segment}" if chunk.segment else ""
+    return f"medgen.{run.run_id}.{stage}.{chunk.submission}.{chunk.offset}{segment}.{folder_tag(run)}"
 
 
 def folder_tag(run: RunDir) -> str:
@@ -57,7 +61,7 @@ def folder_tag(run: RunDir) -> str:
 def parse_job_name(name: str) -> JobName | None:
     """None for a job that is not medgen's."""
     match = NAME.fullmatch(name)
-    return JobName(match["run_id"], match["stage"], int(match["submission"]), int(match["offset"]), match["folder"]) if match else None
+    return JobName(match["run_id"], match["stage"], int(match["submission"]), int(match["offset"]), match["folder"], int(match["segment"] or 0)) if match else None
 
 
 def is_array(stage: PlannedStage) -> bool:
@@ -109,7 +113,7 @@ def tasks_per_node(stage: PlannedStage) -> int:
 
 def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> list[str]:
     lines = [
-        f"--job-name={job_name(run, stage.name, chunk.submission, chunk.offset)}",
+        f"--job-name={job_name(run, stage.name, replace(chunk, segment=0))}",  # all jobs of a chain have the same script
         f"--time={stage.time_minutes}",
         f"--nodes={stage.nodes}",
         f"--ntasks-per-node={tasks_per_node(stage)}",
@@ -127,7 +131,7 @@ def _directives(plan: Plan, stage: PlannedStage, chunk: Chunk, run: RunDir) -> l
     ]
     if stage.launcher != "none":
         lines.append(f"--signal=USR2@{plan.place.grace_seconds}")
-    elif stage.segments > 1:
+    elif stage.segments != 1:
         lines.append(f"--signal=B:USR2@{plan.place.grace_seconds}")  # to the batch shell, which passes it on
     lines = sbatch_options.without(lines, {*sbatch_options.decided(stage.directives), *stage.left_out})
     if chunk.indices is not None:
@@ -215,7 +219,9 @@ def _rendezvous(stage: PlannedStage) -> list[str]:
 def _begin(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
     return [
         'if [ -z "${MEDGEN_SUPERVISED:-}" ]; then  # a local supervisor tells of starts and ends itself',
-        f'  {interpreter} {shlex.quote(str(run.code))} attempt begin {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt"',
+        f'  {interpreter} {shlex.quote(str(run.code))} attempt begin {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" || {{',
+        f"    rc=$?; [ $rc -ne {ENOUGH} ] || rc=0  # an earlier job of the chain has done it",
+        '    rm -f "$logs/r0.a$attempt.log"; trap - ERR; exit $rc; }',
         "fi",
     ]
 
@@ -265,13 +271,16 @@ def _end(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
     return [
         'echo "medgen: ended with exit code $rc at $(date +%FT%T%z)"',
         'if [ -z "${MEDGEN_SUPERVISED:-}" ]; then',
-        f'  {interpreter} {shlex.quote(str(run.code))} attempt end {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" \\',
-        '    --exit-code "$rc" --started "$started" --job "$(scontrol show job --oneliner "$job" 2> /dev/null)"',
+        f'  changes=$({interpreter} {shlex.quote(str(run.code))} attempt end {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" \\',
+        '    --exit-code "$rc" --started "$started" --job "$(scontrol show job --oneliner "$job" 2> /dev/null)")',
         "  case $? in",
         "    0) rc=0 ;;  # done: a rank that was killed after its work has harmed nothing",
         f"    {REQUEUE})",
         '      [ "$rc" -ne 0 ] || rc=1',
-        '      if scontrol requeue "$job"; then sleep 60; exit "$rc"; fi  # Slurm ends this script when it takes the job back',
+        "      trap 'exit \"$rc\"' TERM  # Slurm ends this script when it takes the job back; until then the next start can be changed",
+        "      if (trap '' TERM; scontrol requeue \"$job\" || exit; for change in $changes; do scontrol update JobId=\"$job\" \"$change\"; done; true); then",
+        '        sleep 60; exit "$rc"',
+        "      fi",
         f'      {interpreter} {shlex.quote(str(run.code))} attempt refused {shlex.quote(str(run.root))} --stage {stage.name} --shard "$shard" --attempt "$attempt" ;;',
         '    *) [ "$rc" -ne 0 ] || rc=1 ;;',
         "  esac",

@@ -77,8 +77,10 @@ class SlurmBackend:
             run.event("submitted", backend="slurm", tasks=total, submission=str(submission.number))
         try:
             for stage in plan.stages:
-                submission.jobs[stage.name] = self._parents(run, stage, [task for task in queued if task.stage == stage.name])
-                self._submit_stage(run, plan, stage, waiting[stage.name], submission)
+                present = [task for task in queued if task.stage == stage.name]
+                submission.jobs[stage.name] = self._parents(run, stage, present)
+                asked = chunks(stage, waiting[stage.name], submission.number, self.limits.array) or self._rest_of_chain(run, stage, present, submission.number)
+                self._submit_stage(run, plan, stage, asked, submission)
         except SlurmRefused as error:
             left = self._roll_back(run, submission)
             raise InputError(f"Slurm refused a job of {run.run_id}: {error.reason}; {left}") from None
@@ -92,10 +94,10 @@ class SlurmBackend:
 
     def _without_doubles(self, run: RunDir, queued: list[QueuedTask]) -> tuple[list[QueuedTask], set[str]]:
         """Of two jobs for one task the older stays. Returns what is left, and the stages whose children may wait for what is gone."""
-        oldest: dict[tuple[str, int], int] = {}
+        oldest: dict[tuple[str, int, int], int] = {}
         for task in queued:
-            oldest.setdefault((task.stage, task.shard), task.job_id)
-        doubles = [task for task in queued if oldest[task.stage, task.shard] != task.job_id]
+            oldest.setdefault((task.stage, task.shard, task.segment), task.job_id)
+        doubles = [task for task in queued if oldest[task.stage, task.shard, task.segment] != task.job_id]
         if doubles:
             slurm.cancel([task.element for task in doubles])
             run.event("jobs_cancelled", job_ids=sorted({task.job_id for task in doubles}), cause="queued twice: the older job stays")
@@ -119,6 +121,8 @@ class SlurmBackend:
     def _parents(self, run: RunDir, stage: PlannedStage, queued: list[QueuedTask]) -> list[str]:
         """What to wait for of jobs that are queued already: a whole array only if none of its elements has failed."""
         shards_of = {event["name"]: event["shards"] for event in run.events() if event["event"] == "job_intent"}
+        if stage.chain > 1:
+            return [str(task.job_id) for task in queued][-1:]  # the jobs before it fail by design, at their limit
         parents = []
         for job_id, name in sorted({(task.job_id, task.name) for task in queued}):
             alive = {task.shard for task in queued if task.job_id == job_id}
@@ -127,24 +131,38 @@ class SlurmBackend:
             parents += [task.element for task in queued if task.job_id == job_id] if failed else [str(job_id)]
         return parents
 
-    def _submit_stage(self, run: RunDir, plan: Plan, stage: PlannedStage, shards: list[int], submission: Submission) -> None:
+    def _rest_of_chain(self, run: RunDir, stage: PlannedStage, queued: list[QueuedTask], number: int) -> list[Chunk]:
+        """What a submit that was killed in the middle, or a person, has left out at the end of a chain."""
+        if stage.chain == 1 or not queued or run.is_done(stage.name, 0, stage.tasks[0].hash):
+            return []
+        last = max(task.segment for task in queued)
+        return [chunk for chunk in chunks(stage, [0], number, None) if chunk.segment > last]
+
+    def _submit_stage(self, run: RunDir, plan: Plan, stage: PlannedStage, asked: list[Chunk], submission: Submission) -> None:
         parents = list(dict.fromkeys(job for needed in stage.needs for job in submission.jobs[needed]))
-        serial = stage.parallel < len(stage.tasks)  # the throttle of an array is its own: arrays that share one run one by one
-        for chunk in chunks(stage, shards, submission.number, self.limits.array):
+        # the throttle of an array is its own: arrays that share one run one by one, and so do the jobs of a chain
+        serial = stage.parallel < len(stage.tasks) or stage.chain > 1
+        for chunk in asked:
             before = submission.jobs[stage.name][-1:] if serial else []
             conditions = [f"afterok:{':'.join(parents)}"] if parents else []
             conditions += [f"afterany:{before[0]}"] if before else []
-            options = [f"--job-name={job_name(run, stage.name, chunk.submission, chunk.offset)}"]
+            options = [f"--job-name={job_name(run, stage.name, chunk)}", *self._relief(run, stage, chunk)]
             # a command's own --output stays in its script for whoever submits that by hand; here the log is the run's
             options += [f"--output={batch_log_pattern(run, stage, chunk)}"] if stage.launcher == "none" else []
             options.append(f"--dependency={','.join(conditions)}" if conditions else "--hold")
             job_id = self._submit_chunk(run, plan, stage, chunk, options, submission)
-            submission.jobs[stage.name].append(str(job_id))
+            submission.jobs[stage.name] = [*([] if stage.chain > 1 else submission.jobs[stage.name]), str(job_id)]
             submission.held += [] if conditions else [job_id]
+
+    def _relief(self, run: RunDir, stage: PlannedStage, chunk: Chunk) -> list[str]:
+        """More memory than the plan says, for what an earlier attempt ran out of it."""
+        granted = [relief.mem_mebibytes for shard in chunk.shards if (relief := run.read_relief(stage.name, shard)).mem_mebibytes is not None]
+        largest = max((mem for mem in granted if mem is not None), default=0)
+        return [f"--mem={largest}M"] if largest > (stage.mem_mebibytes or 0) else []
 
     def _submit_chunk(self, run: RunDir, plan: Plan, stage: PlannedStage, chunk: Chunk, options: list[str], submission: Submission) -> int:
         script = render_script(plan, stage, chunk, run.root, self.python)
-        name = job_name(run, stage.name, chunk.submission, chunk.offset)
+        name = job_name(run, stage.name, chunk)
         folder = run.submission(submission.number)
         files.write_text(folder / f"{stage.name}.{chunk.offset}.sh", script)
         run.event("job_intent", name=name, stage=stage.name, submission=str(chunk.submission), offset=chunk.offset, shards=chunk.shards)
@@ -241,9 +259,10 @@ class SlurmBackend:
 
 
 def chunks(stage: PlannedStage, shards: list[int], submission: int, largest_array: int | None) -> list[Chunk]:
-    """Sbatch calls for these shards: indices stay below the cluster's MaxArraySize, so later shards get an offset."""
+    """Sbatch calls for these shards, each job of a chain by itself: indices stay below the cluster's MaxArraySize, so later shards get an offset."""
     if not is_array(stage):
-        return [Chunk(submission, shard) for shard in shards]
+        segments = range(1, stage.chain + 1) if stage.chain > 1 else [0]
+        return [Chunk(submission, shard, None, segment) for shard in shards for segment in segments]
     size = largest_array or len(stage.tasks)
     grouped: dict[int, list[int]] = {}
     for shard in shards:

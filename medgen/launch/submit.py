@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from medgen import document, files, plan, planning, site, spec
+from medgen import document, files, plan, planning, rundir, site, spec
 from medgen.errors import InputError, MedgenError
-from medgen.launch import snapshot
+from medgen.launch import nodes, snapshot
 from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
 from medgen.launch.limits import read_limits
 from medgen.launch.queued import queued_tasks, was_queued
@@ -26,7 +26,7 @@ from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 RESOURCE_FIELDS = (
-    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "launcher", "setup", "command_setup", "directives", "left_out",
+    "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "chain", "launcher", "setup", "command_setup", "directives", "left_out",
 )  # fmt: skip
 LOCK_SECONDS = 60
 
@@ -66,7 +66,7 @@ def _prepare_point(point: spec.Point, profile: site.Site, limits: Limits, spec_p
         planned = planning.make_plan(checked, profile)
         if profile.scheduler == "slurm":
             checked, notes = fit_shards(checked, planned, limits)
-            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today())
+            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today(), nodes.believed(rundir.cache_root(runs_root.absolute())))
         else:
             fitted, more = fit_to_machine(planned, profile)
     except planning.Unplannable as problem:

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
-from medgen import plan
+from medgen import plan, rundir
 from medgen.errors import Exit, InputError, Interrupted
+from medgen.launch import nodes as bad_nodes
 from medgen.launch import preflight
 from medgen.launch.backend import Backend
 from medgen.launch.dry import describe
@@ -140,6 +143,27 @@ def _first_chunks(item: Prepared) -> dict[str, list[Chunk]]:
 def cancel(run: RunDir) -> str:
     """Stop a run wherever it runs; returns what happened in words."""
     return backend_of(run).cancel(run, plan.read(run))
+
+
+def nodes(avoid: str | None, reason: str | None, forget: str | None, as_json: bool) -> None:
+    """Change what is remembered of nodes, then print it. Raises InputError for a node without a reason, or a reason without a node."""
+    cache = rundir.cache_root(rundir.runs_root())
+    if (avoid is None) != (reason is None):
+        raise InputError("--avoid NODE and --reason TEXT go together: whoever reads it in a week wants to know why")
+    if avoid is not None and reason is not None:
+        if not reason.strip():
+            raise InputError("--reason: say why in a few words")
+        bad_nodes.remember(cache, avoid, reason, "")
+    if forget is not None:
+        bad_nodes.forget(cache, forget)
+    entries = bad_nodes.believed(cache)
+    if as_json:
+        print(json.dumps([asdict(entry) for entry in entries], indent=1))
+        return
+    for entry in entries:
+        print(f"{entry.node}  until {time.strftime('%Y-%m-%d', time.localtime(entry.until))}  {entry.reason}" + (f"  ({entry.run_id})" if entry.run_id else ""))
+    if not entries:
+        print("no node is kept away from; the site profile may exclude some (exclude:)")
 
 
 def backend_of(run: RunDir) -> Backend:

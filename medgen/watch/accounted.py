@@ -9,7 +9,7 @@ from typing import Any
 from medgen.launch import slurm
 from medgen.launch.script import parse_job_name
 from medgen.launch.slurm import AccountingRow, SlurmError
-from medgen.watch.tries import Key, Try
+from medgen.launch.tries import Key, Try
 
 CLOCK_SECONDS = 60.0  # how far the clocks of a node and of the accounting may be apart
 ROUNDING_SECONDS = 1.0  # the accounting knows whole seconds

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medgen.launch.causes import Cause, Kind
 from medgen.plan import PlannedStage
 from medgen.rundir import Heartbeat
-from medgen.watch.causes import Cause, Kind
 
 EXCLUDED_DAYS = 14  # then the node has been looked at, or the entry is renewed
 LOCAL_ONLY = ("--dry-run", "--detach", "--json")
@@ -129,7 +129,7 @@ def _time_limit(case: Case) -> list[str]:
 
 def _segments(case: Case) -> int:
     """As many as the steps that are left need at the speed of this attempt; twice as many as now where nobody knows."""
-    beat, now = case.beat, case.stage.segments
+    beat, now = case.beat, case.stage.segments or 1
     if beat is None or not 0 < beat.step < beat.total:
         return 2 * now
     return max(now + 1, -(-beat.total // max(1, beat.step // now)))

@@ -16,9 +16,9 @@ from medgen.launch.backend import TAIL_BYTES, guilty_log, last_lines, next_attem
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.slurm import SlurmError
 from medgen.launch.supervisor import living_supervisor
+from medgen.launch.tries import Key, Try, all_tries, batch_section, read_end, read_tries
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir, find_run
-from medgen.watch.tries import Key, Try, all_tries, batch_section, read_end, read_tries
 
 LINES = 50
 POLL_SECONDS = 0.5

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medgen.launch.after import TRIES
 from medgen.launch.history import History
-from medgen.launch.queue import TRIES
 from medgen.launch.script import is_array
 from medgen.launch.slurm import element_text
 from medgen.plan import Plan, PlannedStage

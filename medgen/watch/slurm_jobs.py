@@ -90,9 +90,10 @@ def jobs_of(run: RunDir, queue_text: str, submitted: Submitted) -> Jobs:
     return Jobs(live, over)
 
 
-def _rank(row: QueueRow) -> tuple[int, int]:
-    """Running before suspended before waiting; else the newest."""
-    return (0 if row.state in WAITING_STATES else 1 if row.state in SUSPENDED_STATES else 2), row.job_id
+def _rank(row: QueueRow) -> tuple[int, int, int]:
+    """Running before suspended before waiting; of a chain the first, else the newest."""
+    name = parse_job_name(row.name)
+    return (0 if row.state in WAITING_STATES else 1 if row.state in SUSPENDED_STATES else 2), -name.segment if name is not None else 0, row.job_id
 
 
 def expected_start(row: QueueRow, now: float) -> float | None:

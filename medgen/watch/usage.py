@@ -11,13 +11,13 @@ from typing import Any
 
 from medgen.errors import Exit
 from medgen.launch import slurm
+from medgen.launch.causes import STATES, Kind, classify
 from medgen.launch.slurm import AccountingRow
+from medgen.launch.tries import Key, Try, all_tries
 from medgen.plan import PlannedStage
 from medgen.rundir import RunDir
 from medgen.watch.accounted import rows_of
 from medgen.watch.advice import size
-from medgen.watch.causes import STATES, Kind, classify
-from medgen.watch.tries import Key, Try, all_tries
 from medgen.watch.why import Inquiry, beats, inquire
 
 RESUMED = re.compile(r"^resuming from .* \(step (\d+) of \d+\)", re.MULTILINE)

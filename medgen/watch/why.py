@@ -21,11 +21,14 @@ from medgen import files
 from medgen import plan as planning
 from medgen.errors import Exit
 from medgen.launch.backend import guilty_log, last_lines
+from medgen.launch.causes import STATES, Cause, Evidence, Kind, Records, classify
+from medgen.launch.evidence import gather, rank_causes
 from medgen.launch.queued import QueuedTask, queued_tasks, was_queued
 from medgen.launch.slurm import AccountingRow, SlurmError, element_text
 from medgen.launch.supervisor import Supervisor, living_supervisor
+from medgen.launch.tries import Key, Try, all_tries, read_end, read_tries
 from medgen.plan import Plan, PlannedStage, Task
-from medgen.rundir import Outcome, RunDir
+from medgen.rundir import RunDir
 from medgen.watch.accounted import (
     ROUNDING_SECONDS,
     Accounting,
@@ -37,9 +40,7 @@ from medgen.watch.accounted import (
     was_cancelled,
 )
 from medgen.watch.advice import Case, advise, submit_command
-from medgen.watch.causes import STATES, Cause, Evidence, Kind, Records, classify
 from medgen.watch.reasons import reason_in_words
-from medgen.watch.tries import Key, Try, all_tries, batch_section, read_end, read_tries
 
 LAST_LINES = 30
 ALIVE_SECONDS = 60.0  # a heartbeat is written every few seconds
@@ -117,11 +118,7 @@ class Inquiry:
     @cached_property
     def rank_causes(self) -> dict[tuple[Any, Any, Any], list[str]]:
         """(stage, shard, attempt) -> what its ranks other than the first told."""
-        found: dict[tuple[Any, Any, Any], list[str]] = {}
-        for event in self.events:
-            if event["event"] == "rank_failed":
-                found.setdefault((event.get("stage"), event.get("shard"), event.get("attempt")), []).append(str(event.get("cause")))
-        return found
+        return rank_causes(self.events)
 
     @cached_property
     def cancelled_at(self) -> list[float]:
@@ -160,25 +157,8 @@ class Inquiry:
 
     def records(self, stage: PlannedStage, item: Try) -> Records:
         """All that is known of how an attempt ended."""
-        run = self.run
-        outcome = run.read_outcome(item.stage, item.shard)
-        fresh: Outcome | None = outcome if outcome is not None and outcome.attempt == item.attempt and item.told else None
-        log = guilty_log(run, item.stage, item.shard, item.attempt)
-        is_batch = log == run.batch_log(item.stage, item.shard)  # the rank's own is empty
-        return Records(
-            item=item,
-            stage_kind=stage.kind,
-            limit_seconds=stage.time_minutes * 60,
-            grace_seconds=self.plan.place.grace_seconds,
-            on_slurm=self.on_slurm,
-            outcome=fresh,
-            rank_causes=tuple(self.rank_causes.get((item.stage, item.shard, item.attempt), ())),
-            batch=batch_section(run, item.stage, item.shard, item.attempt),
-            rank_log="batch log" if is_batch else f"log {log.name}",
-            rank_lines=() if is_batch else tuple(last_lines(read_end(log), 200)),
-            row=self.row(item),
-            cancelled=was_cancelled(self.cancelled_at, item),
-        )
+        told = self.rank_causes.get((item.stage, item.shard, item.attempt), ())
+        return gather(self.run, self.plan, stage, item, told, self.row(item), self.on_slurm, was_cancelled(self.cancelled_at, item))
 
 
 def inquire(run: RunDir) -> Inquiry:

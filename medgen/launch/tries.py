@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from medgen.launch.backend import next_attempt
-from medgen.launch.history import COMES_BACK
 from medgen.rundir import RunDir
 
 HEADER = re.compile(r"^medgen: \S+ shard (?P<shard>\d+) attempt (?P<attempt>\d+) on (?P<node>\S+) at (?P<time>\S+)$", re.MULTILINE)
@@ -40,12 +39,11 @@ class Try:
     status: str | None = None
     exit_code: int | None = None
     cause: str | None = None
+    kind: str | None = None  # a word of causes.Kind
     next: str = ""
+    comes_back: bool = False
     told: bool = True
-
-    @property
-    def comes_back(self) -> bool:
-        return self.next.startswith(COMES_BACK)
+    segment: int = 0  # its place in a chain of jobs, from 1 on
 
 
 def read_tries(events: Iterable[dict[str, Any]]) -> dict[Key, list[Try]]:
@@ -58,6 +56,7 @@ def read_tries(events: Iterable[dict[str, Any]]) -> dict[Key, list[Try]]:
                 Try(
                     event["stage"], event["shard"], event["attempt"], event["time"], event["devices"], event["from_step"],
                     str(event.get("job_id", "")), str(event.get("node", event.get("host", ""))),  # a local supervisor tells neither
+                    segment=event.get("segment", 0),
                 )
             )
         elif kind == "task_ended":
@@ -72,7 +71,8 @@ def _end(tries: list[Try], event: dict[str, Any]) -> None:
         begun = tries[places[-1]]
         ended = min(begun.started + event["seconds"], max(begun.started, event["time"]))  # the script began before it could tell
         tries[places[-1]] = replace(
-            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], next=event["next"] or "",
+            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"),
+            next=event["next"], comes_back=event["again"],
         )  # fmt: skip
 
 

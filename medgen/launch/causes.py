@@ -10,8 +10,8 @@ from typing import Literal
 
 from medgen.errors import Exit
 from medgen.launch.slurm import AccountingRow
+from medgen.launch.tries import Try
 from medgen.rundir import Outcome
-from medgen.watch.tries import Try
 
 Kind = Literal[
     "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "DEPENDENCY", "INPUT", "USER",
@@ -30,6 +30,10 @@ GPU_MEMORY = re.compile(r"(CUDA|HIP)( error:)? out of memory|OutOfMemoryError|CU
 HOST_MEMORY = re.compile(
     r"oom[-_]kill event|invoked oom-killer|out of memory: kill|exceeded (job |step )?memory limit|\bMemoryError\b|cannot allocate memory|DefaultCPUAllocator: .*(can't allocate|not enough) memory|"
     r"DataLoader worker .* killed by signal: Killed", re.IGNORECASE,
+)  # fmt: skip
+GPU_FAULT = re.compile(
+    r"no GPU can be used on|no CUDA-capable device|uncorrectable (ECC|NVLink) error|fallen off the bus|Unable to determine the device handle|CUDA unknown error|"
+    r"CUDA-capable device\(s\) is/are busy|CUDA driver initialization failed|system not yet initialized|NVML: (Unknown Error|Driver/library version mismatch)", re.IGNORECASE,
 )  # fmt: skip
 NOT_FINITE = re.compile(r"loss (is|became) (nan|-?inf)|holds NaN|(is|are) not finite|non-finite|^diverged: the loss", re.IGNORECASE | re.MULTILINE)
 RENDEZVOUS = re.compile(
@@ -148,7 +152,7 @@ def _set_up(records: Records) -> Cause | None:
 
 def _strong(evidence: Evidence) -> Cause | None:
     """What can be read off a text whoever wrote it."""
-    for pattern, kind, where in ((DISK_FULL, "DISK_FULL", ""), (GPU_MEMORY, "OOM", "GPU"), (HOST_MEMORY, "OOM", "host"), (NOT_FINITE, "NAN", "")):
+    for pattern, kind, where in ((DISK_FULL, "DISK_FULL", ""), (GPU_MEMORY, "OOM", "GPU"), (GPU_FAULT, "NODE_FAIL", "GPU"), (HOST_MEMORY, "OOM", "host"), (NOT_FINITE, "NAN", "")):
         match = pattern.search(evidence.said)
         if match:
             line = _line_of(evidence.said, match)

@@ -1,0 +1,210 @@
+"""What comes after an attempt: the one place where it is decided, from budgets that are kept apart by cause, and told.
+
+Called by attempt.py in the job on a cluster, and by local.py in the supervisor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from medgen.launch.backend import ending_of, fresh_outcome, guilty_log
+from medgen.launch.causes import Cause, Kind, classify
+from medgen.launch.evidence import gather, rank_causes
+from medgen.launch.queue import Ending
+from medgen.launch.tries import Try, read_tries
+from medgen.plan import Plan, PlannedStage, Task
+from medgen.rundir import Relief, RunDir
+
+# of what told why it failed; collect, evaluate and report would give the same answer twice
+TRIES = {"train": 2, "generate": 2, "collect": 1, "evaluate": 1, "report": 1, "command": 1}
+TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why
+TRIES_ON_BAD_NODES = 3  # each on another node
+INTERRUPTIONS = 5  # of what cannot show progress, where Slurm did not say that it was preempted
+WITHOUT_PROGRESS = 3  # attempts in a row that have saved nothing new: then a training is not started again
+MORE_MEMORY = 1.5
+LIMIT_SLACK_SECONDS = 60  # the warning may come that much early
+
+GOES_ON = "goes on from what it saved"
+AGAIN = "will be tried again"
+OVER_TIME = "not tried again: write more segments: or a longer time:, and submit again"
+OVER_TIME_AT_ONCE = "not tried again: it cannot save in the middle; write a longer time: or more shards:, and submit again"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What somebody else has decided about an attempt that is ending: Slurm, or the person who stops the run."""
+
+    cause: str
+    words: str
+    comes_back: bool
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What only the place of the attempt knows. `later_segments`: jobs of its chain that wait behind it.
+
+    `preempted`: Slurm says that it takes the place for another job."""
+
+    on_slurm: bool
+    preempted: bool = False
+    later_segments: int = 0
+    taken: Taken | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended, why, and what comes next. `again`: the same task is started once more by itself.
+
+    `relief`: with what it starts instead; `elsewhere`: the node is to blame."""
+
+    status: Ending
+    cause: str | None
+    kind: Kind | None
+    again: bool
+    words: str
+    relief: Relief | None = None
+    elsewhere: bool = False
+
+
+def judge(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, attempt: int, exit_code: int, seconds: float, around: Circumstances) -> Verdict:
+    """Reads the run folder; writes nothing."""
+    status, cause = ending_of(run, task, attempt, exit_code)
+    if status == "done":
+        return Verdict("done", None, None, False, "done")
+    taken = around.taken
+    if taken is not None:
+        return Verdict("interrupted", taken.cause or cause, "PREEMPTED" if taken.comes_back else "CANCELLED", taken.comes_back, taken.words)
+    events = run.events()
+    known = read_tries(events[_last_submit(events) :]).get((stage.name, task.shard), [])
+    begun = next((item for item in read_tries(events).get((stage.name, task.shard), []) if item.attempt == attempt), None)
+    now = begun or Try(stage.name, task.shard, attempt, time.time() - seconds, stage.devices, 0)
+    now = replace(now, ended=now.started + seconds, status=status, exit_code=exit_code, cause=cause)
+    told = rank_causes(events).get((stage.name, task.shard, attempt), [])
+    found = classify(gather(run, plan, stage, now, told, None, around.on_slurm, cancelled=False))
+    past = Past(plan, stage, around.on_slurm, [item for item in known if item.attempt != attempt], now, run.saved_step(stage.name))
+    if status == "interrupted":
+        return _after_interruption(past, cause, found, around)
+    spoke = fresh_outcome(run, task, attempt) is not None
+    return _after_failure(past, cause, found, run.read_relief(stage.name, task.shard), spoke)
+
+
+def _last_submit(events: Sequence[dict[str, Any]]) -> int:
+    """Each submit brings new budgets. By place in the events, not by time: the clocks of login node and nodes may differ."""
+    return max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+
+
+@dataclass(frozen=True)
+class Past:
+    """The attempts at one task since the last submit, oldest first, and the one that has just ended.
+
+    `saved_step`: of the newest checkpoint now."""
+
+    plan: Plan
+    stage: PlannedStage
+    on_slurm: bool
+    earlier: list[Try]
+    now: Try
+    saved_step: int
+
+    def count(self, *kinds: Kind) -> int:
+        """Earlier attempts that ended so."""
+        return sum(item.kind in kinds for item in self.earlier)
+
+    @property
+    def without_progress(self) -> int:
+        """Attempts in a row, this one included, after which no newer checkpoint was there."""
+        if self.stage.kind != "train":
+            return 0
+        starts = [*(item.from_step for item in [*self.earlier, self.now]), self.saved_step]
+        count = 0
+        while count < len(starts) - 1 and starts[-count - 1] <= starts[-count - 2]:
+            count += 1
+        return count
+
+    def met_limit(self, item: Try) -> bool:
+        limit_seconds = self.stage.time_minutes * 60 - self.plan.place.grace_seconds - LIMIT_SLACK_SECONDS
+        return item.ended is not None and item.ended - item.started >= max(limit_seconds, self.stage.time_minutes * 30)
+
+    @property
+    def limits(self) -> int:
+        """How often the time limit was met, this time included."""
+        return sum(self.met_limit(item) for item in [*self.earlier, self.now])
+
+
+def _stop(status: Ending, cause: str | None, found: Cause, words: str) -> Verdict:
+    return Verdict(status, cause, found.kind, False, words)
+
+
+def _after_interruption(past: Past, cause: str | None, found: Cause, around: Circumstances) -> Verdict:
+    """It was stopped from outside: at its limit, for another job, or by hand."""
+    stage, status = past.stage, "interrupted"
+    if past.without_progress >= WITHOUT_PROGRESS:
+        return _stop("interrupted", cause, found, f"not tried again: no progress in {past.without_progress} attempts, its checkpoints stand at step {past.saved_step}; "
+                                                 "it may need a longer time:, or more grace to save")  # fmt: skip
+    if around.preempted:
+        return Verdict("interrupted", f"{cause}; Slurm gave its place to another job", "PREEMPTED", True, GOES_ON)
+    if past.met_limit(past.now):
+        return _at_limit(past, cause, around.later_segments)
+    if stage.kind != "train" and sum(item.status == status for item in past.earlier) >= INTERRUPTIONS:
+        return _stop("interrupted", cause, found, f"not tried again: stopped {INTERRUPTIONS + 1} times; submit again to go on")
+    return Verdict("interrupted", cause, found.kind, True, GOES_ON)
+
+
+def _at_limit(past: Past, cause: str | None, later_segments: int) -> Verdict:
+    """A training goes on for as long as it progresses, or for as many segments as the spec allows."""
+    stage = past.stage
+    if stage.kind not in ("train", "command"):
+        return Verdict("interrupted", cause, "TIMEOUT", False, OVER_TIME_AT_ONCE)
+    if later_segments:
+        return Verdict("interrupted", cause, "TIMEOUT", False, f"the next job of its chain {GOES_ON} ({later_segments} left)")
+    if stage.segments is not None and past.limits >= stage.segments:
+        return Verdict("interrupted", cause, "TIMEOUT", False, f"{OVER_TIME} (it met its limit {past.limits} times)")
+    return Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
+
+
+def _after_failure(past: Past, cause: str | None, found: Cause, relief: Relief, spoke: bool) -> Verdict:
+    """It ended by itself, and not well. `spoke`: it left an outcome that says why."""
+    stage, status = past.stage, past.now.status or "failed"
+    if found.kind == "DISK_FULL":
+        return _stop("refused", cause, found, "not tried again: the disk is full; free some space and submit again")
+    if status == "refused":
+        return _stop("refused", cause, found, "not tried again: the input is wrong")
+    if found.kind == "NODE_FAIL" and stage.kind != "command":
+        again = past.count("NODE_FAIL") < TRIES_ON_BAD_NODES - 1
+        return Verdict("failed", cause, found.kind, again, f"{AGAIN} on another node" if again else f"not tried again: {TRIES_ON_BAD_NODES} nodes failed", elsewhere=True)
+    if past.without_progress >= WITHOUT_PROGRESS:
+        return _stop("failed", cause, found, f"not tried again: no progress in {past.without_progress} attempts")
+    if found.kind == "OOM" and found.certain:
+        return _after_too_little_memory(past, cause, found, relief)
+    tries = TRIES[stage.kind] if spoke else max(TRIES[stage.kind], TRIES_WITHOUT_A_WORD)
+    crashes = 1 + sum(item.status == "failed" and item.kind not in ("OOM", "NODE_FAIL") for item in past.earlier)
+    return Verdict("failed", cause, found.kind, crashes < tries, AGAIN if crashes < tries else "not tried again")
+
+
+def _after_too_little_memory(past: Past, cause: str | None, found: Cause, relief: Relief) -> Verdict:
+    """Once more with more of it, or with less to hold at a time."""
+    stage = past.stage
+    mem = relief.mem_mebibytes or stage.mem_mebibytes
+    if past.count("OOM"):
+        return Verdict("failed", cause, "OOM", False, "not tried again: it had too little memory twice")
+    if found.where != "GPU" and mem is not None and past.on_slurm:
+        larger = round(mem * MORE_MEMORY)
+        return Verdict("failed", cause, "OOM", True, f"{AGAIN} with {larger} MiB of memory instead of {mem}", replace(relief, mem_mebibytes=larger))
+    if stage.kind == "train":
+        words = f"{AGAIN} with micro-batches half as large, the global batch stays the same"
+        return Verdict("failed", cause, "OOM", True, words, replace(relief, micro_batch_divisor=2 * relief.micro_batch_divisor))
+    again = TRIES[stage.kind] > 1
+    return Verdict("failed", cause, "OOM", again, AGAIN if again else "not tried again")
+
+
+def tell(run: RunDir, stage: PlannedStage, shard: int, attempt: int, verdict: Verdict, exit_code: int | None, seconds: float, **facts: Any) -> None:
+    """Write what was decided: the event, and with what the next attempt is to start."""
+    if verdict.relief is not None:
+        run.write_relief(stage.name, shard, verdict.relief)
+    run.event(
+        "task_ended", stage=stage.name, shard=shard, attempt=attempt, status=verdict.status, rc=exit_code, cause=verdict.cause, cause_kind=verdict.kind,
+        seconds=round(seconds, 3), devices=stage.devices, next=verdict.words, again=verdict.again,
+        log=str(guilty_log(run, stage.name, shard, attempt).relative_to(run.root)), **facts,
+    )  # fmt: skip
