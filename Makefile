@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_RUNS ?= runs
 
-.PHONY: setup demo test lint types check bench sandbox clean
+.PHONY: setup demo test test-faults lint types check bench sandbox clean
 
 setup: $(READY)
 
@@ -21,7 +21,11 @@ demo: $(READY)
 	$(BIN)/medgen submit jobs/demo.yaml --local
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# every fault of tests/faults/matrix.py, made to happen; writes the table of docs/reliability.md
+test-faults: $(READY)
+	MEDGEN_WRITE_RELIABILITY=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault
 
 lint: $(READY)
 	$(BIN)/ruff check medgen tests benchmarks cluster

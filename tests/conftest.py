@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+pytest_plugins = ["faults.plugin"]
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
