@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from medgen import plan, rundir
 from medgen.errors import Exit, InputError, Interrupted
@@ -98,17 +99,27 @@ def _start_here(item: Prepared, display: Display, detached: bool) -> Exit:
         return LocalBackend(site.cpus, site.gpus, display=update).submit(run, item.plan)
 
 
+def _lines_of_jobs(item: Prepared, intents: list[dict[str, Any]], jobs: dict[str, int]) -> list[tuple[str, str, str]]:
+    """(stage, tasks, job): a line per sbatch call, one for all jobs of a chain."""
+    lines = []
+    for stage in item.plan.stages:
+        own = [event for event in intents if event["stage"] == stage.name]
+        numbers = [jobs[event["name"]] for event in own]
+        if stage.chain > 1 and len(own) > 1:
+            lines.append((stage.name, "1 task", f"jobs {numbers[0]} to {numbers[-1]}, one behind the other"))
+            continue
+        for number, event in zip(numbers, own, strict=True):
+            lines.append((stage.name, "1 task" if len(event["shards"]) == 1 else f"{len(event['shards'])} tasks", f"job {number}"))
+    return lines
+
+
 def queued_text(item: Prepared) -> str:
     """What the last submit has queued, a line per stage."""
     run = item.run
     events = run.events()
     start = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=len(events))
     jobs = {event["name"]: event["job_id"] for event in events[start:] if event["event"] == "job_submitted"}
-    lines = []
-    for event in events[start:]:
-        if event["event"] == "job_intent" and event["name"] in jobs:
-            tasks = "1 task" if len(event["shards"]) == 1 else f"{len(event['shards'])} tasks"
-            lines.append((event["stage"], tasks, f"job {jobs[event['name']]}"))
+    lines = _lines_of_jobs(item, [event for event in events[start:] if event["event"] == "job_intent" and event["name"] in jobs], jobs)
     name = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in item.point.values.items())
     title = f"{run.run_id}" + (f"  ({name})" if name else "")
     done = all(run.is_done(task.stage, task.shard, task.hash) for stage in item.plan.stages for task in stage.tasks)
