@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medgen import files
+from medgen import files, names, redact
 from medgen.errors import InputError
 
 RUNS_VARIABLE = "MEDGEN_RUNS"
@@ -200,7 +200,9 @@ class RunDir:
         return self.root / "hb" / f"{stage}.{shard}.json"
 
     def write_outcome(self, outcome: Outcome) -> None:
-        files.write_json(self.outcome_file(outcome.stage, outcome.shard), asdict(outcome))
+        record = asdict(outcome)
+        record["cause"] = redact.value(record["cause"])
+        files.write_json(self.outcome_file(outcome.stage, outcome.shard), record)
 
     def read_outcome(self, stage: str, shard: int) -> Outcome | None:
         """The last outcome of a task, or None if there is none or it is not readable."""
@@ -258,7 +260,7 @@ class RunDir:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl: kind, time, host and the facts."""
-        record = {"time": round(time.time(), 3), "event": kind, "host": socket.gethostname(), **facts}
+        record = {"time": round(time.time(), 3), "event": kind, "host": socket.gethostname(), **redact.value(facts)}
         files.append_line(self.events_file, json.dumps(record))
 
     def events(self) -> list[dict[str, Any]]:
@@ -312,12 +314,12 @@ def _is_plausible(outcome: Outcome) -> bool:
 
 def runs_root() -> Path:
     """Where runs live: $MEDGEN_RUNS, else ./runs."""
-    return Path(os.environ.get(RUNS_VARIABLE) or "runs").expanduser().absolute()
+    return names.runs_folder(Path(os.environ.get(RUNS_VARIABLE) or "runs"))
 
 
 def cache_root(runs: Path) -> Path:
     """The slice caches of the runs in this folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or runs / ".cache").expanduser().absolute()
+    return names.absolute(Path(os.environ.get(CACHE_VARIABLE) or runs / ".cache"))
 
 
 def find_run(name: str) -> RunDir:

@@ -6,6 +6,9 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from medgen.errors import InputError
+from medgen.names import CONTROL, printable
+
 # the short forms of sbatch(1), 20.11 to 24.11; those that take no value are in FLAGS
 SHORT = {
     "A": "account", "a": "array", "B": "extra-node-info", "C": "constraint", "c": "cpus-per-task", "D": "chdir", "d": "dependency",
@@ -22,6 +25,13 @@ LONG_FLAGS = {
     "use-min-nodes", "verbose", "version", "wait", "wait-all-nodes", "x11", "nice",
 }  # fmt: skip
 SAME_MEANING = {"share": "oversubscribe", "no-requeue": "requeue", "workdir": "chdir"}
+
+
+def directive_line(option: str) -> str:
+    """`#SBATCH <option>`. Raises InputError where a newline in it would begin another directive, or a command."""
+    if CONTROL.search(option):
+        raise InputError(f"#SBATCH {printable(option)}: a line of sbatch options holds no control characters; look for a newline in the spec or site profile")
+    return f"#SBATCH {option}"
 
 
 def options_of(line: str) -> list[tuple[str, str | None]]:

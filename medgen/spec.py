@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from medgen import document, models
+from medgen import document, models, sbatch_options
 from medgen.document import Document
 from medgen.errors import InputError
+from medgen.names import CONTROL, ChannelName, OptionWord, absolute
 from medgen.units import Mebibytes, Minutes
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
@@ -35,8 +36,9 @@ class Frozen(BaseModel):
 def _directive(value: str) -> str:
     """One line of sbatch options such as `--partition=GPUQ`, without the `#SBATCH`."""
     text = value.strip().removeprefix("#SBATCH").strip()
-    if not text.startswith("-") or "\n" in text:
+    if not text.startswith("-") or CONTROL.search(text):
         raise ValueError(f"not a line of sbatch options: {value!r}; write for example --partition=GPUQ")
+    sbatch_options.options_of(text)  # raises ValueError for an open quote
     return text
 
 
@@ -46,8 +48,8 @@ Directive = Annotated[str, AfterValidator(_directive)]
 class GpuRequest(Frozen):
     """Which GPUs will do; the site profile turns the names into features."""
 
-    any_of: list[str] = []
-    prefer: str | None = None
+    any_of: list[OptionWord] = []
+    prefer: OptionWord | None = None
     memory: Mebibytes | None = None
 
     @model_validator(mode="after")
@@ -131,7 +133,7 @@ class DataSpec(Frozen):
 
     format: Literal["nifti", "csv", "phantom"] = "nifti"
     root: Path | None = None  # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file
-    images: dict[str, str] = {}  # channel name -> file name (nifti) or column (csv)
+    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti) or column (csv)
     mask: str | None = None  # file name or column of the label volume
     mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
     size: int = Field(128, ge=16, le=2048)  # pixels; slices become size x size
@@ -141,7 +143,7 @@ class DataSpec(Frozen):
     positive_only: bool = False  # keep only slices whose mask is not empty
     every: int = Field(1, ge=1)  # keep every n-th slice
     splits: SplitFractions = SplitFractions()
-    patients: int | None = Field(None, ge=3)  # phantom: how many patients to draw; default 16
+    patients: int | None = Field(None, ge=3, le=100_000)  # phantom: how many patients to draw; default 16
 
     @model_validator(mode="before")
     @classmethod
@@ -172,7 +174,7 @@ class DataSpec(Frozen):
     @classmethod
     def _root_counts_from_here(cls, value: Path | None) -> Path | None:
         """Absolute, so that the run goes on from any folder."""
-        return value.expanduser().absolute() if value is not None else None
+        return absolute(value) if value is not None else None
 
     @property
     def channels(self) -> list[str]:
@@ -239,7 +241,7 @@ class GenerateStage(StageSpec):
     checkpoint: str = "last"  # last | best-val | best-<metric>
     sampling: dict[str, Any] = {}  # checked by the model family
     chunk: int = Field(16, ge=1)  # images drawn together; fixed, so that bytes do not depend on shards
-    shards: int = Field(1, ge=1)
+    shards: int = Field(1, ge=1, le=1_000_000)
     parallel: int | None = Field(None, ge=1)
     format: Literal["nifti", "png", "npy"] = "nifti"
     accept: Accept | None = None

@@ -82,12 +82,12 @@ class Taken:
 
 def _taken_by_slurm(run: RunDir, job: str, at_limit: bool) -> Taken | None:
     """None if the job just runs: what comes next is ours to decide."""
-    facts = dict(re.findall(r"(\w+)=(\S*)", job))
+    facts = dict(reversed(re.findall(r"(\w+)=(\S*)", job)))  # the first of a name: a job's own words come later
     if run.cancel_mark.exists():
         return Taken("cancelled with medgen cancel", CANCELLED)
     if facts.get("JobState", "RUNNING") == "RUNNING":
         return None
-    if int(facts.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+    if int(re.sub(r"\D", "", facts.get("Restarts", "")) or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return Taken("Slurm took the job back to start it again", GOES_ON)
     if at_limit:
         return Taken("it met its time limit", OVER_TIME)

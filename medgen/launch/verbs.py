@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from medgen import plan
+from medgen import plan, redact
 from medgen.errors import Exit, InputError, Interrupted
 from medgen.launch import preflight
 from medgen.launch.backend import Backend
@@ -123,10 +123,10 @@ def queued_text(item: Prepared) -> str:
 
 def _show(prepared: list[Prepared], as_json: bool) -> None:
     if as_json:
-        plans = [plan.to_json(item.plan) for item in prepared]
+        plans = [redact.value(plan.to_json(item.plan)) for item in prepared]
         print(json.dumps(plans[0] if len(plans) == 1 else plans, indent=1))
         return
-    print("\n".join(describe(item.plan, item.run.root, _first_chunks(item)) for item in prepared), end="")
+    print(redact.text("\n".join(describe(item.plan, item.run.root, _first_chunks(item)) for item in prepared)), end="")
 
 
 def _first_chunks(item: Prepared) -> dict[str, list[Chunk]]:
@@ -152,4 +152,4 @@ def backend_of(run: RunDir) -> Backend:
 def tell(messages: Sequence[str]) -> None:
     """For people, on stderr: stdout is kept for what was asked for."""
     for message in messages:
-        print(message, file=sys.stderr, flush=True)
+        print(redact.text(message), file=sys.stderr, flush=True)
