@@ -145,7 +145,7 @@ class RunDir:
         return self.root / "submissions" / str(number)
 
     def next_submission(self) -> Path:
-        taken = [int(path.name) for path in (self.root / "submissions").glob("*") if path.name.isdigit()]
+        taken = [int(path.name) for path in (self.root / "submissions").glob("*") if path.name.isdecimal()]
         return self.submission(max(taken, default=0) + 1)
 
     def stage(self, stage: str) -> Path:
@@ -157,7 +157,7 @@ class RunDir:
     def saved_step(self, stage: str) -> int:
         """The newest step with a committed checkpoint, where a training goes on; 0 if there is none. Contents are not verified here."""
         steps = [path.parent.name.partition("-")[2] for path in self.checkpoints(stage).glob("step-*/commit.json")]
-        return max((int(step) for step in steps if step.isdigit()), default=0)
+        return max((int(step) for step in steps if step.isdecimal()), default=0)
 
     def tensorboard(self, stage: str) -> Path:
         return self.root / stage / "tb"

@@ -24,6 +24,7 @@ LONG_FLAGS = {
     "overcommit", "oversubscribe", "parsable", "propagate", "quiet", "reboot", "requeue", "share", "spread-job", "test-only", "usage",
     "use-min-nodes", "verbose", "version", "wait", "wait-all-nodes", "x11", "nice",
 }  # fmt: skip
+LONGEST_NUMBER = 12  # digits; int() refuses thousands of them
 SAME_MEANING = {"share": "oversubscribe", "no-requeue": "requeue", "workdir": "chdir"}
 
 
@@ -84,10 +85,10 @@ def amounts(lines: list[str]) -> Amounts:
     """For planning; the last of several counts."""
     said = {SAME_MEANING.get(name, name): value or "" for line in lines for name, value in options_of(line)}
     nodes = _whole(said.get("nodes", ""))
-    gpus = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?", said.get("gres", ""))
+    gpus = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d{1,9}))?", said.get("gres", ""))
     per_node = int(gpus.group(1) or 1) if gpus else _whole(said.get("gpus-per-node", "").rpartition(":")[2])
     in_all = _whole(said.get("gpus", "").rpartition(":")[2])
-    memory = re.fullmatch(r"(\d+)([MGT]?)B?", said.get("mem", ""), flags=re.IGNORECASE)
+    memory = re.fullmatch(r"(\d{1,12})([MGT]?)B?", said.get("mem", ""), flags=re.IGNORECASE)
     return Amounts(
         time_minutes=minutes(said.get("time", "")),
         nodes=nodes,
@@ -101,7 +102,7 @@ def minutes(value: str) -> int | None:
     """A time limit as Slurm reads it, in whole minutes rounded up; None for no limit and for what is no time.
 
     `30` is minutes, `30:00` minutes and seconds, `1-12` days and hours."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", value.strip())
     if match is None:
         return None
     days, *clock = match.groups()
@@ -116,4 +117,4 @@ def minutes(value: str) -> int | None:
 
 
 def _whole(value: str) -> int | None:
-    return int(value) if value.isdigit() and int(value) else None
+    return int(value) or None if value.isdecimal() and len(value) <= LONGEST_NUMBER else None

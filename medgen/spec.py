@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
 PROJECT = Path(__file__).parent.parent  # a checkout's own configs/, for specs that were copied elsewhere
 SUBMITS_ITSELF = re.compile(r"^[^#\n]*\bsbatch\b[^#\n]*[\s\"']\$\{?0\b", re.MULTILINE)
+MOST_POINTS = 1000  # of a sweep
 BASH_KEYS = ("run", "setup")  # text for bash: its ${NAME} are not ours to replace
 
 
@@ -416,6 +418,8 @@ def _take_sweep(spec_document: Document) -> dict[str, list[Any]]:
             raise spec_document.error(("sweep", key), f"a value stands twice in {values!r}; keep one of them")
         if key.split(".")[0] not in ("seed", "data", "stages"):
             raise spec_document.error(("sweep", key), "a sweep changes seed, data or stages; every point keeps the name")
+    if math.prod(len(values) for values in sweep.values()) > MOST_POINTS:
+        raise spec_document.error(("sweep",), f"more than {MOST_POINTS:,} points; each is a run of its own")
     return sweep
 
 
