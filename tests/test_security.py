@@ -387,7 +387,7 @@ def test_other_texts_stay_as_they_are(text: str) -> None:
 
 def test_secrets_reach_the_job_and_nothing_that_is_shown(tmp_path: Path, write_spec: WriteSpec, medgen: Medgen) -> None:
     given = commands(
-        run=f"printf %s \"$API_KEY\" > seen; export DB_PASSWORD={HUSH}; echo \"login with token={HUSH} to https://me:{HUSH}@host failed\"; exit 3",
+        run=f"printf %s \"$API_KEY\" > seen; export DB_PASSWORD={HUSH}; echo \"login with token={HUSH} to https://me:{HUSH}@host failed\"; printf '\\033]0;owned\\007\\n'; exit 3",
         env={"API_KEY": "to be overridden"}, resources={"cpus": 1, "setup": [f"export SETUP_SECRET={HUSH}"]},
     )  # fmt: skip
     path, override = write_spec(given), f"stages.work.env.API_KEY={HUSH}"
@@ -396,12 +396,13 @@ def test_secrets_reach_the_job_and_nothing_that_is_shown(tmp_path: Path, write_s
     run = only_run(tmp_path)
     assert (tmp_path / "seen").read_text() == HUSH, "the job got it"
     shown += [ended.stdout, ended.stderr, (run / "manifest.json").read_text(), (run / "events.jsonl").read_text(), (run / "outcome" / "work.0.json").read_text()]
-    for verb in (["watch", run, "--once"], ["watch", run, "--json"], ["why", run], ["why", run, "--json"], ["usage", run, "--json"], ["logs", run]):
+    for verb in (["watch", run, "--once"], ["watch", run, "--json"], ["why", run], ["why", run, "--json"], ["usage", run, "--json"], ["logs", run], ["logs", "-f", run]):
         done = subprocess.run([sys.executable, "-m", "medgen", *map(str, verb)], cwd=tmp_path, env={**os.environ, "MEDGEN_RUNS": str(tmp_path / "runs")}, capture_output=True, text=True)
         shown += [done.stdout, done.stderr]
     for wrong in ([f"stages.work.env={{API_KEY: [{HUSH}]}}"], [f"stages.work.env.API_KEY=[{HUSH}]"], [f"stages.work.env.API_KEY.deeper={HUSH}"], [f"stages.work.envy.API_KEY={HUSH}"]):
         shown.append(medgen("submit", path, "--local", "-o", wrong[0], expect=2).stderr)
     assert [text for text in shown if HUSH in text] == []
+    assert not any("\033" in text for text in shown), "a log steers no terminal"
     assert sum(redact.HIDDEN in text for text in shown) >= 10
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["command"][-1] == "stages.work.env.API_KEY=***" and not {"environment", "env"} & manifest.keys()

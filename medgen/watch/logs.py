@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgen import plan as planning
+from medgen import redact
 from medgen.errors import Exit, InputError
-from medgen.launch.backend import TAIL_BYTES, guilty_log, last_lines, next_attempt
+from medgen.launch.backend import CONTROL, TAIL_BYTES, guilty_log, last_lines, next_attempt
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.slurm import SlurmError
 from medgen.launch.supervisor import living_supervisor
@@ -273,7 +274,7 @@ class Follower:
 
 def _shown(line: bytes) -> str:
     """A progress bar rewrites its line with carriage returns: what was last on screen counts."""
-    return line.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1].rstrip()
+    return redact.text(CONTROL.sub("", line.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1].rstrip()))
 
 
 def _follow(target: Target, chosen: list[Chosen], lines: int) -> Exit:
