@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medgen import __version__
+from medgen import __version__, names, redact
 from medgen.errors import Exit, InputError, MedgenError
 
 EPILOG = "Exit codes: 0 done, 1 a stage failed, 2 wrong input, 3 interrupted (run it again to go on), 4 not finished yet (watch --once)."
@@ -183,7 +183,7 @@ def import_scripts(
     """Turn hand-written sbatch scripts into job specs; what is not understood is kept word for word and listed."""
     from medgen.launch.importing.verb import run_import
 
-    print(run_import(scripts, out, portable))
+    print(redact.text(run_import(scripts, out, portable)))
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
@@ -283,7 +283,7 @@ def main() -> None:
     try:
         app()
     except MedgenError as error:
-        print(f"medgen: {error}", file=sys.stderr)
+        print(f"medgen: {names.printable(redact.text(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `medgen ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -291,7 +291,7 @@ def main() -> None:
     except OSError as error:
         from medgen.task import explain_os_error
 
-        print(f"medgen: {explain_os_error(error)}", file=sys.stderr)
+        print(f"medgen: {names.printable(redact.text(explain_os_error(error)))}", file=sys.stderr)
         sys.exit(Exit.BAD_INPUT)
     except KeyboardInterrupt:
         print("medgen: interrupted", file=sys.stderr)

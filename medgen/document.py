@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from medgen import redact
 from medgen.errors import InputError
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -26,6 +28,13 @@ OCTAL = re.compile(r"[-+]?0\d+")
 WRITTEN_VARIABLE = re.compile(r"\$\{(\w+)\}")
 # in `{root: ${DATA}/mri}` YAML would take the inner braces for a mapping: they are hidden while it parses
 HIDDEN_VARIABLE = re.compile("\\$\ue000(\\w+)\ue001")
+LARGEST_BYTES = 32 * 2**20  # a list of a million items has 20 MB
+MOST_LEVELS = 50  # libyaml takes seconds for a thousand and the process ends without a word at some ten thousand
+MOST_WITH_ALIASES = 20_000  # values that a file with aliases may have when they are written out
+LARGEST_NUMBER = 2**64
+SHOWN_PROBLEMS = 20
+SHOWN_CHARACTERS = 200  # of a wrong value
+CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
 @dataclass
@@ -66,50 +75,91 @@ def dotted(path: KeyPath) -> str:
 def load(path: Path, verbatim: tuple[str, ...] = ()) -> Document:
     """Read one YAML mapping. Raises InputError with file:line:column for anything YAML would misread silently."""
     try:
-        text = path.read_text()
+        with path.open("rb") as handle:
+            content = handle.read(LARGEST_BYTES + 1)
+        text = content.decode() if len(content) <= LARGEST_BYTES else ""
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    if len(content) > LARGEST_BYTES:
+        raise InputError(f"{path}: larger than {LARGEST_BYTES // 2**20} MB, which is no spec; is it the right file?")
     return parse(text, str(path), verbatim)
 
 
 def parse(text: str, source: str, verbatim: tuple[str, ...] = ()) -> Document:
+    hidden = WRITTEN_VARIABLE.sub("$\ue000\\1\ue001", text)
+    has_aliases = _require_plain(hidden, source)
     try:
-        root = yaml.compose(WRITTEN_VARIABLE.sub("$\ue000\\1\ue001", text), Loader=Loader)
+        root = yaml.compose(hidden, Loader=Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise InputError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise _not_yaml(error, source) from None
     document = Document(source, {}, verbatim=verbatim)
     if root is None:
         raise InputError(f"{source}: the file is empty")
     if not isinstance(root, MappingNode):
         raise InputError(f"{source}: expected `key: value` lines at the top, found {'a list' if isinstance(root, SequenceNode) else 'one value'}")
-    document.data = _plain(root, (), document)
+    document.data = _plain(root, (), document, MOST_WITH_ALIASES if has_aliases else None)
     return document
 
 
-def _plain(node: Node, path: KeyPath, document: Document) -> Any:
-    place = f"{document.source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+def _not_yaml(error: yaml.YAMLError, source: str) -> InputError:
+    mark = getattr(error, "problem_mark", None)
+    place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+    return InputError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or str(error)[:SHOWN_CHARACTERS]}")
+
+
+def _require_plain(text: str, source: str) -> bool:
+    """Look at the text without building anything from it; True if it has aliases.
+
+    Raises InputError for tags (a spec is data: no Python objects), for nesting that would end the process, for no YAML."""
+    level, has_aliases = 0, False
+    try:
+        for event in yaml.parse(text, Loader=Loader):
+            if isinstance(event, AliasEvent):
+                has_aliases = True
+            elif isinstance(event, NodeEvent) and event.tag is not None and event.tag not in CORE_TAGS:  # type: ignore[attr-defined]
+                raise InputError(f"{_start(event, source)}: the tag {event.tag[:80]!r} is not read: a spec holds plain values; remove it")  # type: ignore[attr-defined]
+            level += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if level > MOST_LEVELS:
+                raise InputError(f"{_start(event, source)}: more than {MOST_LEVELS} levels of nesting; no spec needs them")
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, source) from None
+    return has_aliases
+
+
+def _plain(node: Node, path: KeyPath, document: Document, most: int | None) -> Any:
+    """`most`: how many values there may be in all; aliases of aliases can stand for billions."""
+    place = _start(node, document.source)
+    if len(path) > MOST_LEVELS or (most is not None and len(document.positions) >= most):
+        raise InputError(f"{place}: the aliases (*name) in this file stand for more than {MOST_WITH_ALIASES} values or for themselves; write out what they mean")
     document.positions[path] = place
     if isinstance(node, MappingNode):
-        return _plain_mapping(node, path, document)
+        return _plain_mapping(node, path, document, most)
     if isinstance(node, SequenceNode):
-        return [_plain(item, (*path, index), document) for index, item in enumerate(node.value)]
+        return [_plain(item, (*path, index), document, most) for index, item in enumerate(node.value)]
     assert isinstance(node, ScalarNode)
     return _plain_scalar(node, path, document)
 
 
-def _plain_mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
+def _start(part: Any, source: str) -> str:
+    """Where a node or event begins."""
+    return f"{source}:{part.start_mark.line + 1}:{part.start_mark.column + 1}"
+
+
+def _plain_mapping(node: MappingNode, path: KeyPath, document: Document, most: int | None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = str(key_node.value)
+        place = _start(key_node, document.source)
+        if not isinstance(key_node, ScalarNode):
+            raise InputError(f"{place}: a key is one word, not a list or mapping; is there a brace or bracket too many?")
+        key = HIDDEN_VARIABLE.sub(r"${\1}", key_node.value)
         below = (*path, key)
-        place = f"{document.source}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+        if key == "<<" and not key_node.style:
+            raise InputError(f"{place}: {dotted(below)}: merge keys are not read; write the keys out")
         if key in result:
             raise InputError(f"{place}: {dotted(below)}: the key stands twice; keep one of them")
-        result[key] = _plain(value_node, below, document)
+        result[key] = _plain(value_node, below, document, most)
         document.positions[below] = place
     return result
 
@@ -126,7 +176,12 @@ def _plain_scalar(node: ScalarNode, path: KeyPath, document: Document) -> Any:
         raise document.error(path, f"YAML reads {text} as an octal number; write {int(text)}, or quote it if it is text")
     if plain and text.lower() in {"yes", "no", "on", "off"}:
         raise document.error(path, f"YAML reads {text} as true or false; write true, false or \"{text}\"")
-    value = yaml.safe_load(text) if plain else text
+    try:
+        value = yaml.safe_load(text) if plain else text
+    except (yaml.YAMLError, ValueError):  # `=`, `2026-13-45`, `0x_`: look like something special and are not
+        raise document.error(path, f"YAML cannot read {_shown(text)}; quote it if it is text") from None
+    if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+        raise document.error(path, "this number has more than 64 bits")
     return expand(value, path, document) if isinstance(value, str) else value
 
 
@@ -150,7 +205,14 @@ def parse_override_value(text: str) -> Any:
         return float(text)
     if CLOCK.fullmatch(text):
         return text
-    return yaml.safe_load(text) if text else ""
+    if not text:
+        return ""
+    if _require_plain(text, "-o"):
+        raise InputError("-o: no aliases (*name) here; write the value out")
+    value = yaml.safe_load(text)
+    if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+        raise ValueError("more than 64 bits")
+    return value
 
 
 def override(document: Document, assignments: Sequence[str]) -> None:
@@ -158,12 +220,13 @@ def override(document: Document, assignments: Sequence[str]) -> None:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise InputError(f"-o {assignment}: write key.subkey=value")
+            raise InputError(f"-o {_shown(assignment)}: write key.subkey=value")
+        place = f"-o {_shown(redact.arguments([assignment])[0])}"
         try:
             value = parse_override_value(text)
-        except yaml.YAMLError:
-            raise InputError(f"-o {assignment}: {text!r} is not a YAML value") from None
-        set_value(document, name, value, f"-o {assignment}")
+        except (InputError, yaml.YAMLError, ValueError):
+            raise InputError(f"{place}: the right side is not a YAML value of a spec") from None
+        set_value(document, name, value, place)
 
 
 def set_value(document: Document, name: str, value: Any, place: str) -> None:
@@ -195,7 +258,9 @@ def check(model: type[ModelType], document: Document, path: KeyPath = ()) -> Mod
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        lines = [_explain(problem, model, document, path) for problem in error.errors()]
+        problems = error.errors()
+        lines = [_explain(problem, model, document, path) for problem in problems[:SHOWN_PROBLEMS]]
+        lines += [f"{document.source}: and {len(problems) - SHOWN_PROBLEMS} more problems"] if len(problems) > SHOWN_PROBLEMS else []
         raise InputError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -204,7 +269,7 @@ def _explain(problem: Any, model: type[BaseModel], document: Document, path: Key
     where = path + inside
     if problem["type"] == "extra_forbidden":
         valid = _valid_keys(model, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(inside[-1]), valid, n=1)
+        close = difflib.get_close_matches(str(inside[-1])[:SHOWN_CHARACTERS], valid, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the valid keys are: {', '.join(sorted(valid))}"
         return str(document.error(where, f"unknown key; {hint}"))
     if problem["type"] == "union_tag_invalid":
@@ -219,7 +284,16 @@ def _explain(problem: Any, model: type[BaseModel], document: Document, path: Key
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error" or isinstance(problem["input"], dict):
         return str(document.error(where, message))
-    return str(document.error(where, f"{message[:1].lower()}{message[1:]}, got {problem['input']!r}"))
+    return str(document.error(where, f"{message[:1].lower()}{message[1:]}, got {_given(problem['input'], where)}"))
+
+
+def _given(value: Any, path: KeyPath) -> str:
+    """A wrong value as a message shows it: passwords hidden, long ones cut."""
+    return redact.HIDDEN if any(redact.is_secret(key) for key in path) else _shown(repr(redact.value(value)))
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def _keys_in_document(location: Sequence[str | int], document: Document, path: KeyPath) -> KeyPath:

@@ -25,6 +25,17 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def private_folder(folder: Path) -> None:
+    """Make a folder that only this user can enter, whatever the umask, and its missing parents likewise. One that is there keeps the
+    rights it has: its owner may have shared it."""
+    for path in [*reversed(folder.parents), folder]:
+        try:
+            path.mkdir(mode=0o700)
+        except OSError:
+            if not path.is_dir():
+                raise
+
+
 @contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
     """Yield a unique path beside `target`; on success it is synced and renamed onto `target`, else removed."""

@@ -158,7 +158,7 @@ def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, n
 
 def _real_condition(store: SliceStore, names: tuple[str, ...], row: int) -> Condition:
     channels = {name: load_channel(store, name, np.array([row]), torch.device("cpu"))[0, 0].numpy() for name in names}
-    return Condition(str(store.rows.iloc[row].id), "real", channels, store.affine(row))
+    return Condition(str(store.aliases[row]), "real", channels, store.affine(row))
 
 
 def _spread(index: int, count: int, available: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from medgen import files, sbatch_options
 from medgen.errors import InputError
+from medgen.names import absolute
 from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task, collect_name
 from medgen.site import Site
 from medgen.spec import (
@@ -57,7 +58,7 @@ def make_plan(spec: Spec, site: Site) -> Plan:
 
 def _place(site: Site) -> Place:
     interpreter = [*site.environment.prefix(), "python"] if site.environment.brings_python else []
-    secrets = str(site.secrets.expanduser().absolute()) if site.secrets is not None else None
+    secrets = str(absolute(site.secrets)) if site.secrets is not None else None
     return Place(site.scheduler, interpreter, list(site.export), secrets, site.grace, site.notify.model_dump(mode="json"))
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medgen import files
+from medgen import files, names, redact
 from medgen.errors import InputError
 
 RUNS_VARIABLE = "MEDGEN_RUNS"
@@ -155,7 +155,7 @@ class RunDir:
         return self.root / "submissions" / str(number)
 
     def next_submission(self) -> Path:
-        taken = [int(path.name) for path in (self.root / "submissions").glob("*") if path.name.isdigit()]
+        taken = [int(path.name) for path in (self.root / "submissions").glob("*") if path.name.isdecimal()]
         return self.submission(max(taken, default=0) + 1)
 
     def stage(self, stage: str) -> Path:
@@ -167,7 +167,7 @@ class RunDir:
     def saved_step(self, stage: str) -> int:
         """The newest step with a committed checkpoint, where a training goes on; 0 if there is none. Contents are not verified here."""
         steps = [path.parent.name.partition("-")[2] for path in self.checkpoints(stage).glob("step-*/commit.json")]
-        return max((int(step) for step in steps if step.isdigit()), default=0)
+        return max((int(step) for step in steps if step.isdecimal()), default=0)
 
     def tensorboard(self, stage: str) -> Path:
         return self.root / stage / "tb"
@@ -210,7 +210,9 @@ class RunDir:
         return self.root / "hb" / f"{stage}.{shard}.json"
 
     def write_outcome(self, outcome: Outcome) -> None:
-        files.write_json(self.outcome_file(outcome.stage, outcome.shard), asdict(outcome))
+        record = asdict(outcome)
+        record["cause"] = redact.value(record["cause"])
+        files.write_json(self.outcome_file(outcome.stage, outcome.shard), record)
 
     def read_outcome(self, stage: str, shard: int) -> Outcome | None:
         """The last outcome of a task, or None if there is none or it is not readable."""
@@ -283,7 +285,7 @@ class RunDir:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl: kind, time, host and the facts."""
-        record = {"time": round(time.time(), 3), "event": kind, "host": socket.gethostname(), **facts}
+        record = {"time": round(time.time(), 3), "event": kind, "host": socket.gethostname(), **redact.value(facts)}
         files.append_line(self.events_file, json.dumps(record))
 
     def events(self) -> list[dict[str, Any]]:
@@ -337,12 +339,12 @@ def _is_plausible(outcome: Outcome) -> bool:
 
 def runs_root() -> Path:
     """Where runs live: $MEDGEN_RUNS, else ./runs."""
-    return Path(os.environ.get(RUNS_VARIABLE) or "runs").expanduser().absolute()
+    return names.runs_folder(Path(os.environ.get(RUNS_VARIABLE) or "runs"))
 
 
 def cache_root(runs: Path) -> Path:
     """The slice caches of the runs in this folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or runs / ".cache").expanduser().absolute()
+    return names.absolute(Path(os.environ.get(CACHE_VARIABLE) or runs / ".cache"))
 
 
 def find_run(name: str) -> RunDir:

@@ -6,6 +6,9 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from medgen.errors import InputError
+from medgen.names import CONTROL, printable
+
 # the short forms of sbatch(1), 20.11 to 24.11; those that take no value are in FLAGS
 SHORT = {
     "A": "account", "a": "array", "B": "extra-node-info", "C": "constraint", "c": "cpus-per-task", "D": "chdir", "d": "dependency",
@@ -21,7 +24,15 @@ LONG_FLAGS = {
     "overcommit", "oversubscribe", "parsable", "propagate", "quiet", "reboot", "requeue", "share", "spread-job", "test-only", "usage",
     "use-min-nodes", "verbose", "version", "wait", "wait-all-nodes", "x11", "nice",
 }  # fmt: skip
+LONGEST_NUMBER = 12  # digits; int() refuses thousands of them
 SAME_MEANING = {"share": "oversubscribe", "no-requeue": "requeue", "workdir": "chdir"}
+
+
+def directive_line(option: str) -> str:
+    """`#SBATCH <option>`. Raises InputError where a newline in it would begin another directive, or a command."""
+    if CONTROL.search(option):
+        raise InputError(f"#SBATCH {printable(option)}: a line of sbatch options holds no control characters; look for a newline in the spec or site profile")
+    return f"#SBATCH {option}"
 
 
 def options_of(line: str) -> list[tuple[str, str | None]]:
@@ -74,10 +85,10 @@ def amounts(lines: list[str]) -> Amounts:
     """For planning; the last of several counts."""
     said = {SAME_MEANING.get(name, name): value or "" for line in lines for name, value in options_of(line)}
     nodes = _whole(said.get("nodes", ""))
-    gpus = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?", said.get("gres", ""))
+    gpus = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d{1,9}))?", said.get("gres", ""))
     per_node = int(gpus.group(1) or 1) if gpus else _whole(said.get("gpus-per-node", "").rpartition(":")[2])
     in_all = _whole(said.get("gpus", "").rpartition(":")[2])
-    memory = re.fullmatch(r"(\d+)([MGT]?)B?", said.get("mem", ""), flags=re.IGNORECASE)
+    memory = re.fullmatch(r"(\d{1,12})([MGT]?)B?", said.get("mem", ""), flags=re.IGNORECASE)
     return Amounts(
         time_minutes=minutes(said.get("time", "")),
         nodes=nodes,
@@ -91,7 +102,7 @@ def minutes(value: str) -> int | None:
     """A time limit as Slurm reads it, in whole minutes rounded up; None for no limit and for what is no time.
 
     `30` is minutes, `30:00` minutes and seconds, `1-12` days and hours."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", value.strip())
     if match is None:
         return None
     days, *clock = match.groups()
@@ -106,4 +117,4 @@ def minutes(value: str) -> int | None:
 
 
 def _whole(value: str) -> int | None:
-    return int(value) if value.isdigit() and int(value) else None
+    return int(value) or None if value.isdecimal() and len(value) <= LONGEST_NUMBER else None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from medgen import document
 from medgen.document import Document, KeyPath
 from medgen.errors import InputError
+from medgen.names import OptionWord, absolute
 from medgen.units import Mebibytes, Minutes, Seconds
 
 SITE_VARIABLE = "MEDGEN_SITE"
@@ -34,14 +35,14 @@ class Frozen(BaseModel):
 class Partitions(Frozen):
     """Where jobs with and without GPUs go; None: the cluster's default."""
 
-    gpu: str | None = None
-    cpu: str | None = None
+    gpu: OptionWord | None = None
+    cpu: OptionWord | None = None
 
 
 class Exclusion(Frozen):
     """Nodes to stay away from: always with a reason, and until a day after which it is no longer believed."""
 
-    nodes: str
+    nodes: OptionWord
     reason: str = Field(min_length=3)
     until: datetime.date
 
@@ -78,14 +79,14 @@ class Environment(Frozen):
         if self.conda is not None:
             lines += ['source "$(conda info --base)/etc/profile.d/conda.sh"', f"conda activate {shlex.quote(self.conda)}"]
         if self.venv is not None:
-            lines.append(f"source {shlex.quote(str(self.venv.expanduser().absolute() / 'bin' / 'activate'))}")
+            lines.append(f"source {shlex.quote(str(absolute(self.venv) / 'bin' / 'activate'))}")
         return lines
 
     def prefix(self) -> list[str]:
         """Words before the interpreter: the container, if there is one."""
         if self.apptainer is None:
             return []
-        return ["apptainer", "exec", *self.apptainer_options, str(self.apptainer.expanduser().absolute())]
+        return ["apptainer", "exec", *self.apptainer_options, str(absolute(self.apptainer))]
 
 
 class Limits(Frozen):
@@ -101,7 +102,7 @@ class Notify(Frozen):
 
     `webhook`: the name of an environment variable (of `secrets`) that holds the address: it never stands in a script."""
 
-    mail: str | None = None
+    mail: OptionWord | None = None
     webhook: str | None = None
     command: str | None = None  # run by bash with MEDGEN_RUN, MEDGEN_EVENT and MEDGEN_TEXT
     on: list[Literal["end", "fail"]] = ["end", "fail"]
@@ -120,10 +121,10 @@ class Site(Frozen):
     cpus_per_gpu: int | None = Field(None, ge=1)  # a task's share where it says nothing; default: cpus / gpus
     mem: Mebibytes | None = None  # of a node's share, where a stage says nothing: per GPU, or per task without GPUs
     partitions: Partitions = Partitions()
-    account: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    features: dict[str, Annotated[list[Mebibytes], BeforeValidator(_list_of_sizes)]] = {}  # GPU feature -> memories it may have; [] says nothing
+    account: OptionWord | None = None
+    qos: OptionWord | None = None
+    reservation: OptionWord | None = None
+    features: dict[OptionWord, Annotated[list[Mebibytes], BeforeValidator(_list_of_sizes)]] = {}  # GPU feature -> memories it may have; [] says nothing
     exclude: list[Exclusion] = []
     limits: Limits = Limits()
     environment: Environment = Environment()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from medgen import document, models
+from medgen import document, models, sbatch_options
 from medgen.document import Document
 from medgen.errors import InputError
+from medgen.names import CONTROL, ChannelName, OptionWord, absolute
 from medgen.units import Mebibytes, Minutes
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
@@ -23,6 +25,7 @@ VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
 PROJECT = Path(__file__).parent.parent  # a checkout's own configs/, for specs that were copied elsewhere
 SUBMITS_ITSELF = re.compile(r"^[^#\n]*\bsbatch\b[^#\n]*[\s\"']\$\{?0\b", re.MULTILINE)
+MOST_POINTS = 1000  # of a sweep
 BASH_KEYS = ("run", "setup")  # text for bash: its ${NAME} are not ours to replace
 
 
@@ -35,8 +38,9 @@ class Frozen(BaseModel):
 def _directive(value: str) -> str:
     """One line of sbatch options such as `--partition=GPUQ`, without the `#SBATCH`."""
     text = value.strip().removeprefix("#SBATCH").strip()
-    if not text.startswith("-") or "\n" in text:
+    if not text.startswith("-") or CONTROL.search(text):
         raise ValueError(f"not a line of sbatch options: {value!r}; write for example --partition=GPUQ")
+    sbatch_options.options_of(text)  # raises ValueError for an open quote
     return text
 
 
@@ -46,8 +50,8 @@ Directive = Annotated[str, AfterValidator(_directive)]
 class GpuRequest(Frozen):
     """Which GPUs will do; the site profile turns the names into features."""
 
-    any_of: list[str] = []
-    prefer: str | None = None
+    any_of: list[OptionWord] = []
+    prefer: OptionWord | None = None
     memory: Mebibytes | None = None
 
     @model_validator(mode="after")
@@ -131,7 +135,7 @@ class DataSpec(Frozen):
 
     format: Literal["nifti", "csv", "phantom"] = "nifti"
     root: Path | None = None  # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file
-    images: dict[str, str] = {}  # channel name -> file name (nifti) or column (csv)
+    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti) or column (csv)
     mask: str | None = None  # file name or column of the label volume
     mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
     size: int = Field(128, ge=16, le=2048)  # pixels; slices become size x size
@@ -141,7 +145,7 @@ class DataSpec(Frozen):
     positive_only: bool = False  # keep only slices whose mask is not empty
     every: int = Field(1, ge=1)  # keep every n-th slice
     splits: SplitFractions = SplitFractions()
-    patients: int | None = Field(None, ge=3)  # phantom: how many patients to draw; default 16
+    patients: int | None = Field(None, ge=3, le=100_000)  # phantom: how many patients to draw; default 16
 
     @model_validator(mode="before")
     @classmethod
@@ -172,7 +176,7 @@ class DataSpec(Frozen):
     @classmethod
     def _root_counts_from_here(cls, value: Path | None) -> Path | None:
         """Absolute, so that the run goes on from any folder."""
-        return value.expanduser().absolute() if value is not None else None
+        return absolute(value) if value is not None else None
 
     @property
     def channels(self) -> list[str]:
@@ -241,7 +245,7 @@ class GenerateStage(StageSpec):
     checkpoint: str = "last"  # last | best-val | best-<metric>
     sampling: dict[str, Any] = {}  # checked by the model family
     chunk: int = Field(16, ge=1)  # images drawn together; fixed, so that bytes do not depend on shards
-    shards: int = Field(1, ge=1)
+    shards: int = Field(1, ge=1, le=1_000_000)
     parallel: int | None = Field(None, ge=1)
     format: Literal["nifti", "png", "npy"] = "nifti"
     accept: Accept | None = None
@@ -416,6 +420,8 @@ def _take_sweep(spec_document: Document) -> dict[str, list[Any]]:
             raise spec_document.error(("sweep", key), f"a value stands twice in {values!r}; keep one of them")
         if key.split(".")[0] not in ("seed", "data", "stages"):
             raise spec_document.error(("sweep", key), "a sweep changes seed, data or stages; every point keeps the name")
+    if math.prod(len(values) for values in sweep.values()) > MOST_POINTS:
+        raise spec_document.error(("sweep",), f"more than {MOST_POINTS:,} points; each is a run of its own")
     return sweep
 
 

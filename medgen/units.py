@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(d|h|m)")
-CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?")
-MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
-SECONDS = re.compile(r"(\d+)\s*(s|m)")
+DURATION_PART = re.compile(r"(\d{1,9}(?:\.\d+)?)(d|h|m)")
+CLOCK = re.compile(r"(?:(\d{1,9})-)?(\d{1,9}):(\d\d)(?::(\d\d))?")
+MEMORY = re.compile(r"(\d{1,9}(?:\.\d+)?)\s*([MGT])i?B?", re.IGNORECASE)
+SECONDS = re.compile(r"(\d{1,9})\s*(s|m)")
 
 
 def parse_minutes(value: Any) -> int:

@@ -134,7 +134,7 @@ def full_run(root: Path, cache: Path, patients: int = 8, size: int = 32, count: 
     write_dataset(run, "images", {"bravo": blurred(store.images("bravo", picked)), "seg": store.masks(picked)},
                   [f"masks-{number:06d}" for number in range(count)], "synthetic")
     write_dataset(run, "pairs", {"bravo": blurred(store.images("bravo", tested)), "seg": store.masks(tested)},
-                  [str(store.rows["id"].iloc[row]) for row in tested], "real")
+                  [str(store.aliases[row]) for row in tested], "real")
     for stage, start_s, seconds in (("train_seg", 0, 900), ("train_bravo", 30, 1500)):
         write_log(run, stage)
         finish(run, stage, start_s, seconds, {"steps": 400, "best_val_loss": 0.041})

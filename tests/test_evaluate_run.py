@@ -77,7 +77,7 @@ def test_metrics_that_do_not_apply_are_listed_with_their_reason(run: RunDir, cac
 def test_copied_training_slices_head_the_list_of_nearest_pairs(run: RunDir, fake: tuple[RunDir, SliceStore], cache: Path) -> None:
     record = evaluated(run, "evaluate_images", cache)  # its images are blurred training slices
     assert "held-out slices" in record["skipped"]["near_train"]
-    rows = fake[1].rows.set_index("id")
+    rows = fake[1].rows.assign(alias=fake[1].aliases).set_index("alias")
     for pair in record["details"]["copies"]:
         assert pair["ratio"] < 0.6
         assert rows.loc[pair["real"], "split"] == "train"
@@ -117,7 +117,7 @@ def test_dual_images_are_scored_per_channel_and_for_their_difference(tmp_path: P
     rows = store.select("test", positive_only=True)[np.arange(20) % 10]
     pre, gd = store.images("t1_pre", rows), store.images("t1_gd", rows)
     (run.root / "fingerprint").write_text(store.fingerprint)
-    conditions = [str(name) for name in store.rows["id"].to_numpy()[rows]]
+    conditions = [str(name) for name in store.aliases[rows]]
 
     def difference(images: dict[str, np.ndarray]) -> float:
         shutil.rmtree(run.dataset("dual"), ignore_errors=True)
@@ -152,7 +152,7 @@ def test_a_stage_that_was_not_collected_is_told(run: RunDir, cache: Path) -> Non
 
 def test_conditions_that_the_data_do_not_know_are_told(run: RunDir, cache: Path) -> None:
     index = run.dataset("pairs") / "index.csv"
-    index.write_text(index.read_text().replace("phantom_", "someone_"))
+    index.write_text(index.read_text().replace("real_", "someone_"))
     with pytest.raises(MedgenError, match=r"the condition someone_.* is no slice of the data"):
         evaluated(run, "evaluate_pairs", cache)
 
@@ -170,7 +170,7 @@ def test_images_of_one_patient_say_nothing_about_diversity(run: RunDir, fake: tu
     one = tested[store.rows["patient"].to_numpy()[tested] == store.rows["patient"].to_numpy()[tested[0]]]
     rows = one[np.arange(10) % len(one)]
     shutil.rmtree(run.dataset("pairs"))
-    fake_run.write_dataset(run, "pairs", {"bravo": store.images("bravo", rows)}, [str(name) for name in store.rows["id"].to_numpy()[rows]], "real")
+    fake_run.write_dataset(run, "pairs", {"bravo": store.images("bravo", rows)}, [str(name) for name in store.aliases[rows]], "real")
     record = evaluated(run, "evaluate_pairs", cache)
     assert "one patient" in record["skipped"]["ms_ssim_diversity"]
     # identical images: no infinity in the file

@@ -96,10 +96,11 @@ def show_data(spec_path: Path, overrides: Sequence[str], out: Path, as_json: boo
 
     from rich.console import Console
 
+    from medgen import files
     from medgen.data import summary
 
     store, facts = _open(spec.load(spec_path, overrides))
-    out.mkdir(parents=True, exist_ok=True)
+    files.private_folder(out)  # it will hold pictures of patients
     summary.contact_sheet(store, out / "contact_sheet.png")
     if store.channels:
         summary.histogram(store, out / "histogram.png")

@@ -288,7 +288,7 @@ def _try_save(trial: Trial, model: Model) -> tuple[int, float]:
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
     cache = trial.item.run.cache
-    cache.mkdir(parents=True, exist_ok=True)
+    files.private_folder(cache)
     with tempfile.TemporaryDirectory(prefix=".check.", dir=cache) as folder:
         started = time.monotonic()
         saved = checkpoint.save(Path(folder), 1, objects, {}, {})

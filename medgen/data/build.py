@@ -40,7 +40,7 @@ def forget_maps() -> None:
 @lru_cache(maxsize=64)
 def _mapped(path: str) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise MedgenError(f"{path}: this part of the slice cache is damaged ({error}); delete {Path(path).parent}, it is built again") from None
 

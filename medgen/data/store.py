@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +68,16 @@ class SliceStore:
     def affine(self, row: int) -> np.ndarray:
         """4x4 float64: (row, column, 0) of a [size, size, 1] image to the patient's millimetres (RAS)."""
         return build.mapped(self.folder, build.AFFINES)[row].copy()
+
+    @cached_property
+    def aliases(self) -> np.ndarray:
+        """What every output calls the rows: an id is often a patient's name, and outputs are given away.
+
+        Hashes under a key made of the files' contents: equal for equal data, so that evaluate finds the slice a condition
+        was, and of no use to whoever has a list of names but not the data."""
+        contents = sorted({digest for column in self.rows.columns if column.startswith("sha256_") for digest in self.rows[column].dropna()})
+        key = bytes.fromhex(files.sha256_json(contents))
+        return np.array([f"real_{blake2b(str(name).encode(), key=key, digest_size=8).hexdigest()}" for name in self.rows["id"]])
 
     def _require_masks(self) -> None:
         if not self.has_masks:
@@ -149,7 +161,7 @@ def _locked(cache_root: Path) -> Iterator[None]:
     import filelock
 
     try:
-        cache_root.mkdir(parents=True, exist_ok=True)
+        files.private_folder(cache_root)
         with filelock.FileLock(cache_root / "build.lock", timeout=LOCK_TIMEOUT_S):
             yield
     except filelock.Timeout:

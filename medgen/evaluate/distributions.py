@@ -145,7 +145,7 @@ def copy_scores(sides: Sides, images: Images, shown: int) -> tuple[list[Score], 
 
 
 def _nearest_pairs(sides: Sides, result: copies.Copies, shown: int) -> list[dict[str, Any]]:
-    identifiers, store_ids = sides.dataset.index["id"].to_numpy()[sides.chosen], sides.store.rows["id"].to_numpy()
+    identifiers, store_ids = sides.dataset.index["id"].to_numpy()[sides.chosen], sides.store.aliases
     return [
         {"synthetic": str(identifiers[i]), "real": str(store_ids[sides.train[result.nearest[i]]]), "ratio": float(result.ratios[i])}
         for i in np.argsort(result.ratios, kind="stable")[:shown]

@@ -144,7 +144,7 @@ def partner_rows(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.
     records = dataset.index.iloc[chosen]
     if not (records["condition_kind"] == "real").all():
         return None
-    row_of = {str(name): number for number, name in enumerate(store.rows["id"])}
+    row_of = {str(name): number for number, name in enumerate(store.aliases)}
     unknown = [name for name in records["condition"] if name not in row_of]
     if unknown:
         raise MedgenError(f"{dataset.name}: the condition {unknown[0]} is no slice of the data; the data have changed since it was generated")

@@ -137,7 +137,7 @@ def _samples_to_show(sides: Sides) -> dict[str, Any]:
     order = rng.permutation(len(sides.chosen), sides.seed, "report_gallery")
     real = rng.permutation(len(sides.reference), sides.seed, "report_real")[:SHOWN]
     identifiers = sides.dataset.index["id"].to_numpy()[sides.chosen]
-    store_ids = sides.store.rows["id"].to_numpy()
+    store_ids = sides.store.aliases
     pairs = []
     if sides.partners is not None:
         pairs = [{"synthetic": str(identifiers[i]), "real": str(store_ids[sides.partners[i]])} for i in order[:SHOWN_PAIRS]]

@@ -64,7 +64,7 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     plan = planning.read(run)
     stage, task = _find(plan, stage_name, shard)
     seconds = time.time() - started
-    facts = dict(re.findall(r"(\w+)=(\S*)", job))
+    facts = dict(reversed(re.findall(r"(\w+)=(\S*)", job)))  # the first of a name: a job's own words come later
     taken = _taken_by_slurm(run, facts, at_limit=seconds >= stage.time_minutes * 60 - LIMIT_SECONDS)
     around = Circumstances(True, _is_preempted(facts), _later_segments(stage), taken)
     verdict = after.judge(run, plan, stage, task, attempt, exit_code, seconds, around)
@@ -116,7 +116,7 @@ def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool) -> Taken
         return Taken("cancelled with medgen cancel", CANCELLED, comes_back=False)
     if facts.get("JobState", "RUNNING") == "RUNNING":
         return None
-    if int(facts.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+    if int(re.sub(r"\D", "", facts.get("Restarts", "")) or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return Taken("Slurm took the job back to start it again", GOES_ON, comes_back=True)
     if at_limit:
         return Taken("it met its time limit", after.OVER_TIME, comes_back=False)

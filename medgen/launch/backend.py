@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from medgen import redact
 from medgen.errors import Exit
 from medgen.launch.queue import Ending
 from medgen.plan import Plan, Task
@@ -82,7 +83,7 @@ def tail(path: Path, lines: int) -> list[str]:
 def last_lines(text: str, lines: int) -> list[str]:
     """The last non-empty ones; a progress bar rewrites its line with carriage returns: what was last on screen counts."""
     found = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n") if line.strip()][-lines:]
-    return [CONTROL.sub("", line) for line in found]
+    return [redact.text(CONTROL.sub("", line)) for line in found]
 
 
 def guilty_log(run: RunDir, stage: str, shard: int, attempt: int) -> Path:

@@ -23,7 +23,7 @@ def read_limits(site: Site) -> tuple[Limits, list[str]]:
     except SlurmError as error:  # a dry run may go on; submit itself will stop at its first question
         return Limits(array=site.limits.array, submitted=site.limits.submitted), [f"{error}: the cluster's own limits are not known"]
     version = VERSION.search(config.get("SLURM_VERSION", ""))
-    array = _least(int(config["MaxArraySize"]) if config.get("MaxArraySize", "").isdigit() else None, site.limits.array)
+    array = _least(int(config["MaxArraySize"]) if config.get("MaxArraySize", "").isdecimal() else None, site.limits.array)
     submitted = _least(_submit_limit(site) if config.get("AccountingStorageEnforce", "none") != "none" else None, site.limits.submitted)
     return Limits((int(version[1]), int(version[2])) if version else None, array, submitted), []
 
@@ -56,4 +56,4 @@ def _table(arguments: list[str], columns: int) -> list[list[str]]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None

@@ -5,6 +5,7 @@ Called by the submit and cancel verbs. One supervisor per run; it holds run/.loc
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -135,7 +136,7 @@ class _Supervision:
             chunk = whole_stage(stage, int(folder.name))
             files.write_text(folder / f"{stage.name}.0.sh", render_script(self.plan, stage, chunk, self.run.root, self.backend.python))
         for name, arguments in SHIMS.items():
-            files.write_text(folder / "bin" / name, f'#!/bin/bash\nPYTHONSAFEPATH=1 exec "{sys.executable}" {arguments}\n')
+            files.write_text(folder / "bin" / name, f'#!/bin/bash\nPYTHONSAFEPATH=1 exec {shlex.quote(sys.executable)} {arguments}\n')
             (folder / "bin" / name).chmod(0o755)
         return folder
 

@@ -4,6 +4,7 @@ Mail is Slurm's own business (--mail-user). A message that cannot be sent is an 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def _command(run: RunDir, command: str, event: str, text: str) -> str | None:
     environment = {**os.environ, "MEDGEN_RUN": str(run.root), "MEDGEN_EVENT": event, "MEDGEN_TEXT": text}
     try:
         subprocess.run(["bash", "-c", command], env=environment, timeout=PATIENCE_SECONDS, check=True, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a NUL in the cause
         return f"command: {type(error).__name__}"
     return None
 
@@ -56,9 +57,11 @@ def _webhook(variable: str, event: str, text: str) -> str | None:
     address = os.environ.get(variable)
     if not address:
         return f"webhook: the variable {variable} is not set in the job; put it into the site's secrets file"
-    request = urllib.request.Request(address, json.dumps({"text": text, "event": event}).encode(), {"Content-Type": "application/json"})
+    if not address.lower().startswith(("https://", "http://")):
+        return f"webhook: the variable {variable} holds no http address"
     try:
+        request = urllib.request.Request(address, json.dumps({"text": text, "event": event}).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS):
             return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"webhook: {type(error).__name__}"

@@ -166,7 +166,7 @@ def _contradictions(item: Prepared, stage: PlannedStage, lines: list[str]) -> li
 def _gpus_of(gres: str) -> int:
     """`gpu`, `gpu:2`, `gpu:a100:2`, among other things."""
     parts = [part.split(":") for part in gres.split(",") if part.split(":")[0] == "gpu"]
-    return sum(int(part[-1]) if part[-1].isdigit() else 1 for part in parts)
+    return sum(int(part[-1]) if part[-1].isdecimal() else 1 for part in parts)
 
 
 def _directives(item: Prepared) -> list[Finding]:

@@ -66,7 +66,7 @@ def marked(run_root: Path) -> list[int]:
     wanted = f"{MARK}={run_root.resolve()}".encode()
     found = []
     for folder in PROC.iterdir() if LINUX else ():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+        if not folder.name.isdecimal() or int(folder.name) == os.getpid():
             continue
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")

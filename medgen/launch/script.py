@@ -92,7 +92,7 @@ def render_script(plan: Plan, stage: PlannedStage, chunk: Chunk, run_root: Path,
     interpreter = shlex.join(plan.place.interpreter or [python])
     is_command = stage.launcher == "none"
     blocks = [
-        ["#!/bin/bash", *(f"#SBATCH {directive}" for directive in _directives(plan, stage, chunk, run))],
+        ["#!/bin/bash", *(sbatch_options.directive_line(directive) for directive in _directives(plan, stage, chunk, run))],
         ["# The warning signal goes to every process: ignored here, ranks install their own handler.", "trap '' USR2", "set -Eeuo pipefail"],
         _attempt(stage, chunk, run),
         _secrets(plan),

@@ -240,7 +240,7 @@ def parse_queue(text: str, name_prefix: str = "medgen.") -> list[QueueRow]:
     rows: list[QueueRow] = []
     for line in text.splitlines():
         fields = line.split("|", 9)
-        if len(fields) != 10 or not fields[9].startswith(name_prefix) or not fields[0].isdigit():
+        if len(fields) != 10 or not fields[9].startswith(name_prefix) or not fields[0].isdecimal():
             continue
         job, element, state, reason, start, end, elapsed, submitted, nodes, name = fields
         for number in expand_tasks(element):
@@ -305,7 +305,7 @@ def parse_accounting(text: str) -> list[AccountingRow]:
 def _accounting_rows(fields: Mapping[str, str]) -> Iterator[AccountingRow]:
     job, _, element = fields["JobID"].partition("_")
     job = job.partition("+")[0]  # a part of a heterogeneous job
-    if not job.isdigit():
+    if not job.isdecimal():
         return
     code, _, number = fields["ExitCode"].partition(":")
     cpus, nodes = _count(fields["AllocCPUS"]), _count(fields["NNodes"])
@@ -344,7 +344,7 @@ def _requested_mebibytes(text: str, cpus: int, nodes: int) -> float | None:
 
 def parse_time(text: str) -> float | None:
     """Unix seconds from `1700000000` or `2026-11-20T10:00:00` (local time); None for `N/A`, `NONE`, `Unknown`."""
-    if text.isdigit():
+    if text.isdecimal():
         return float(text) or None
     try:
         return datetime.fromisoformat(text).timestamp()
@@ -376,7 +376,7 @@ def parse_gpus(tres: str) -> int:
 
 def _count(text: str) -> int:
     """A leading number; 0 where there is none. sinfo writes `8+` for nodes that differ, sacct `2K` for 2048."""
-    match = re.match(r"(\d+)(?:\.\d+)?([KMG]?)", text)
+    match = re.match(r"(\d{1,18})(?:\.\d+)?([KMG]?)", text)
     return int(match[1]) * 1024 ** " KMG".index(match[2] or " ") if match else 0
 
 

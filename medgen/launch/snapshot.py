@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from medgen import __version__, files
+from medgen import __version__, files, redact
 from medgen.errors import InputError
 
 PACKAGE = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def manifest(site: str, code_hash: str, spec_path: Path) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "site": site,
-        "command": sys.argv,
+        "command": redact.arguments(sys.argv),
         "folder": str(Path.cwd()),
         "spec_file": str(spec_path.absolute()),
         "python": platform.python_version(),

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from medgen import document, files, plan, planning, rundir, site, spec
+from medgen import document, files, plan, planning, redact, rundir, site, spec
 from medgen.errors import InputError, MedgenError
 from medgen.launch import nodes, snapshot
 from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
@@ -102,7 +102,7 @@ def create(prepared: Prepared) -> list[str]:
     configs = [stage.config for stage in prepared.spec.stages.values() if isinstance(stage, spec.TrainStage)]
     packages = snapshot.user_packages(configs)
     try:
-        run.root.mkdir(parents=True, exist_ok=True)
+        files.private_folder(run.root)
         with FileLock(run.prepare_lock, timeout=LOCK_SECONDS):
             return _create_under_lock(prepared, packages)
     except TimeoutError:
@@ -122,7 +122,7 @@ def _create_under_lock(prepared: Prepared, packages: list[Path]) -> list[str]:
         notes.append(f"the code has changed since this run was made; the run keeps its copy (remove {run.code} to take the new code)")
     if not run.manifest.exists():
         facts = snapshot.manifest(prepared.site.name, code_hash, prepared.spec_path)
-        files.write_json(run.manifest, {**facts, "sweep": prepared.point.values})
+        files.write_json(run.manifest, {**facts, "sweep": redact.value(prepared.point.values)})
     if not run.spec.exists():
         _write_spec(prepared)
     _write_plan(prepared)

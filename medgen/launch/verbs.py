@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medgen import plan, rundir
+from medgen import plan, redact, rundir
 from medgen.errors import Exit, InputError, Interrupted
 from medgen.launch import nodes as bad_nodes
 from medgen.launch import preflight
@@ -137,10 +137,10 @@ def queued_text(item: Prepared) -> str:
 
 def _show(prepared: list[Prepared], as_json: bool) -> None:
     if as_json:
-        plans = [plan.to_json(item.plan) for item in prepared]
+        plans = [redact.value(plan.to_json(item.plan)) for item in prepared]
         print(json.dumps(plans[0] if len(plans) == 1 else plans, indent=1))
         return
-    print("\n".join(describe(item.plan, item.run.root, _first_chunks(item)) for item in prepared), end="")
+    print(redact.text("\n".join(describe(item.plan, item.run.root, _first_chunks(item)) for item in prepared)), end="")
 
 
 def _first_chunks(item: Prepared) -> dict[str, list[Chunk]]:
@@ -187,4 +187,4 @@ def backend_of(run: RunDir) -> Backend:
 def tell(messages: Sequence[str]) -> None:
     """For people, on stderr: stdout is kept for what was asked for."""
     for message in messages:
-        print(message, file=sys.stderr, flush=True)
+        print(redact.text(message), file=sys.stderr, flush=True)

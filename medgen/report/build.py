@@ -12,7 +12,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from medgen import __version__, files
+from medgen import __version__, files, redact
 from medgen import plan as plans
 from medgen.errors import MedgenError
 from medgen.evaluate import scores
@@ -108,8 +108,8 @@ def build_report(run: RunDir, stage_name: str, cache_root: Path, say: Say) -> li
         timeline=words.timeline(stages),
         troubles=gather.troubles(run),
         provenance=_provenance(run, plan, store),
-        plan_text=yaml.safe_dump(plans.to_json(plan), sort_keys=False, allow_unicode=True, width=110),
-        spec_text=_text(run.spec),
+        plan_text=yaml.safe_dump(redact.value(plans.to_json(plan)), sort_keys=False, allow_unicode=True, width=110),
+        spec_text=redact.text(_text(run.spec)),
         phantom=plan.data["format"] == "phantom",
         made=time.time(),
         version=__version__,
@@ -231,7 +231,7 @@ def _provenance(run: RunDir, plan: Plan, store: SliceStore | None) -> list[tuple
         if stage.kind == "generate":
             rows += _checkpoint_of(run, stage.name)
     try:
-        rows += words.flat(files.read_json(run.manifest))
+        rows += words.flat(redact.value(files.read_json(run.manifest)))
     except (FileNotFoundError, ValueError):
         rows.append(("manifest", "missing"))
     return rows

@@ -50,7 +50,7 @@ class Painter:
     def __init__(self, run: RunDir, plan: Plan, dataset: Dataset, store: SliceStore | None):
         self.run, self.plan, self.dataset, self.store = run, plan, dataset, store
         self.row_of_id = {name: number for number, name in enumerate(dataset.index["id"])}
-        names = () if store is None else store.rows["id"]
+        names = () if store is None else store.aliases
         self.store_row_of_id = {str(name): number for number, name in enumerate(names)}
 
     def synthetic(self, identifiers: list[str], outlined: bool = True) -> list[list[Tile]]:
@@ -125,7 +125,7 @@ def random_samples(painter: Painter, seed: int) -> dict[str, Any]:
         if MASK in painter.dataset.files:
             rows = rows[painter.store.rows["mask_pixels"].to_numpy()[rows] > 0]
         picked = rows[rng.permutation(len(rows), seed, "report_real")[:SHOWN_SIDE_BY_SIDE]]
-        real = [str(name) for name in painter.store.rows["id"].to_numpy()[picked]]
+        real = [str(name) for name in painter.store.aliases[picked]]
     return {"synthetic": [str(identifiers[number]) for number in order], "real": real, "pairs": _conditions(painter, order)}
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgen import plan as planning
+from medgen import redact
 from medgen.errors import Exit, InputError
-from medgen.launch.backend import TAIL_BYTES, guilty_log, last_lines, next_attempt
+from medgen.launch.backend import CONTROL, TAIL_BYTES, guilty_log, last_lines, next_attempt
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.slurm import SlurmError
 from medgen.launch.supervisor import living_supervisor
@@ -94,7 +95,7 @@ def _inside(run: RunDir, rest: list[str], text: str) -> Target:
     stage = plan.stage(rest[0])
     if len(rest) == 1:
         return Target(run, plan, stage, 0 if len(stage.tasks) == 1 else None)
-    if not rest[1].isdigit() or int(rest[1]) >= len(stage.tasks):
+    if not rest[1].isdecimal() or int(rest[1]) >= len(stage.tasks):
         raise InputError(f"{text}: {stage.name} has {_numbers('shard', list(range(len(stage.tasks))))}, not {rest[1]!r}")
     return Target(run, plan, stage, int(rest[1]))
 
@@ -170,7 +171,7 @@ def _attempt(run: RunDir, tries: list[Try], wanted: int | None) -> int:
 def _check_rank(run: RunDir, chosen: Chosen) -> None:
     folder = run.log(chosen.stage, chosen.shard, 0, 0).parent
     names = [path.name for path in folder.glob(f"r*.a{chosen.attempt}.log")]
-    ranks = sorted(int(name[1:].partition(".")[0]) for name in names if name[1:].partition(".")[0].isdigit())
+    ranks = sorted(int(name[1:].partition(".")[0]) for name in names if name[1:].partition(".")[0].isdecimal())
     if chosen.rank not in ranks:
         have = _numbers("rank", ranks) if ranks else "no log of a rank yet"
         raise InputError(f"--rank {chosen.rank}: attempt {chosen.attempt} of {chosen.stage} shard {chosen.shard} has {have}")
@@ -273,7 +274,7 @@ class Follower:
 
 def _shown(line: bytes) -> str:
     """A progress bar rewrites its line with carriage returns: what was last on screen counts."""
-    return line.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1].rstrip()
+    return redact.text(CONTROL.sub("", line.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1].rstrip()))
 
 
 def _follow(target: Target, chosen: list[Chosen], lines: int) -> Exit:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from medgen import files
+from medgen import files, sbatch_options
 from medgen import plan as planning
 from medgen import site as sites
 from medgen.errors import InputError, MedgenError
@@ -58,6 +58,7 @@ def curve_folders(runs: Sequence[RunDir]) -> dict[str, Path]:
 
 def link(folders: dict[str, Path], target: Path) -> None:
     """One folder with a link per training: TensorBoard names curves by their path; one that has not begun appears later."""
+    files.private_folder(target)
     for name, folder in folders.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -182,7 +183,7 @@ def job_script(site: Site, folder: Path, port: int | None, run_id: str) -> str:
     search = f"port={port}" if port is not None else f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))"
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH {directive}" for directive in directives),
+        *(sbatch_options.directive_line(directive) for directive in directives),
         "set -Eeo pipefail",
         *site.environment.lines(),
         *site.setup,

@@ -152,7 +152,7 @@ def _pairs(export: str) -> list[tuple[str, str]]:
 
 def _fixed_number(draft: Draft, name: str) -> int | None:
     """A number as it stands, or the one value that a variable of that name has."""
-    if name.isdigit():
+    if name.isdecimal():
         return int(name)
     values = []
     for statement in draft.body:
@@ -161,7 +161,7 @@ def _fixed_number(draft: Draft, name: str) -> int | None:
                 pair = assignment(word)
                 if pair is not None and pair[0] == name:
                     values.append(re.sub(rf"\$\{{{name}:-(\d+)\}}", r"\1", unquoted(pair[1])))
-    return int(values[0]) if len(values) == 1 and values[0].isdigit() and int(values[0]) > 0 else None
+    return int(values[0]) if len(values) == 1 and values[0].isdecimal() and int(values[0]) > 0 else None
 
 
 def _work(draft: Draft, process: str | None) -> tuple[Statement, Statement, Statement] | None:

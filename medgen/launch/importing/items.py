@@ -44,7 +44,7 @@ def array_items(text: str) -> tuple[list[int], int | None]:
         if last < first or step < 1 or (last - first) // step >= MOST_ITEMS:
             raise ValueError(f"not a range that medgen takes: {part.strip()!r}")
         found += range(first, last + 1, step)
-    if percent and not (limit.isdigit() and int(limit) > 0):
+    if percent and not (limit.isdecimal() and int(limit) > 0):
         raise ValueError(f"not a number of tasks at once: {limit!r}")
     return sorted(set(found)), int(limit) if percent else None
 

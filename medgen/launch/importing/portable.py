@@ -84,7 +84,7 @@ def to_portable(draft: Draft) -> Portable:
 
 def _number(directive: Directive | None) -> int | None:
     value = directive.value if directive is not None else None
-    return int(value) if value is not None and value.isdigit() and int(value) else None
+    return int(value) if value is not None and value.isdecimal() and int(value) else None
 
 
 def _take_gpus(said: dict[str, Directive], nodes: int | None, take: Any) -> None:

@@ -152,7 +152,7 @@ class _Scanner:
             return self._take_word(self._word())
         if operator == "(":
             return self._take_parenthesis()
-        if operator in REDIRECTIONS and self.tokens and self.tokens[-1].text.isdigit() and self.text[self.position - 1].isdigit():
+        if operator in REDIRECTIONS and self.tokens and self.tokens[-1].text.isdecimal() and self.text[self.position - 1].isdecimal():
             self.tokens.pop()  # the 2 of 2>
         self.position += len(operator)
         self.tokens.append(Token(operator, operator=True))
