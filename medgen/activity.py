@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 Doing = Literal[
-    "starting", "meeting the others", "reading data", "computing a step", "exchanging gradients", "validating", "saving", "waiting for the others", "ending", "ended"
+    "working", "meeting the others", "reading data", "computing a step", "exchanging gradients", "validating", "saving", "waiting for the others", "ending", "ended"
 ]  # fmt: skip
 WITH_OTHERS: tuple[Doing, ...] = ("exchanging gradients", "waiting for the others")  # a rank that stands there may be waiting for another
 LEAVING: tuple[Doing, ...] = ("ending", "ended")  # no other rank needs it any more
@@ -23,7 +23,7 @@ class Activity:
     """Set by the thread that works, read by the thread that beats."""
 
     def __init__(self) -> None:
-        self.doing: Doing = "starting"
+        self.doing: Doing = "working"
         self._since = time.monotonic()
         self._own_seconds = 0.0
 

@@ -236,9 +236,17 @@ def _ending_of(work: Work, kind: str) -> _Ending:
         return _Ending("failed", Exit.FAILED, f"{type(error).__name__}: {error}")
     except Exception as error:  # a defect of medgen or a library: the traceback belongs in the log
         traceback.print_exc()
-        if work.world_size > 1 and work.ended_rank_known.wait(NEWS_SECONDS) and work.ended_rank is not None:
-            return _Ending("failed", Exit.FAILED, work.ended_in_words(work.ended_rank))
-        return _Ending("failed", Exit.FAILED, f"{type(error).__name__}: {error}")
+        return _Ending("failed", Exit.FAILED, _blame(work, f"{type(error).__name__}: {error}"))
+
+
+def _blame(work: Work, error: str) -> str:
+    """The cause of an error nobody expected: among several ranks most often that another has died, or has not come."""
+    if work.world_size == 1:
+        return error
+    if work.ended_rank_known.wait(NEWS_SECONDS) and work.ended_rank is not None:
+        return work.ended_in_words(work.ended_rank)
+    behind = work.seat.behind() if "timed out" in error.lower() else ""
+    return f"{behind}: {error}" if behind else error
 
 
 def explain_os_error(error: OSError) -> str:

@@ -88,6 +88,7 @@ def train(work: Work) -> Done:
     work.activity.now("meeting the others")
     with dist.joined_ranks(work.stage.threads, work.rank_has_ended) as ranks:
         work.is_main, work.device_name = ranks.is_main, ranks.device_name
+        work.activity.now("reading data")
         training = _prepare(work, ranks)
         _resume(training)
         log = _open_log(training) if ranks.is_main else None

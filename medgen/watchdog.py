@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from medgen.activity import LEAVING
+from medgen.activity import LEAVING, WITH_OTHERS
 from medgen.rundir import RankBeat, RunDir
 
 SILENT_SECONDS = 90.0  # a shared file system may show a beat a minute late
@@ -39,6 +39,11 @@ class Seat:
         """`rank 3 on n2`, as far as it has told."""
         beat = self.read(rank)
         return beat.name if beat is not None else f"rank {rank}"
+
+    def behind(self) -> str:
+        """The other ranks that have not come to where ranks wait for each other, as far as they have told."""
+        beats = [beat for rank in range(self.world_size) if rank != self.rank and (beat := self.read(rank)) is not None]
+        return "; ".join(f"{beat.name} has not come; {stood_at(beat)}" for beat in beats if beat.doing not in (*WITH_OTHERS, *LEAVING))
 
     def lost_cause(self) -> str | None:
         """Why a rank of this attempt has been given up, if one has."""

@@ -139,6 +139,14 @@ def test_rank_0_is_watched_by_its_heartbeat(tmp_path: Path, clock: Clock) -> Non
     assert run.events()[-1]["cause"].startswith("rank 0 on n1 has not been heard of for 10 min; it was last heard of at step 5, saving")
 
 
+def test_after_a_collective_has_timed_out_who_has_not_come_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for rank, doing in ((1, "exchanging gradients"), (2, "reading data"), (3, "ended")):
+        run.write_rank_beat("train", 0, RankBeat(rank, 0, 512, 1.0, doing, time.time(), f"n{rank}", 1))
+    seat = Seat(run, "train", 0, 0, rank=0, world_size=5, lost_seconds=600)
+    assert seat.behind() == "rank 2 on n2 has not come; it was last heard of at step 512, reading data"
+
+
 # --- the line between the ranks --------------------------------------------------------------------------------------
 
 MEMBER = """
