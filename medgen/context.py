@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medgen import dist
+from medgen.activity import Activity
 from medgen.dist import Ranks
 from medgen.errors import InputError
 from medgen.models.base import Batch
 
+MEASURED_FORWARDS = 64  # of a logging window, on a GPU
+
 
 class Context:
-    """Implements models.base.StepContext for one process."""
+    """Implements models.base.StepContext for one process; `activity` learns what a step does."""
 
-    def __init__(self, ranks: Ranks, precision: Literal["auto", "fp32", "bf16"], micro_batch: int | None, micro_batch_divisor: int = 1):
+    def __init__(
+        self, ranks: Ranks, precision: Literal["auto", "fp32", "bf16"], micro_batch: int | None, micro_batch_divisor: int = 1, activity: Activity | None = None
+    ):
         self.ranks = ranks
+        self.activity = activity or Activity()
         self.step = 0
         self.total_steps = 0
         self.steps_per_epoch = 1.0
         self.use_bf16 = _use_bf16(ranks.device, precision)
         self._micro_batch, self._divisor = micro_batch, micro_batch_divisor
         self._wrapped: dict[int, nn.Module] = {}
+        self._forward_began = 0.0
+        self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # begin and end
+        self._forward_event: torch.cuda.Event | None = None  # the begin of one that is measured
 
     def autocast(self) -> AbstractContextManager[None]:
         if not self.use_bf16:
@@ -38,6 +48,9 @@ class Context:
             return module
         if id(module) not in self._wrapped:
             on_gpu = self.ranks.device.type == "cuda"
+            # of the module inside: DDP's own forward may wait for the other ranks' buffers
+            module.register_forward_pre_hook(self._forward_begins)
+            module.register_forward_hook(self._forward_ends)
             # DDP regroups its buckets after the first step of a process, and sums change in their last bit with the grouping:
             # looking for unused parameters keeps the first grouping, so that a resumed run on the CPU equals an uninterrupted one
             self._wrapped[id(module)] = DistributedDataParallel(
@@ -54,7 +67,39 @@ class Context:
                 yield part, len(part) / len(batch)
 
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
+        self.activity.now("exchanging gradients")
         dist.average_gradients(parameters, self.ranks)
+
+    def take_own_seconds(self) -> float:
+        """Of reading and computing before the first exchange with other ranks, since the last call. Does not wait for the GPU: call it after what did."""
+        for begin, end in self._forwards:
+            if end.query():
+                self.activity.add_own(begin.elapsed_time(end) / 1000)
+        self._forwards.clear()
+        return self.activity.take_own_seconds()
+
+    def _forward_begins(self, module: nn.Module, arguments: Any) -> None:
+        if self.activity.doing == "validating":
+            return
+        self.activity.now("computing a step")
+        self._forward_began = time.monotonic()
+        if self.ranks.device.type == "cuda" and len(self._forwards) < MEASURED_FORWARDS:
+            self._forward_event = _recorded()
+
+    def _forward_ends(self, module: nn.Module, arguments: Any, result: Any) -> None:
+        if self.activity.doing != "computing a step":
+            return
+        if self._forward_event is not None:
+            self._forwards.append((self._forward_event, _recorded()))
+            self._forward_event = None
+            self.activity.add_own(self._forward_began - time.monotonic())  # the GPU's time counts instead of the time to start its kernels
+        self.activity.now("exchanging gradients")
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _use_bf16(device: torch.device, precision: str) -> bool:

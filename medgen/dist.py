@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from medgen import fault
-from medgen.errors import MedgenError
+from medgen import fault, lifeline
+from medgen.errors import Interrupted, MedgenError
 from medgen.world import rank_from_environment
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # a dead rank frees the others after this at the latest
@@ -42,8 +44,10 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(threads: int) -> Iterator[Ranks]:
-    """Set threads and device, join the process group if there are several ranks, and leave it at the end."""
+def joined_ranks(threads: int, gone: lifeline.Gone = lambda rank: None) -> Iterator[Ranks]:
+    """Set threads and device, join the process group if there are several ranks, and leave it at the end.
+
+    `gone`: called from a thread when another rank's process has ended before its work."""
     torch.set_num_threads(threads)
     rank, world_size, local_rank = rank_from_environment()
     device = torch.device("cpu")
@@ -53,18 +57,41 @@ def joined_ranks(threads: int) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    if world_size > 1:
+    ranks = Ranks(rank, world_size, local_rank, device)
+    if world_size == 1:
+        yield ranks
+        return
+    # gloo beside NCCL: agreements about stopping are made on the CPU and never wait for the GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with _ended_by_term():
         if fault.ARMED:
             fault.at("rdzv")
-        # gloo beside NCCL: agreements about stopping are made on the CPU and never wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = meet(rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), MEETING_SECONDS)
+        store = meet(rank, world_size, *master, MEETING_SECONDS)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     try:
-        yield Ranks(rank, world_size, local_rank, device)
+        with lifeline.held(rank, world_size, store, master, gone) as leave:
+            try:
+                yield ranks
+            except Interrupted:  # all ranks have agreed on it
+                leave()
+                raise
+            leave()
     finally:
-        if world_size > 1:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_term() -> Iterator[None]:
+    """TERM ends the process at once: who waits for the others in C hears of no flag, and there is nothing to save yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def meet(rank: int, world_size: int, address: str, port: int, timeout_seconds: float) -> distributed.Store:

@@ -19,7 +19,7 @@ from medgen.world import rank_from_environment
 VARIABLE = "MEDGEN_FAULT"
 LOG_VARIABLE = "MEDGEN_FAULT_LOG"  # a file that gets a line per fault: how a test knows that it happened
 SITES = (
-    "start", "rdzv", "step", "ckpt.write", "ckpt.commit", "ckpt.load", "shard.write", "shard.commit", "outcome.write",
+    "start", "rdzv", "step", "validate", "ckpt.write", "ckpt.commit", "ckpt.load", "shard.write", "shard.commit", "outcome.write",
     "submit.after_sbatch", "submit.before_record",
 )  # fmt: skip
 FILTERS = ("rank", "attempt", "shard", "step", "nth")

@@ -76,6 +76,7 @@ class Place:
     secrets: str | None
     grace_seconds: int
     notify: dict[str, Any]
+    lost_seconds: int = 600  # of a rank's silence after which its task is given up; 0: never. Older plans do not say it
 
 
 @dataclass(frozen=True)

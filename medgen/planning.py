@@ -59,7 +59,7 @@ def make_plan(spec: Spec, site: Site) -> Plan:
 def _place(site: Site) -> Place:
     interpreter = [*site.environment.prefix(), "python"] if site.environment.brings_python else []
     secrets = str(absolute(site.secrets)) if site.secrets is not None else None
-    return Place(site.scheduler, interpreter, list(site.export), secrets, site.grace, site.notify.model_dump(mode="json"))
+    return Place(site.scheduler, interpreter, list(site.export), secrets, site.grace, site.notify.model_dump(mode="json"), site.lost)
 
 
 def _with_collect(spec: Spec) -> dict[str, AnyStage]:

@@ -58,7 +58,8 @@ class Outcome:
 class Heartbeat:
     """Rewritten by rank 0 while a task runs. `step` of `total` in units of `unit` (steps, images, files).
 
-    `advanced`: unix seconds of the last progress; None in those that an older medgen wrote."""
+    `advanced`: unix seconds of the last progress; None in those that an older medgen wrote. `doing`: a word of activity.py.
+    `slow`: ranks that keep the others waiting, and how many times slower they are."""
 
     stage: str
     shard: int
@@ -71,6 +72,26 @@ class Heartbeat:
     host: str
     pid: int
     advanced: float | None = None
+    doing: str = ""
+    slow: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RankBeat:
+    """The same from every rank of a task that has several, rank 0's taken from its heartbeat."""
+
+    rank: int
+    attempt: int
+    step: int
+    advanced: float  # unix seconds
+    doing: str
+    time: float
+    host: str
+    pid: int
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -209,6 +230,10 @@ class RunDir:
     def heartbeat_file(self, stage: str, shard: int) -> Path:
         return self.root / "hb" / f"{stage}.{shard}.json"
 
+    def rank_beat_file(self, stage: str, shard: int, rank: int) -> Path:
+        """Of ranks other than 0, which writes the heartbeat of the task."""
+        return self.root / "hb" / f"{stage}.{shard}.r{rank}.json"
+
     def write_outcome(self, outcome: Outcome) -> None:
         record = asdict(outcome)
         record["cause"] = redact.value(record["cause"])
@@ -253,12 +278,10 @@ class RunDir:
         return Produced(str(path.relative_to(self.root)), path.stat().st_size, files.sha256_file(path))
 
     def write_heartbeat(self, beat: Heartbeat) -> None:
-        """Rename without fsync: a heartbeat lost in a power cut is no loss, and it is written every few seconds."""
-        target = self.heartbeat_file(beat.stage, beat.shard)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(beat)))
-        os.replace(temporary, target)
+        _write_beat(self.heartbeat_file(beat.stage, beat.shard), asdict(beat))
+
+    def write_rank_beat(self, stage: str, shard: int, beat: RankBeat) -> None:
+        _write_beat(self.rank_beat_file(stage, shard, beat.rank), asdict(beat))
 
     def read_heartbeat(self, stage: str, shard: int) -> Heartbeat | None:
         try:
@@ -266,7 +289,20 @@ class RunDir:
         except (OSError, ValueError, TypeError):
             return None
         numbers = (beat.step, beat.total, beat.time, beat.attempt, beat.time if beat.advanced is None else beat.advanced)
-        return beat if all(isinstance(number, int | float) for number in numbers) else None
+        sound = all(isinstance(number, int | float) for number in numbers) and isinstance(beat.doing, str) and isinstance(beat.slow, list)
+        return beat if sound and all(_is_rank_and_factor(item) for item in beat.slow) else None
+
+    def read_rank_beat(self, stage: str, shard: int, rank: int) -> RankBeat | None:
+        """None if there is none or it is not readable."""
+        if rank == 0:
+            first = self.read_heartbeat(stage, shard)
+            return _as_rank_beat(first) if first is not None else None
+        try:
+            beat = RankBeat(**files.read_json(self.rank_beat_file(stage, shard, rank)))
+        except (OSError, ValueError, TypeError):
+            return None
+        numbers, texts = (beat.rank, beat.attempt, beat.step, beat.advanced, beat.time), (beat.doing, beat.host)
+        return beat if all(isinstance(number, int | float) for number in numbers) and all(isinstance(text, str) for text in texts) else None
 
     def relief_file(self, stage: str, shard: int) -> Path:
         return self.root / "hb" / f"{stage}.{shard}.relief.json"
@@ -320,7 +356,25 @@ EVENT_FACTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "task_started": {"stage": str, "shard": int, "attempt": int, "devices": int, "from_step": int},
     "task_ended": {"stage": str, "shard": int, "seconds": (int, float), "status": str, "next": str, "again": bool, "cause": (str, type(None))},
     "requeue_refused": {"stage": str, "shard": int},
+    "rank_lost": {"stage": str, "shard": int, "attempt": int, "cause": str},
+    "rank_ended": {"stage": str, "shard": int, "attempt": int, "cause": str},
 }
+
+
+def _write_beat(target: Path, record: dict[str, Any]) -> None:
+    """Rename without fsync: a heartbeat lost in a power cut is no loss, and it is written every few seconds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record))
+    os.replace(temporary, target)
+
+
+def _as_rank_beat(beat: Heartbeat) -> RankBeat:
+    return RankBeat(0, beat.attempt, beat.step, beat.time if beat.advanced is None else beat.advanced, beat.doing, beat.time, beat.host, beat.pid)
+
+
+def _is_rank_and_factor(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and all(isinstance(number, int | float) for number in item)
 
 
 def is_sound(record: Any) -> bool:

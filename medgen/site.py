@@ -17,11 +17,23 @@ from medgen import document
 from medgen.document import Document, KeyPath
 from medgen.errors import InputError
 from medgen.names import OptionWord, absolute
-from medgen.units import Mebibytes, Minutes, Seconds
+from medgen.units import Mebibytes, Minutes, Seconds, parse_seconds
 
 SITE_VARIABLE = "MEDGEN_SITE"
 OVERRIDE = "site."  # `-o site.account=x` changes the profile, everything else the spec
 SLURM_PATIENCE_SECONDS = 10
+SHORTEST_PATIENCE_SECONDS = 20
+
+
+def _patience(value: object) -> int:
+    """0 for never, or no less than what a slow file system may hold back."""
+    seconds = parse_seconds(value)
+    if seconds != 0 and seconds < SHORTEST_PATIENCE_SECONDS:
+        raise ValueError(f"{seconds} s: write 0 for never, or at least {SHORTEST_PATIENCE_SECONDS}s; less would take a slow file system for a dead rank")
+    return seconds
+
+
+Patience = Annotated[int, BeforeValidator(_patience)]
 
 
 def _list_of_sizes(value: object) -> object:
@@ -134,6 +146,7 @@ class Site(Frozen):
     notify: Notify = Notify()
     restart: Literal["requeue", "chain"] = "requeue"  # how what meets its limit goes on: the job is queued again, or `segments` jobs wait one behind the other
     grace: Seconds = 180  # between the warning signal and the time limit: one step, one save and a minute of slack
+    lost: Patience = 600  # a rank that nothing is heard of for so long is given up, and its task fails; 0: never
 
     _document: Document | None = PrivateAttr(None)  # where every key stands
 
@@ -153,7 +166,7 @@ class Site(Frozen):
         """The same environment, with this machine's cores and GPUs and without a scheduler."""
         if self.scheduler == "local":
             return self
-        kept = self.model_dump(include={"environment", "setup", "export", "secrets", "notify", "grace"})
+        kept = self.model_dump(include={"environment", "setup", "export", "secrets", "notify", "grace", "lost"})
         return Site(name=f"{self.name} (local)", **kept)
 
 

@@ -22,15 +22,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from medgen import fault
+from medgen import fault, watchdog
 from medgen import plan as planning
+from medgen.activity import LEAVING, Activity
 from medgen.errors import Exit, InputError, Interrupted, MedgenError
 from medgen.plan import Plan, PlannedStage
 from medgen.plan import Task as PlannedTask
-from medgen.rundir import Heartbeat, Outcome, RunDir, Status
+from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir, Status
+from medgen.watchdog import Seat, Watchdog
 from medgen.world import rank_from_environment
 
-HEARTBEAT_SECONDS = 5.0
+LAST_WORDS_SECONDS = 5.0  # for the error of a collective, or for a save that is nearly done, after another rank has died
+NEWS_SECONDS = 0.5  # a collective may fail a moment before it is known that a rank has died
 LOCK_SECONDS = 20.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 # what the machine, not medgen, is to blame for: told in one line
@@ -73,6 +76,12 @@ class Work:
     stop: StopFlag
     is_main: bool
     device_name: str = "cpu"
+    rank: int = 0
+    world_size: int = 1
+    activity: Activity = field(default_factory=Activity)
+    slow: list[tuple[int, float]] = field(default_factory=list)  # ranks and how many times slower than the others they are
+    ended_rank: int | None = None  # another rank whose process has ended before the work
+    ended_rank_known: threading.Event = field(default_factory=threading.Event)
     _progress: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 0, "unit": "", "loss": None, "advanced": time.time()})
 
     def say(self, text: str) -> None:
@@ -92,12 +101,52 @@ class Work:
             raise InputError(f"{self.stage.name} needs {stage_name}, where {len(waiting)} of {len(needed.tasks)} tasks are not done; "
                              f"submit the spec again, or run `medgen {needed.kind} {self.run.run_id} --stage {stage_name}` first")
 
+    @property
+    def step(self) -> int:
+        return int(self._progress["step"])
+
+    @property
+    def seat(self) -> Seat:
+        lost_seconds = self.plan.place.lost_seconds
+        return Seat(self.run, self.stage.name, self.task.shard, self.attempt, self.rank, self.world_size, lost_seconds)
+
     def heartbeat(self) -> None:
+        """Raises OSError if it cannot be written."""
+        now, host, pid, progress, doing = time.time(), socket.gethostname(), os.getpid(), self._progress, self.activity.doing
         if self.is_main:
-            self.run.write_heartbeat(
-                Heartbeat(self.stage.name, self.task.shard, self.attempt, **self._progress,
-                          time=time.time(), host=socket.gethostname(), pid=os.getpid())
-            )
+            beat = Heartbeat(self.stage.name, self.task.shard, self.attempt, **progress, time=now, host=host, pid=pid, doing=doing, slow=self.slow)
+            self.run.write_heartbeat(beat)
+        else:
+            rank_beat = RankBeat(self.rank, self.attempt, progress["step"], progress["advanced"], doing, now, host, pid)
+            self.run.write_rank_beat(self.stage.name, self.task.shard, rank_beat)
+
+    def rank_is_slow(self, rank: int, factor: float) -> None:
+        """Tell it; `slow` says it as long as it lasts."""
+        beat = self.seat.read(rank)
+        with contextlib.suppress(OSError):
+            self.run.event("slow_rank", stage=self.stage.name, shard=self.task.shard, attempt=self.attempt, rank=rank,
+                           node=beat.host if beat is not None else "", factor=factor)  # fmt: skip
+
+    def rank_has_ended(self, rank: int) -> None:
+        """From the thread that holds the line to the others: end this process too if it does not come to its own end in time."""
+        if self.activity.doing in LEAVING or self.ended_rank is not None:
+            return
+        self.ended_rank = rank
+        self.ended_rank_known.set()
+        time.sleep(LAST_WORDS_SECONDS)
+        beat, cause = self.seat.read(rank), self.ended_in_words(rank)
+        with contextlib.suppress(OSError):
+            if beat is not None:
+                self.seat.tell("rank_ended", beat, cause=cause)
+        watchdog.end(self.seat, cause)
+
+    def ended_in_words(self, rank: int) -> str:
+        """The cause is another if that rank has ended itself, because it had given up a third one."""
+        lost = self.seat.lost_cause()
+        if lost is not None:
+            return lost
+        beat = self.seat.read(rank)
+        return f"{self.seat.describe(rank)} ended before its work" + (f"; {watchdog.stood_at(beat)}" if beat is not None else "")
 
 
 @dataclass(frozen=True)
@@ -118,11 +167,11 @@ def perform(run: RunDir, kind: str, stage_name: str | None, shard: int, attempt:
     """Run one task and write its outcome; one that is done already only `again`. Returns the exit code.
 
     Whatever goes wrong in the work is told and written down, never raised; a wrong stage or shard raises InputError."""
-    rank, _, _ = rank_from_environment()
+    rank, world_size, _ = rank_from_environment()
     plan = planning.read(run)
     stage = plan.only_stage(kind, stage_name)
     task = _task(stage, shard)
-    work = Work(run, plan, stage, task, attempt, StopFlag(), is_main=rank == 0)
+    work = Work(run, plan, stage, task, attempt, StopFlag(), is_main=rank == 0, rank=rank, world_size=world_size)
     fault.here = fault.Here(stage.name, shard, attempt)
     if run.is_done(stage.name, shard, task.hash) and not again:
         work.say(f"{stage.name}: already done")
@@ -187,7 +236,17 @@ def _ending_of(work: Work, kind: str) -> _Ending:
         return _Ending("failed", Exit.FAILED, f"{type(error).__name__}: {error}")
     except Exception as error:  # a defect of medgen or a library: the traceback belongs in the log
         traceback.print_exc()
-        return _Ending("failed", Exit.FAILED, f"{type(error).__name__}: {error}")
+        return _Ending("failed", Exit.FAILED, _blame(work, f"{type(error).__name__}: {error}"))
+
+
+def _blame(work: Work, error: str) -> str:
+    """The cause of an error nobody expected: among several ranks most often that another has died, or has not come."""
+    if work.world_size == 1:
+        return error
+    if work.ended_rank_known.wait(NEWS_SECONDS) and work.ended_rank is not None:
+        return work.ended_in_words(work.ended_rank)
+    behind = work.seat.behind() if "timed out" in error.lower() else ""
+    return f"{behind}: {error}" if behind else error
 
 
 def explain_os_error(error: OSError) -> str:
@@ -203,15 +262,28 @@ def _task(stage: PlannedStage, shard: int) -> PlannedTask:
 
 def _beat_until(work: Work, finished: threading.Event) -> None:
     """Heartbeats from a thread, so that a long step is not taken for a dead one; watch compares the steps."""
+    dog = Watchdog(work.seat) if work.world_size > 1 else None
     while True:
-        with contextlib.suppress(OSError):  # a heartbeat is a courtesy: the outcome will tell
-            work.heartbeat()
-        if finished.wait(HEARTBEAT_SECONDS):
+        written = _beat(work)
+        if finished.wait(watchdog.LOOK_SECONDS):
             return
+        if dog is not None and work.activity.doing not in LEAVING:
+            dog.look(work.step, written)
+
+
+def _beat(work: Work) -> bool:
+    """A heartbeat is a courtesy: the outcome will tell."""
+    try:
+        work.heartbeat()
+    except OSError:
+        return False
+    return True
 
 
 def _write_outcome(work: Work, ending: _Ending, started: float) -> Exit:
     if not work.is_main:
+        work.activity.now("ended")
+        _beat(work)
         if ending.status == "failed":
             work.run.event("rank_failed", stage=work.stage.name, shard=work.task.shard, attempt=work.attempt, cause=ending.cause, node=os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         return ending.code

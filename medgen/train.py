@@ -11,12 +11,14 @@ import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from medgen import checkpoint, dist, fault, models, rng, spec
+from medgen.activity import Stragglers
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
@@ -81,8 +83,12 @@ def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.d
 
 def train(work: Work) -> Done:
     """Train one stage to its end, or until a signal: then save and raise Interrupted."""
-    with dist.joined_ranks(work.stage.threads) as ranks:
+    if work.stop.signal_name == "SIGTERM":  # the others may have ended by it already
+        raise Interrupted("stopped by SIGTERM before the ranks met")
+    work.activity.now("meeting the others")
+    with dist.joined_ranks(work.stage.threads, work.rank_has_ended) as ranks:
         work.is_main, work.device_name = ranks.is_main, ranks.device_name
+        work.activity.now("reading data")
         training = _prepare(work, ranks)
         _resume(training)
         log = _open_log(training) if ranks.is_main else None
@@ -91,6 +97,7 @@ def train(work: Work) -> Done:
         finally:
             if log:
                 log.close()
+        work.activity.now("ending")
         return _finish(training)
 
 
@@ -100,6 +107,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
     loop = training.config.loop
     averages, window_start, window_steps, last_loss = Averages(), time.monotonic(), 0, None
     last_save, saved_step = time.monotonic(), clock.step
+    activity, stragglers = work.activity, Stragglers()
+    context.take_own_seconds()  # of what came before
 
     for number, phase in enumerate(model.phases()):
         if number < clock.phase:
@@ -114,7 +123,11 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             context.step = clock.step
             positions = _my_positions(clock.step - clock.phase_start_step, phase.batch_size, ranks)
             rows = training.rows[_sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
-            report = model.step(training.batch(rows, positions, f"train/{clock.phase}"), context)
+            activity.now("reading data")
+            batch = training.batch(rows, positions, f"train/{clock.phase}")
+            activity.now("computing a step")
+            report = model.step(batch, context)
+            activity.now("computing a step")
             clock.step += 1
             if fault.ARMED and fault.at("step", step=clock.step) == "nan":
                 report.scalars["loss"] = report.scalars["loss"] * math.nan
@@ -125,10 +138,13 @@ def _run(training: Training, log: TrainingLog | None) -> None:
 
             work.progress(clock.step, context.total_steps, "steps", last_loss)
             if step_in_phase % loop.log_steps == 0 or clock.step == phase_end:
-                values = averages.means(ranks)
+                activity.now("waiting for the others")
+                values, own_seconds = averages.means_and_all(ranks, lambda: context.take_own_seconds() / window_steps)  # noqa: B023  called at once
                 _stop_if_diverged(training, values["loss"], window_steps)
                 values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
                 last_loss = values["loss"]
+                if ranks.world_size > 1:
+                    values["slowest_rank"] = _tell_stragglers(work, stragglers, own_seconds, values["seconds_per_step"])
                 if log:
                     log.record(clock.step, epoch, values)
                 averages, window_start, window_steps = Averages(), time.monotonic(), 0
@@ -136,17 +152,21 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             step_ended = time.monotonic()
             validated = step_in_phase % validate_steps == 0 or clock.step == phase_end
             if validated and len(training.val_rows):
+                activity.now("validating")
                 values = _validate(training)
                 clock.val = values["val_loss"]
                 if log:
                     log.record(clock.step, epoch, values)
                     if not work.stop.is_set:
+                        activity.now("validating")
                         _preview(training, log)
 
             due = validated or (loop.checkpoint_steps is not None and clock.step % loop.checkpoint_steps == 0)
             overdue = loop.checkpoint_minutes > 0 and time.monotonic() - last_save > loop.checkpoint_minutes * 60
+            activity.now("waiting for the others")
             decision = dist.largest(STOP if work.stop.is_set else SAVE if due or overdue else CONTINUE, ranks)
             if decision != CONTINUE and saved_step != clock.step:
+                activity.now("saving" if ranks.is_main else "waiting for the others")
                 _save(training, with_val=validated and clock.val is not None)
                 last_save, saved_step = time.monotonic(), clock.step
             if validated or decision != CONTINUE:
@@ -154,6 +174,14 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             if decision == STOP:
                 raise Interrupted(f"stopped by {work.stop.signal_name or 'another rank'} after step {clock.step}; saved, run again to go on")
         clock.phase_start_step = phase_end
+
+
+def _tell_stragglers(work: Work, stragglers: Stragglers, own_seconds: list[float], step_seconds: float) -> float:
+    """Returns how many times the median the slowest rank takes for its own work."""
+    work.slow, new = stragglers.window(own_seconds, step_seconds)
+    for rank, factor in new if work.is_main else ():
+        work.rank_is_slow(rank, factor)
+    return max(own_seconds) / max(median(own_seconds), 1e-9)
 
 
 def _prepare(work: Work, ranks: Ranks) -> Training:
@@ -173,7 +201,7 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     relief = work.run.read_relief(work.stage.name, work.task.shard)
     if relief.micro_batch_divisor > 1:
         work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
-    context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor)
+    context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor, work.activity)
     for phase in model.phases():
         if phase.batch_size % ranks.world_size:
             raise InputError(f"batch_size: {phase.batch_size} cannot be shared evenly by {ranks.world_size} ranks; use a multiple")
@@ -231,6 +259,8 @@ def _epoch_order(samples: int, seed: int, stream: str, epoch: int) -> np.ndarray
 @torch.no_grad()
 def _validate(training: Training) -> dict[str, float]:
     """Means over the validation slices, shared by all ranks; the same noise every time, so curves compare."""
+    if fault.ARMED:
+        fault.at("validate", step=training.clock.step)
     averages, ranks = Averages(), training.ranks
     size = training.phase.batch_size // ranks.world_size
     everyone = np.arange(len(training.val_rows))
@@ -239,6 +269,7 @@ def _validate(training: Training) -> dict[str, float]:
         places = mine[start : start + size]
         batch = training.batch(training.val_rows[places], [int(place) for place in places], "val")
         averages.add(training.model.validate(batch, training.context), weight=len(places))
+    training.work.activity.now("waiting for the others")
     return {f"val_{name}": value for name, value in averages.means(ranks).items()}
 
 

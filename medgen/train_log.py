@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,24 @@ class Averages:
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Means over everything added on all ranks; empty bins are left out. Every rank must call it."""
+        return self.means_and_all(ranks, lambda: 0.0)[0]
+
+    def means_and_all(self, ranks: Ranks, own: Callable[[], float]) -> tuple[dict[str, float], list[float]]:
+        """The same with one number of each rank's own beside it, in the same message; `own` is asked when the GPU has been waited for."""
         names = list(self._sums)
         scalars = torch.stack([self._sums[name].double().cpu() for name in names])
         weights = torch.tensor([self._weights[name] for name in names], dtype=torch.float64)
         bins = [sums.double().cpu().flatten() for sums in self._bin_sums.values()]
-        total = dist.sum_over_ranks(torch.cat([scalars, weights, *bins]), ranks)
+        numbers = torch.zeros(ranks.world_size, dtype=torch.float64)
+        numbers[ranks.rank] = own()
+        total = dist.sum_over_ranks(torch.cat([scalars, weights, *bins, numbers]), ranks)
         means = {name: float(total[place] / total[len(names) + place]) for place, name in enumerate(names)}
         start = 2 * len(names)
         for name in self._bin_sums:
             sums, counts = total[start : start + BINS], total[start + BINS : start + 2 * BINS]
             means |= {f"{name}{number}": float(sums[number] / counts[number]) for number in range(BINS) if counts[number] > 0}
             start += 2 * BINS
-        return means
+        return means, total[start:].tolist()
 
 
 class TrainingLog:

@@ -111,6 +111,18 @@ def test_a_key_given_with_o_keeps_its_place_only_for_itself(profile: Callable[..
     assert str(site.load(str(path), ["site.account=y"]).error(("qos",), "no")) == f"{path}:6:1: qos: no"
 
 
+@pytest.mark.parametrize(("given", "seconds"), [("10m", 600), ("90s", 90), (0, 0), ("0s", 0), (20, 20)])
+def test_how_long_a_silent_rank_is_waited_for(profile: Callable[..., Path], given: Any, seconds: int) -> None:
+    assert site.load(str(profile({"lost": given}))).lost == seconds
+    assert site.load(str(profile({"lost": given})), local=True).lost == seconds
+
+
+@pytest.mark.parametrize(("given", "told"), [("5s", r"lost: 5 s: write 0 for never, or at least 20s"), (-1, "at least 20s"), ("soon", "not a number of seconds")])
+def test_a_patience_that_would_end_healthy_jobs_is_refused(profile: Callable[..., Path], given: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        site.load(str(profile({"lost": given})))
+
+
 def test_an_exclusion_needs_a_reason_and_a_day(profile: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"exclude\.0.*'reason' is missing"):
         site.load(str(profile({"exclude": [{"nodes": "n1", "until": "2030-01-01"}]})))

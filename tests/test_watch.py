@@ -23,7 +23,7 @@ from medgen.errors import Exit
 from medgen.launch.history import seconds_busy
 from medgen.launch.local import LocalBackend
 from medgen.launch.supervisor import register, retire
-from medgen.rundir import Heartbeat, Outcome, RunDir
+from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir
 from medgen.task import StopFlag, Work
 from medgen.watch.live import describe_event, list_runs, watch
 from medgen.watch.state import RunState, StageState, read_state, to_json
@@ -338,3 +338,91 @@ def test_numbers_in_words() -> None:
     assert [duration(seconds) for seconds in (0, 59.4, 185, 7800, 273600)] == ["0s", "59s", "3m 05s", "2h 10m", "3d 4h"]
     assert [percent(fraction) for fraction in (0, 0.999, 1.0, 0.29)] == ["0%", "99%", "100%", "29%"]
     assert seconds_busy([(0, 10), (5, 20), (30, 31)]) == 21
+
+
+# --- a task of several ranks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> RunDir:
+    """A training of three ranks that has run for an hour."""
+    made, _ = build(tmp_path, [{"name": "train", "kind": "train", "ranks": 3}])
+    register(made, False)
+    started(made, 3600)
+    return made
+
+
+def rank_beats(run: RunDir, doing: tuple[str, str, str], seconds_ago: tuple[float, float, float] = (2, 2, 2), still_seconds: float = 2, slow: list[tuple[int, float]] | None = None) -> None:
+    now = time.time()
+    advanced = now - still_seconds
+    run.write_heartbeat(Heartbeat("train", 0, 0, 512, 900, "steps", 0.25, now - seconds_ago[0], "n0", 10, advanced, doing[0], slow or []))
+    for rank in (1, 2):
+        run.write_rank_beat("train", 0, RankBeat(rank, 0, 512, advanced, doing[rank], now - seconds_ago[rank], f"n{rank}", 10 + rank))
+
+
+def test_ranks_that_are_well_are_listed_and_not_spoken_of(ranks: RunDir) -> None:
+    rank_beats(ranks, ("computing a step", "exchanging gradients", "reading data"))
+    task = stage_of(ranks).tasks[0]
+    assert (task.word, task.cause, task.note) == ("running", None, None)
+    assert [(item["rank"], item["host"], item["pid"], item["step"], item["doing"]) for item in task.ranks] == [
+        (0, "n0", 10, 512, "computing a step"), (1, "n1", 11, 512, "exchanging gradients"), (2, "n2", 12, 512, "reading data"),
+    ]  # fmt: skip
+    assert "rank" not in screen(read_state(ranks))
+
+
+def test_a_slow_rank_runs_and_is_named(ranks: RunDir) -> None:
+    rank_beats(ranks, ("computing a step", "exchanging gradients", "reading data"), slow=[(2, 2.4)])
+    task = stage_of(ranks).tasks[0]
+    assert (task.word, task.note) == ("running", "rank 2 on n2 is 2.4 times slower than the others")
+    assert task.ranks[2]["times_slower"] == 2.4 and task.ranks[1]["times_slower"] is None
+    assert "rank 2 on n2 is 2.4 times slower than the others" in screen(read_state(ranks))
+    assert json.loads(json.dumps(to_json(read_state(ranks))))["stages"][0]["tasks"][0]["note"] == task.note
+
+
+@pytest.mark.parametrize(("doing", "told"), [
+    (("exchanging gradients", "waiting for the others", "reading data"), "rank 2 on n2 stands at reading data, and the others wait for it"),
+    (("saving", "waiting for the others", "waiting for the others"), "rank 0 on n0 stands at saving, and the others wait for it"),
+    (("waiting for the others",) * 3, "all 3 ranks stand at the same place, waiting for the others"),
+])  # fmt: skip
+def test_a_training_that_stands_says_who_stands_where(ranks: RunDir, doing: tuple[str, str, str], told: str) -> None:
+    rank_beats(ranks, doing, still_seconds=2400)
+    task = stage_of(ranks).tasks[0]
+    assert task.word == "stalled" and task.cause is not None
+    assert "it lives, but has stood at 512 of 900 steps for 40m 00s: " + told in task.cause and "`medgen cancel`" in task.cause
+
+
+def test_a_silent_rank_is_stalled_then_lost_and_named_with_its_node(ranks: RunDir) -> None:
+    doing = ("exchanging gradients", "exchanging gradients", "reading data")
+    rank_beats(ranks, doing, (2, 2, 130), still_seconds=129)
+    task = stage_of(ranks).tasks[0]
+    assert task.word == "stalled" and task.cause is not None
+    assert "nothing was heard of rank 2 on n2 for 2m 10s; last heard of at step 512, reading data; the others live" in task.cause
+    rank_beats(ranks, doing, (2, 2, 400), still_seconds=399)
+    assert stage_of(ranks).tasks[0].word == "lost"
+
+
+def test_a_rank_whose_beats_come_late_is_not_silent_while_the_training_advances(ranks: RunDir) -> None:
+    rank_beats(ranks, ("exchanging gradients", "exchanging gradients", "reading data"), (2, 2, 400), still_seconds=3)
+    assert stage_of(ranks).tasks[0].word == "running"
+
+
+def test_a_silent_rank_0_is_told_from_a_dead_job_by_the_others(ranks: RunDir) -> None:
+    rank_beats(ranks, ("reading data", "exchanging gradients", "exchanging gradients"), (100, 2, 2), still_seconds=99)
+    task = stage_of(ranks).tasks[0]
+    assert task.word == "stalled" and task.cause is not None
+    assert task.cause.endswith("of rank 0 on n0, last heard of at step 512, reading data; the others live")
+
+
+def test_beats_of_an_earlier_attempt_or_damaged_ones_count_for_nothing(ranks: RunDir) -> None:
+    rank_beats(ranks, ("computing a step",) * 3)
+    ranks.rank_beat_file("train", 0, 1).write_text('{"rank": ')
+    ranks.write_rank_beat("train", 0, RankBeat(2, 7, 512, 0.0, "reading data", 0.0, "n2", 12))
+    task = stage_of(ranks).tasks[0]
+    assert task.word == "running" and [item["rank"] for item in task.ranks] == [0]
+
+
+def test_what_happens_to_ranks_has_words() -> None:
+    about = {"stage": "train", "shard": 0, "rank": 3, "node": "n2", "step": 5, "doing": "saving"}
+    assert describe_event({"event": "rank_silent", "seconds": 90, **about}) == "train shard 0: nothing was heard of rank 3 on n2 for 90 s; last heard of at step 5, saving"
+    assert describe_event({"event": "slow_rank", "factor": 2.4, **about}) == "train shard 0: rank 3 on n2 is 2.4 times slower than the others"
+    assert describe_event({"event": "rank_lost", "cause": "gone", **about}) == "train shard 0: gone"

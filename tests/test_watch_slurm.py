@@ -22,7 +22,7 @@ from rich.console import Console
 
 from medgen.errors import Exit
 from medgen.launch.slurm import AccountingRow, parse_accounting
-from medgen.rundir import Heartbeat, Outcome, RunDir, find_run
+from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir, find_run
 from medgen.watch import live, outcomes
 from medgen.watch.events import EventLog
 from medgen.watch.graph import NODE, rails
@@ -33,7 +33,7 @@ from medgen.watch.view import render
 from medgen.watch.words import clock
 
 STAGES = [
-    {"name": "train", "kind": "train", "gpus": 2},
+    {"name": "train", "kind": "train", "gpus": 2, "ranks": 2},
     {"name": "images", "kind": "generate", "tasks": 6, "needs": ["train"], "gpus": 1},
     {"name": "report", "kind": "report", "needs": ["images"]},
 ]
@@ -215,6 +215,22 @@ def test_running_with_and_without_signs_of_life(lab: Lab) -> None:
     assert task.cause is not None
     assert "Slurm says it runs on n1, but nothing was heard of it for 6m 40s" in task.cause and "`scancel 71`" in task.cause
     assert lab.state().verdict == "running"
+
+
+def test_a_silent_rank_and_one_that_keeps_the_others_are_named(lab: Lab) -> None:
+    lab.row("RUNNING", start=-7200)
+    lab.started(7200)
+    now = time.time()
+    for seconds_ago, still_seconds, word, told in (
+        (5, 5, "running", None), (120, 115, "stalled", "nothing was heard of rank 1 on n2 for 2m"), (400, 395, "lost", "nothing was heard of rank 1 on n2 for 6m 40s"),
+        (5, 2000, "stalled", "rank 1 on n2 stands at reading data, and the others wait for it"),
+    ):  # fmt: skip
+        lab.run.write_heartbeat(Heartbeat("train", 0, 0, 40, 100, "steps", 0.5, now - 2, "n1", 1, now - still_seconds, "waiting for the others"))
+        lab.run.write_rank_beat("train", 0, RankBeat(1, 0, 40, now - still_seconds, "reading data", now - seconds_ago, "n2", 2))
+        task = lab.task()
+        assert task.word == word
+        if told is not None:
+            assert task.cause is not None and told in task.cause and "`scancel 71`" in task.cause
 
 
 def test_a_job_may_take_its_time_to_begin(lab: Lab) -> None:

@@ -17,6 +17,7 @@ RANK_ERROR = re.compile(r"^srun: error: .*?: tasks? (\d+).*?: (?!Terminated)(.+)
 ATTEMPT_LINE = re.compile(r"^medgen: \S+ shard \d+ attempt (\d+) on ", re.MULTILINE)
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07?|[\x00-\x08\x0b-\x1f\x7f]")  # a log must not steer the terminal
 TAIL_BYTES = 64 * 1024
+KILLED = 137
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,21 @@ def ending_of(run: RunDir, task: Task, attempt: int, exit_code: int) -> tuple[En
     if run.is_done(task.stage, task.shard, task.hash):
         return "done", None
     fresh = fresh_outcome(run, task, attempt)
-    cause = fresh.cause if fresh is not None else None
+    cause = fresh.cause if fresh is not None else _told_by_another_rank(run, task, attempt, exit_code)
     if exit_code == Exit.INTERRUPTED or (fresh is not None and fresh.status == "interrupted"):
         return "interrupted", cause or "stopped by a signal after saving"
     cause = cause or cause_of(exit_code, guilty_log(run, task.stage, task.shard, attempt))
     if exit_code == 0:
         cause = f"exit code 0, but no outcome that verifies: {cause}"
     return ("refused" if exit_code == Exit.BAD_INPUT else "failed"), cause
+
+
+def _told_by_another_rank(run: RunDir, task: Task, attempt: int, exit_code: int) -> str | None:
+    """Why a rank has ended the attempt: it gave up one that was silent, or one has died. That it was killed, as the exit code may say, tells more."""
+    kinds = ("rank_lost",) if exit_code == KILLED else ("rank_lost", "rank_ended")
+    key = (task.stage, task.shard, attempt)
+    told = [event for event in run.events() if event["event"] in kinds and (event["stage"], event["shard"], event["attempt"]) == key]
+    return next((str(event["cause"]) for kind in kinds for event in told if event["event"] == kind), None)
 
 
 def next_attempt(run: RunDir, stage: str, shard: int) -> int:
@@ -102,7 +111,7 @@ def guilty_log(run: RunDir, stage: str, shard: int, attempt: int) -> Path:
 def cause_of(code: int, log: Path) -> str:
     """One line in words for an exit code and the last words of a log."""
     last = next(reversed([line for line in tail(log, 20) if not line.startswith("medgen: ended with")]), "")
-    if code == 137:
+    if code == KILLED:
         why = "killed by SIGKILL: often too little memory"
     elif code > 128:
         why = f"killed by signal {code - 128}"

@@ -37,7 +37,7 @@ GPU_FAULT = re.compile(
 )  # fmt: skip
 NOT_FINITE = re.compile(r"loss (is|became) (nan|-?inf)|holds NaN|(is|are) not finite|non-finite|^diverged: the loss", re.IGNORECASE | re.MULTILINE)
 RENDEZVOUS = re.compile(
-    r"could not meet|TCPStore|DistNetworkError|DistStoreError|Rendezvous\w*Error|init_process_group|collective operation timeout|NCCL (error|timeout)|ncclSystemError|"
+    r"could not meet|ended before its work|has not been heard of|TCPStore|DistNetworkError|DistStoreError|Rendezvous\w*Error|init_process_group|collective operation timeout|NCCL (error|timeout)|ncclSystemError|"
     r"ncclRemoteError|\bgloo\b.*(connection|timed out)|Connection (closed|reset) by peer", re.IGNORECASE,
 )  # fmt: skip
 NO_PACKAGE = re.compile(r"(ModuleNotFoundError: )?No module named '?(medgen|torch|monai|numpy|typer|pydantic|nibabel|einops|yaml|filelock)\b")

@@ -9,8 +9,9 @@ from typing import Literal
 
 from medgen.launch.history import Attempt
 from medgen.launch.slurm import QueueRow
-from medgen.rundir import Heartbeat
+from medgen.rundir import Heartbeat, RankBeat
 from medgen.watch.outcomes import Left
+from medgen.watch.ranks import guilty_in_words, silence_in_words, silent
 from medgen.watch.reasons import HELD_STATES, SUSPENDED_STATES, WAITING_STATES, Ending, reason_in_words
 from medgen.watch.words import duration
 
@@ -32,13 +33,16 @@ Judgement = tuple[Word, str | None]  # and why
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the run folder tells of a task that is not done. `stuck`: something it needs has failed."""
+    """What the run folder tells of a task that is not done. `stuck`: something it needs has failed.
+
+    `ranks`: the beats of this attempt, where it runs and has several ranks."""
 
     left: Left | None
     last: Attempt | None
     beat: Heartbeat | None
     stuck: bool
     now: float
+    ranks: tuple[RankBeat, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -71,8 +75,8 @@ def on_this_machine(facts: Facts, supervised: bool) -> Judgement:
     beats = beat is not None and now - beat.time <= STALE_SECONDS
     if supervised and last is not None and not facts.ended:
         if beat is None or beats:  # before its first heartbeat a task imports and reads data
-            return "running", None
-        return "stalled", f"no heartbeat for {now - beat.time:.0f} s"
+            return _by_ranks(facts, STALE_SECONDS, "; to give it up: `medgen cancel`, then submit again")
+        return "stalled", f"no heartbeat for {now - beat.time:.0f} s{_of_rank_0(facts, STALE_SECONDS)}"
     if beats and not facts.ended and not facts.told:  # started by hand, or on another machine
         return "running", None
     if last is not None and last.comes_back and supervised:
@@ -89,8 +93,7 @@ def on_this_machine(facts: Facts, supervised: bool) -> Judgement:
 def on_slurm(facts: Facts, seen: Seen) -> Judgement:
     """For runs whose tasks are jobs of Slurm."""
     if _beats(facts, seen) and not facts.ended and not facts.told:
-        stuck = _step_is_stuck(facts)
-        return ("stalled", stuck + _way_out(seen)) if stuck else ("running", None)
+        return _by_ranks(facts, SLURM_STALE_SECONDS, _way_out(seen))
     if seen.row is not None:
         if seen.row.state in WAITING_STATES:
             if facts.last is not None and not facts.ended and facts.last.started > (seen.asked or 0.0):
@@ -108,6 +111,24 @@ def _beats(facts: Facts, seen: Seen) -> bool:
         return False
     runs = seen.row is not None and seen.row.state not in (*WAITING_STATES, *SUSPENDED_STATES)
     return runs or seen.asked is None or seen.asked <= facts.beat.time + BEAT_SECONDS
+
+
+def _by_ranks(facts: Facts, stale_seconds: float, way_out: str) -> Judgement:
+    """Rank 0 is heard of: what of the others, and of the step they make together?"""
+    quiet = silent(facts.ranks, facts.now, stale_seconds)
+    if quiet:
+        is_lost = facts.now - min(beat.time for beat in quiet) > LOST_SECONDS
+        return ("lost" if is_lost else "stalled"), silence_in_words(quiet, facts.ranks, facts.now) + way_out
+    stuck = _step_is_stuck(facts)
+    return ("stalled", stuck + way_out) if stuck else ("running", None)
+
+
+def _of_rank_0(facts: Facts, stale_seconds: float) -> str:
+    """That it is rank 0 alone which is silent, where others are heard of."""
+    first = next((beat for beat in facts.ranks if beat.rank == 0), None)
+    if first is None or len(silent(facts.ranks, facts.now, stale_seconds)) == len(facts.ranks):
+        return ""
+    return f" of {first.name}, last heard of at step {first.step}, {first.doing}; the others live"
 
 
 def _waiting(facts: Facts, seen: Seen, row: QueueRow) -> Judgement:
@@ -139,8 +160,8 @@ def _started(facts: Facts, seen: Seen, row: QueueRow) -> Judgement:
     if now - since <= SLURM_STALE_SECONDS:
         return "running", None
     if now - since <= LOST_SECONDS:
-        return "stalled", f"no heartbeat for {duration(now - since)}; Slurm says it runs{node}"
-    return "lost", f"Slurm says it runs{node}, but nothing was heard of it for {duration(now - since)}{_way_out(seen)}"
+        return "stalled", f"no heartbeat for {duration(now - since)}{_of_rank_0(facts, SLURM_STALE_SECONDS)}; Slurm says it runs{node}"
+    return "lost", f"Slurm says it runs{node}, but nothing was heard of it for {duration(now - since)}{_of_rank_0(facts, SLURM_STALE_SECONDS)}{_way_out(seen)}"
 
 
 def _way_out(seen: Seen) -> str:
@@ -225,4 +246,5 @@ def _step_is_stuck(facts: Facts) -> str | None:
         limit_seconds = max(STEP_SECONDS, STEPS * (beat.advanced - last.started) / steps)
     if still_seconds <= limit_seconds:
         return None
-    return f"it lives, but has stood at {beat.step} of {beat.total} {beat.unit} for {duration(still_seconds)}"
+    who = guilty_in_words(facts.ranks)
+    return f"it lives, but has stood at {beat.step} of {beat.total} {beat.unit} for {duration(still_seconds)}" + (f": {who}" if who else "")

@@ -164,6 +164,8 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
         if event["status"] == "done":
             return f"{task}: done in {event['seconds']:.1f} s"
         return f"{task}: {event['status']}: {event['cause']}; {event['next']}; log: {event['log']}"
+    if kind in ("rank_silent", "rank_lost", "rank_ended", "slow_rank"):
+        return f"{event['stage']} shard {event['shard']}: {_of_rank(kind, event)}"
     if kind == "submitted":
         return f"{event['tasks']} tasks to run"
     if kind == "job_submitted":
@@ -185,6 +187,15 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind == "finished":
         return "all done" if event["status"] == "done" else f"ended; failed: {', '.join(event['failed'])}"
     return None
+
+
+def _of_rank(kind: str, event: dict[str, Any]) -> str:
+    rank = f"rank {event['rank']} on {event['node']}"
+    if kind in ("rank_lost", "rank_ended"):
+        return str(event["cause"])
+    if kind == "slow_rank":
+        return f"{rank} is {event['factor']:g} times slower than the others"
+    return f"nothing was heard of {rank} for {event['seconds']} s; last heard of at step {event['step']}, {event['doing']}"
 
 
 def _numbers(ids: list[int]) -> str:

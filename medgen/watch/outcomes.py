@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgen import files
-from medgen.rundir import Heartbeat, RunDir
+from medgen.rundir import Heartbeat, RankBeat, RunDir
 from medgen.watch import poll
 
 MANY = 1000  # verified outcomes from which on they are remembered from one watch to the next
@@ -82,6 +82,12 @@ class Outcomes:
 
     def beat(self, stage: str, shard: int) -> Heartbeat | None:
         return self.run.read_heartbeat(stage, shard) if f"{stage}.{shard}.json" in self._beating else None
+
+    def rank_beats(self, stage: str, shard: int, ranks: int, attempt: int) -> tuple[RankBeat, ...]:
+        """Of one attempt at a task of several ranks, as far as they have told."""
+        names = {rank: f"{stage}.{shard}.r{rank}.json" if rank else f"{stage}.{shard}.json" for rank in range(ranks)}
+        found = (self.run.read_rank_beat(stage, shard, rank) for rank, name in names.items() if name in self._beating)
+        return tuple(beat for beat in found if beat is not None and beat.attempt == attempt)
 
     def keep(self) -> None:
         """Remember what was verified, so that the next watch of a big run starts fast. Writes nothing for a small one."""

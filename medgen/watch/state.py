@@ -17,12 +17,14 @@ from medgen.launch.backend import guilty_log, tail
 from medgen.launch.history import Attempt, History, close_lost, read_history, seconds_busy
 from medgen.launch.supervisor import Supervisor, living_supervisor
 from medgen.plan import Plan, PlannedStage
-from medgen.rundir import Heartbeat, RunDir
+from medgen.rundir import Heartbeat, RankBeat, RunDir
 from medgen.watch.events import EventLog
 from medgen.watch.judge import Facts, Word, on_this_machine
 from medgen.watch.outcomes import Left, Outcomes
 from medgen.watch.poll import Patient, Source
 from medgen.watch.queue_view import QueueView, read_queue_view
+from medgen.watch.ranks import slow_in_words
+from medgen.watch.ranks import to_json as ranks_to_json
 
 LAST_LINES = 12
 LOGS_READ = 100  # of a stage's failed tasks
@@ -39,7 +41,9 @@ class TaskState:
     """One task. `seconds`: its last attempt; `age_seconds`: of its heartbeat; `log`: the guilty one after a failure.
 
     Of a job of Slurm: its number, why it waits in words, when Slurm expects it to start (unix seconds), the node it runs on,
-    what its last attempt failed of, and how often it may still fail (None where it has not failed)."""
+    what its last attempt failed of, and how often it may still fail (None where it has not failed).
+
+    `ranks`: of a running task with several, what each does; `note`: what is not well though it runs, such as a slow rank."""
 
     shard: int
     word: Word
@@ -60,6 +64,8 @@ class TaskState:
     node: str | None = None
     last_cause: str | None = None
     tries_left: int | None = None
+    note: str | None = None
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def fraction(self) -> float:
@@ -304,7 +310,7 @@ def _task(reading: _Reading, stage: PlannedStage, shard: int, task_hash: str, st
     beat = reading.outcomes.beat(stage.name, shard)
     if beat is not None and last is not None and beat.attempt < last.attempt:
         beat = None  # of an earlier attempt
-    facts = Facts(reading.outcomes.of(stage.name, shard, task_hash), last, beat, stuck, reading.now)
+    facts = Facts(reading.outcomes.of(stage.name, shard, task_hash), last, beat, stuck, reading.now, _rank_beats(reading, stage, shard, beat, last))
     if reading.view is None:
         word, cause = on_this_machine(facts, reading.supervisor is not None)
         job: dict[str, Any] = {}
@@ -331,8 +337,17 @@ def _task(reading: _Reading, stage: PlannedStage, shard: int, task_hash: str, st
         cause=cause,
         log=log,
         last_lines=lines,
+        note=slow_in_words(beat, facts.ranks) if beat is not None and word == "running" else None,
+        ranks=ranks_to_json(facts.ranks, beat, reading.now) if word in ON_DEVICES else [],
         **job,
     )
+
+
+def _rank_beats(reading: _Reading, stage: PlannedStage, shard: int, beat: Heartbeat | None, last: Attempt | None) -> tuple[RankBeat, ...]:
+    """Only of what runs and has several ranks: there may be 10,000 tasks."""
+    if stage.ranks == 1 or beat is None or (last is not None and last.ended is not None):
+        return ()
+    return reading.outcomes.rank_beats(stage.name, shard, stage.ranks, beat.attempt)
 
 
 def _task_eta(beat: Heartbeat | None, last: Attempt | None, now: float) -> float | None:

@@ -54,7 +54,7 @@ def render(state: RunState, hint: str | None = None) -> RenderableType:
     if state.silence:
         parts.append(Text(f"{state.silence}; what it told before is shown", style="yellow"))
     parts += [Text(""), _Stages(state, now)]
-    setbacks = _setbacks(state)
+    setbacks = _notes(state) + _setbacks(state)
     if setbacks:
         parts += [Text(""), *setbacks]
     troubles = _troubles(state)
@@ -220,6 +220,15 @@ def _note(stage: StageState) -> Text:
     if task.attempt and task.word != "done":
         text.append("  " if text else "").append(f"try {task.attempt + 1}", DIM)
     return text
+
+
+def _notes(state: RunState) -> list[Text]:
+    """A line for what is not well though it runs."""
+    noted = [(stage, task) for stage in state.stages for task in stage.tasks if task.note]
+    return [
+        Text.assemble(("! ", "yellow"), _where(stage, [task]), "  ", (task.note or "", "yellow"), no_wrap=True, overflow="ellipsis")
+        for stage, task in noted[:SHOWN_SETBACKS]
+    ]
 
 
 def _setbacks(state: RunState) -> list[Text]:
