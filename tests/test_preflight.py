@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import TINY_NET, tiny_spec
 
-from medgen import checks, sbatch_options
+from medgen import checks, room, sbatch_options
 from medgen.checks import trial
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.launch import preflight, record, slurm_checks, space, submit
@@ -365,7 +365,7 @@ def test_the_pace_of_an_earlier_attempt_counts(lab: Lab) -> None:
     prepared.run.stage("train_seg").mkdir(parents=True)
     log = prepared.run.training_log("train_seg")
     log.write_text('{"step": 1, "seconds_per_step": 2.5}\n{"step": 2, "seconds_per_step": 50.0}\n{"val_loss": 1}\n{"cut')
-    assert preflight.step_seconds(prepared, "train_seg") == 50.0
+    assert prepared.run.slowest_step_seconds("train_seg") == 50.0
     assert any("a step (50.0 s), a checkpoint (1.0 s)" in line for line in lab.check("site.grace=100s"))
 
 
@@ -424,7 +424,7 @@ def test_equal_data_of_a_sweep_share_a_cache(lab: Lab) -> None:
 
 @pytest.mark.parametrize(("free_bytes", "free_files", "mark"), [(100, 100, "fine"), (19, 100, "warning"), (9, 100, "wrong"), (100, 9, "wrong"), (100, 19, "warning"), (100, None, "fine")])
 def test_room_that_is_short_or_tight(free_bytes: int, free_files: int | None, mark: str) -> None:
-    found = space.compare({"images": 9 * GIB, "checkpoints": GIB // 2, "the rest": GIB // 2}, 10, space.Free(Path("/x"), free_bytes * GIB, free_files))
+    found = space.compare({"images": 9 * GIB, "checkpoints": GIB // 2, "the rest": GIB // 2}, 10, room.Free(Path("/x"), free_bytes * GIB, free_files))
     assert found.mark == mark and "10.0 GiB (images 9.0 GiB) and 10 files; /x has " in found.text
 
 

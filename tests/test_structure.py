@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "medgen"
 
 # each may import what stands before it: spec -> plan -> launch -> train -> ... -> report, and the services they share
 ORDER = [
-    "errors", "world", "fault", "files", "units", "sbatch_options", "document", "rng", "models", "spec", "site", "rundir", "plan", "planning", "data", "launch", "dist", "context", "checkpoint",
+    "errors", "world", "fault", "files", "room", "units", "sbatch_options", "document", "rng", "models", "spec", "site", "rundir", "plan", "planning", "data", "launch", "dist", "context", "sharded", "checkpoint",
     "task", "train_log", "train", "generate", "collect", "command", "evaluate", "report", "watch", "checks", "cli", "__main__",
 ]
 
