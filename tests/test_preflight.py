@@ -428,6 +428,23 @@ def test_room_that_is_short_or_tight(free_bytes: int, free_files: int | None, ma
     assert found.mark == mark and "10.0 GiB (images 9.0 GiB) and 10 files; /x has " in found.text
 
 
+def test_a_quota_is_named_where_it_is_what_is_short() -> None:
+    found = space.compare({"images": 9 * GIB}, 10, room.Free(Path("/x"), GIB, 100, "quota of user 1000"))
+    assert found.mark == "wrong" and "/x has 1.0 GiB and 100 files free under the quota of user 1000; free some" in found.text
+
+
+def test_what_is_kept_is_told_with_its_size(lab: Lab) -> None:
+    lab.spec({**tiny_spec(), "sweep": {"stages.train_seg.config.lr": [1.0e-4, 2.0e-4]}})
+    unknown = [f"{name} keeps its 2 newest checkpoints and the best of each metric: at most 4 at a time, of a size that `medgen check spec.yaml` measures" for name in ("train_seg", "train_bravo")]
+    assert space.retention(lab.prepare()) == unknown, "points of a sweep say it once"
+    lab.spec(tiny_spec())
+    [prepared] = lab.prepare("stages.train_bravo.config.loop.keep=3")
+    known(prepared, "train_bravo", 74 * 2**20)
+    assert space.retention([prepared])[1] == (
+        "train_bravo keeps its 3 newest checkpoints and the best of each metric: at most 5 x 74 MiB = 370 MiB, with the one that is being written"
+    )
+
+
 def test_a_disk_without_files_left_is_refused_by_check(lab: Lab, private_mounts: list[str], environment: dict[str, str], tmp_path: Path) -> None:
     """Bytes are there, inodes are not: what a quota on files looks like."""
     (tmp_path / "disk").mkdir()
