@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from medgen import room
 from medgen.launch.ports import job_id_with_free_port
 from medgen.launch.script import FIRST_PORT, PORTS
 
@@ -112,7 +113,7 @@ def run() -> dict[str, Any]:
         folder = Path(name)
         copied, read = _phase("copy", folder), _phase("read", folder)
         (folder / "copy").unlink()
-        record: dict[str, Any] = {"parameters": PARAMETERS, "dtype": "bfloat16", "tensors": len(ROWS), "largest_tensor_bytes": 2 * COLUMNS * max(ROWS), "load_average_before": os.getloadavg()[0],
+        record: dict[str, Any] = {"parameters": PARAMETERS, "dtype": "bfloat16", "tensors": len(ROWS), "largest_tensor_bytes": 2 * COLUMNS * max(ROWS), "file_system": room.mount_of(folder)[0], "load_average_before": os.getloadavg()[0],
                                   "plain_write_with_fsync_seconds": round(copied["seconds"], 2), "plain_read_seconds": round(read["seconds"], 2)}
         record["one_file"] = _kind(folder / "one", 1, copied, read)
         subprocess.run(["rm", "-r", str(folder / "one")], check=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.futures import Future
 
 from medgen import dist, fault, files, room
 from medgen.dist import Ranks
+from medgen.errors import MedgenError
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -136,9 +138,11 @@ def write(folder: Path, shards: dict[str, DTensor], ranks: Ranks) -> dict[str, d
         planned.save(dict(shards), storage_writer=writer, planner=planner, process_group=dist.slow_group() if ranks.world_size > 1 else None)
     except CheckpointException as failure:
         rank, (error, _) = min(failure.failures.items(), key=lambda item: item[0])
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno in room.FULL:
             raise error from None
-        raise RuntimeError(f"rank {rank} could not write its part: {type(error).__name__}: {error}") from failure
+        if rank == ranks.rank:
+            traceback.print_exception(error)  # perhaps a defect: the log of the rank that has it says where
+        raise MedgenError(f"{folder.name}: rank {rank} could not write its part: {type(error).__name__}: {error}") from None
     written: dict[str, dict[str, Any]] = {}
     for facts in dist.gathered(writer.written, ranks):
         written |= facts

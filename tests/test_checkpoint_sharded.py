@@ -149,7 +149,10 @@ def test_a_disk_that_is_full_for_one_rank_is_one_error_on_all(three: Path, tmp_p
 
 def test_any_other_failure_of_one_rank_is_told_by_all(three: Path, tmp_path: Path) -> None:
     ended = run_ranks(2, three, tmp_path / "out", 4, fault="site=ckpt.write,rank=1,action=raise")
-    assert all(code == 1 and "rank 1 could not write its part: InjectedFault: at ckpt.write" in text for code, text in ended), ended
+    told = [[line for line in text.splitlines() if line.startswith("told: ")] for _, text in ended]
+    assert [code for code, _ in ended] == [1, 1] and told[0] == told[1] and len(told[0]) == 1, ended
+    assert "rank 1 could not write its part: InjectedFault: at ckpt.write" in told[0][0]
+    assert "Traceback" in ended[1][1] and "Traceback" not in ended[0][1]
     assert names(three) == ["step-000001", "step-000002", "step-000003"]
 
 
