@@ -26,7 +26,11 @@ def run_ranks(count: int, folder: Path, out: Path, steps: int, *words: str, faul
     command = [sys.executable, str(WORKER), str(folder), str(out), str(steps), *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes) for rank in range(count)]
-    said = [process.communicate(timeout=120)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
