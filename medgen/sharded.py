@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,11 +137,12 @@ def write(folder: Path, shards: dict[str, DTensor], ranks: Ranks) -> dict[str, d
     try:
         planned.save(dict(shards), storage_writer=writer, planner=planner, process_group=dist.slow_group() if ranks.world_size > 1 else None)
     except CheckpointException as failure:
-        rank, (error, _) = min(failure.failures.items(), key=lambda item: item[0])
+        rank, (error, stack) = min(failure.failures.items(), key=lambda item: item[0])
         if isinstance(error, OSError) and error.errno in room.FULL:
             raise error from None
         if rank == ranks.rank:
-            traceback.print_exception(error)  # perhaps a defect: the log of the rank that has it says where
+            # perhaps a defect: the log of the rank that has it says where; the error itself came without, through pickle
+            print("Traceback (most recent call last):\n" + "".join(stack.format()) + f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise MedgenError(f"{folder.name}: rank {rank} could not write its part: {type(error).__name__}: {error}") from None
     written: dict[str, dict[str, Any]] = {}
     for facts in dist.gathered(writer.written, ranks):
