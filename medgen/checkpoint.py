@@ -1,28 +1,32 @@
 """Checkpoints: one folder per step, commit.json with the hashes written last, the newest that verifies is used.
 
-train.py saves and resumes; generate.py selects. Files hold plain tensors and load with weights_only=True."""
+train.py saves and resumes; generate.py selects. Files hold plain tensors and load with weights_only=True; what is
+sharded over ranks is written by all of them, see sharded.py."""
 
 from __future__ import annotations
 
-import errno
-import io
+import contextlib
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from medgen import fault, files
+from medgen import dist, fault, files, room
+from medgen.dist import ALONE, Ranks
 from medgen.errors import InputError, MedgenError
 
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 SPACE_RESERVE_BYTES = 16 * 2**20  # what must stay free beside the checkpoint itself
+STATE = "state.json"
+FINITE_BLOCK = 2**24  # values looked at together
 
 
 @dataclass(frozen=True)
@@ -41,79 +45,116 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """One hash over all weights and optimizer states; what was logged on the way is not part of it."""
-        return files.sha256_json({name: facts["sha256"] for name, facts in self.commit["files"].items() if name.endswith(".pt")})
+        return files.sha256_json({name: facts["sha256"] for name, facts in self.commit["files"].items() if name != STATE})
 
-    def tensors(self, name: str) -> Any:
-        """The object saved under `name`, on the CPU."""
-        return torch.load(self.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+    @property
+    def size_bytes(self) -> int:
+        return sum(facts["size_bytes"] for facts in self.commit["files"].values())
+
+    def tensors(self, name: str, like: Any = None) -> Any:
+        """The object saved under `name`: whole tensors on the CPU, whoever wrote them, except where `like` has a sharded
+        tensor in the same place: that rank's part of it. No process group is needed for whole tensors."""
+        value = torch.load(self.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        shards = self.folder / f"{name}.dcp"
+        if not shards.is_dir() and not _may_be_sharded():
+            return value
+        from medgen import sharded
+
+        if shards.is_dir():
+            sharded.put_back(value, sharded.read(shards, like))
+        return sharded.spread(value, like) if _holds_shards(like) else value
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = files.read_json(self.folder / "state.json")
+        state: dict[str, Any] = files.read_json(self.folder / STATE)
         return state
 
 
-class _HashingWriter(io.RawIOBase):
-    """A file for torch.save that hashes on the way and never writes more than one block at once."""
+def save(
+    folder: Path, step: int, objects: dict[str, Any], state: dict[str, Any], metrics: dict[str, Any], ranks: Ranks = ALONE
+) -> Checkpoint:  # fmt: skip
+    """Write step-<step> and commit it; called by all ranks at once. `objects`: name -> state dict; `state`: JSON.
 
-    def __init__(self, handle: BinaryIO):
-        self.handle, self.digest, self.size_bytes = handle, sha256(), 0
-        self.error: OSError | None = None
+    Rank 0 writes plain tensors, every rank its part of sharded ones. Raises on all ranks alike, InputError if the disk is full
+    and MedgenError if a weight is not finite; what was there before stays untouched, and nothing half-written stays."""
+    target = folder / f"step-{step:06d}"
+    commit: dict[str, Any] = {"version": FORMAT_VERSION, "step": step, "metrics": metrics, "files": {}}
+    dist.agree(_not_finite(objects, step, ranks), ranks)
+    dist.on_main(lambda: _prepare(target, objects), ranks)
+    problem: Exception | None = None
+    try:
+        with contextlib.ExitStack() as of_main:
+            temporary = dist.on_main(lambda: of_main.enter_context(files.folder_in_one_move(target)), ranks)
+            commit["files"] |= _write(temporary, objects, state, ranks)
+            if ranks.is_main:
+                if fault.ARMED:
+                    fault.at("ckpt.commit")
+                files.write_json(temporary / "commit.json", commit)
+    except Exception as error:
+        problem = _explained(error, target)
+    dist.agree(problem, ranks)
+    return Checkpoint(target, step, commit)
 
-    def writable(self) -> bool:
-        return True
 
-    def write(self, content: Any) -> int:
-        view = memoryview(content).cast("B")
-        try:
-            for start in range(0, len(view), files.CHUNK_BYTES):
-                self.handle.write(view[start : start + files.CHUNK_BYTES])
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(view)
-        self.size_bytes += len(view)
-        return len(view)
+def _explained(error: Exception, target: Path) -> Exception:
+    if isinstance(error, OSError) and error.errno in room.FULL:
+        return InputError(f"{target}: {room.FULL[error.errno]}; free some space and submit again, the last checkpoint is intact")
+    return error
+
+
+def _write(temporary: Path, objects: dict[str, Any], state: dict[str, Any], ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """All files but commit.json; returns size and hash of each, on all ranks."""
+    split = {name: _split(value) for name, value in objects.items()}
+    written = dist.on_main(lambda: _write_plain(temporary, {name: rest for name, (rest, _) in split.items()}, state), ranks)
+    for name, (_, shards) in split.items():
+        if shards:
+            from medgen import sharded
+
+            shard_folder = temporary / f"{name}.dcp"
+            dist.on_main(shard_folder.mkdir, ranks)
+            written |= sharded.write(shard_folder, shards, ranks)
+    return written
+
+
+def _write_plain(temporary: Path, values: dict[str, Any], state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    written = {f"{name}.pt": _write_tensors(temporary / f"{name}.pt", value) for name, value in values.items()}
+    path = temporary / STATE
+    files.write_json(path, state)
+    return {**written, STATE: {"sha256": files.sha256_file(path), "size_bytes": path.stat().st_size}}
 
 
 def _write_tensors(path: Path, value: Any) -> dict[str, Any]:
     """torch.save through the hashing writer; returns what commit.json says of the file."""
     with open(path, "wb") as handle:
-        writer = _HashingWriter(handle)
+        room.reserve(handle, _size_bytes(value))
+        writer = files.HashingWriter(handle)
         try:
             torch.save(value, writer)  # type: ignore[arg-type]  # torch only calls write()
         except RuntimeError:
             if writer.error is not None:  # torch closes its archive on the way out and complains about that instead
                 raise writer.error from None
             raise
+        room.give_back(handle, writer.size_bytes)
     if fault.ARMED:
         fault.at("ckpt.write", path)
-    return {"sha256": writer.digest.hexdigest(), "size_bytes": writer.size_bytes}
+    return writer.facts
 
 
-def save(folder: Path, step: int, objects: dict[str, Any], state: dict[str, Any], metrics: dict[str, Any]) -> Checkpoint:
-    """Write step-<step> and commit it. `objects`: name -> state dict of plain tensors; `state`: JSON.
+def _may_be_sharded() -> bool:
+    """False where nothing can be: then that part of torch is not even loaded, which would cost half a second."""
+    return "torch.distributed.tensor" in sys.modules
 
-    Raises MedgenError if a weight is not finite or the disk is full; what was there before stays untouched."""
-    _refuse_non_finite(objects, step)
-    _refuse_full_disk(folder, objects)
-    target = folder / f"step-{step:06d}"
-    if target.exists():
-        shutil.rmtree(target)  # only an unverifiable one: resuming would have started from a good one
-    try:
-        with files.folder_in_one_move(target) as temporary:
-            hashes = {f"{name}.pt": _write_tensors(temporary / f"{name}.pt", value) for name, value in objects.items()}
-            files.write_json(temporary / "state.json", state)
-            state_file = temporary / "state.json"
-            hashes["state.json"] = {"sha256": files.sha256_file(state_file), "size_bytes": state_file.stat().st_size}
-            commit = {"version": FORMAT_VERSION, "step": step, "metrics": metrics, "files": hashes}
-            if fault.ARMED:
-                fault.at("ckpt.commit")
-            files.write_json(temporary / "commit.json", commit)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MedgenError(f"{target}: the disk is full; free some space and submit again, the last checkpoint is intact") from None
-        raise
-    return Checkpoint(target, step, commit)
+
+def _split(value: Any) -> tuple[Any, dict[str, Any]]:
+    """What rank 0 writes of an object, and the sharded tensors in it."""
+    if not _may_be_sharded():
+        return value, {}
+    from medgen import sharded
+
+    return sharded.split(value)
+
+
+def _holds_shards(value: Any) -> bool:
+    return bool(_split(value)[1])
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -123,22 +164,60 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return [tensor for child in children for tensor in _tensors_in(child)]
 
 
-def _refuse_non_finite(objects: dict[str, Any], step: int) -> None:
+def _size_bytes(value: Any) -> int:
+    """Of all tensors, the parts of other ranks included; tensors that share their memory are written once."""
+    whole = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors_in(_split(value)[0])}
+    return sum(whole.values()) + sum(tensor.numel() * tensor.element_size() for tensor in _split(value)[1].values())
+
+
+def _not_finite(objects: dict[str, Any], step: int, ranks: Ranks) -> MedgenError | None:
+    """What must not be saved, in words: rank 0 looks at plain tensors, every rank at its part of sharded ones."""
     for name, value in objects.items():
-        for tensor in _tensors_in(value):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise MedgenError(f"step {step}: {name} holds NaN or infinity; not saved, the last good checkpoint stays")
+        rest, shards = _split(value)
+        mine = [*(_tensors_in(rest) if ranks.is_main else []), *(tensor.to_local() for tensor in shards.values())]
+        for tensor in mine:
+            if tensor.is_floating_point() and not _is_finite(tensor):
+                return MedgenError(f"step {step}: {name} holds NaN or infinity; not saved, the last good checkpoint stays")
+    return None
 
 
-def _refuse_full_disk(folder: Path, objects: dict[str, Any]) -> None:
+def _is_finite(tensor: Tensor) -> bool:
+    """Block by block: at once it would take twice the tensor's own memory."""
+    return all(bool(torch.isfinite(block).all()) for block in tensor.detach().flatten().split(FINITE_BLOCK))
+
+
+def _prepare(target: Path, objects: dict[str, Any]) -> None:
+    """Clear what stands in the way of a new checkpoint, and look whether it fits."""
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.nbytes for value in objects.values() for tensor in _tensors_in(value)) + SPACE_RESERVE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise MedgenError(
-            f"{folder}: a checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
-            "free some space and submit again, the last checkpoint is intact"
-        )
+    files.sweep_temporaries(folder, "step-*")
+    if target.exists():
+        shutil.rmtree(target)  # only an unverifiable one: resuming would have started from a good one
+    needed_bytes = sum(_size_bytes(value) for value in objects.values()) + SPACE_RESERVE_BYTES
+    needed_files = 2 * len(objects) + 4  # without the parts of other ranks: few, too
+    if _short_of(folder, needed_bytes, needed_files) is not None:
+        for path in folder.glob("bad-step-*"):  # set aside for a look; the training that goes on is worth more
+            shutil.rmtree(path, ignore_errors=True)
+    short = _short_of(folder, needed_bytes, needed_files)
+    if short is not None:
+        raise InputError(f"{folder}: {short}; free some space and submit again, the last checkpoint is intact")
+
+
+def _short_of(folder: Path, needed_bytes: int, needed_files: int) -> str | None:
+    """What there is too little of, in words; None if a checkpoint fits."""
+    free = room.free_in(folder)
+    full = f"the disk quota is used up ({free.limit})" if free.limit else "the disk is full"
+    if free.bytes < needed_bytes:
+        return f"{full}: a checkpoint needs {needed_bytes / 2**20:,.0f} MiB, {free.bytes / 2**20:,.0f} MiB are free"
+    if free.files is not None and free.files < needed_files:
+        return f"{full}: a checkpoint needs {needed_files} files, {free.files} can still be made"
+    return None
+
+
+def layout_of(optimizer: Optimizer) -> dict[str, dict[int, nn.Parameter]]:
+    """How an optimizer's state is to be sharded: each parameter in the place of its state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {"state": dict(enumerate(parameters))}
 
 
 def problem_with(folder: Path) -> str | None:
@@ -167,7 +246,7 @@ def _read_commit(folder: Path) -> dict[str, Any]:
         well_formed = (
             commit["version"] == FORMAT_VERSION
             and folder.name == f"step-{commit['step']:06d}"
-            and "state.json" in commit["files"]
+            and STATE in commit["files"]
             and all(isinstance(facts["size_bytes"], int) and isinstance(facts["sha256"], str) for facts in commit["files"].values())
             and all(isinstance(facts["value"], int | float) and facts["better"] in ("lower", "higher") for facts in commit["metrics"].values())
         )

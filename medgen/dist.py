@@ -7,10 +7,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
@@ -21,8 +22,11 @@ from medgen.errors import Interrupted, MedgenError
 from medgen.world import rank_from_environment
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)  # a dead rank frees the others after this at the latest
+SLOW_TIMEOUT = timedelta(hours=1)  # while one rank writes or verifies a checkpoint; one that has died is noticed at once
 MEETING_SECONDS = 120
 RETRY_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Ranks:
     @property
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))  # a process that nobody waits for
 
 
 @contextmanager
@@ -166,3 +173,50 @@ def average_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
         for gradient in gradients:
             gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
+
+
+_slow_groups: dict[distributed.ProcessGroup, distributed.ProcessGroup] = {}  # by the default group of the time
+
+
+def slow_group() -> distributed.ProcessGroup:
+    """For messages about files that may take minutes: on the CPU, and patient. All ranks ask for it together."""
+    default = distributed.group.WORLD
+    assert default is not None
+    if default not in _slow_groups:
+        _slow_groups.clear()
+        _slow_groups[default] = distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+    return _slow_groups[default]
+
+
+def gathered(value: T, ranks: Ranks) -> list[T]:
+    """The value of every rank, in order, on every rank. What may be sent is what pickle can carry."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    distributed.all_gather_object(values, value, group=slow_group())
+    return values
+
+
+def agree(problem: Exception | None, ranks: Ranks) -> None:
+    """Raise on all ranks if any rank has a problem: the same words, those of the first rank that has one."""
+    own = problem
+    if problem is not None and not isinstance(problem, MedgenError):
+        problem = MedgenError(f"rank {ranks.rank} on {socket.gethostname()}: {type(problem).__name__}: {problem}")
+    first = next((item for item in gathered(problem, ranks) if item is not None), None)
+    if first is None:
+        return
+    if own is not None and not isinstance(own, MedgenError):
+        raise own  # a defect: its traceback belongs in this rank's log
+    raise first
+
+
+def on_main(function: Callable[[], T], ranks: Ranks) -> T:
+    """What rank 0 gets from `function`, on all ranks; if it raises there, all ranks raise."""
+    value, problem = None, None
+    if ranks.is_main:
+        try:
+            value = function()
+        except Exception as error:
+            problem = error
+    agree(problem, ranks)
+    return gathered(value, ranks)[0]  # type: ignore[return-value]  # None only where it raised

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SEAL = "seal.json"
 CHUNK_BYTES = 64 * 2**20  # one os.write stops at 2,147,479,552 bytes; hashing and copying use the same block
@@ -104,6 +105,35 @@ def folder_in_one_move(target: Path) -> Iterator[Path]:
         sync_directory(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class HashingWriter(io.RawIOBase):
+    """A file for whoever only calls write(): hashed on the way, and never more than one block to the system at once."""
+
+    def __init__(self, handle: BinaryIO):
+        self.handle, self.digest, self.size_bytes = handle, hashlib.sha256(), 0
+        self.error: OSError | None = None  # kept, because what stands between may tell another one
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        try:
+            for start in range(0, len(view), CHUNK_BYTES):
+                block = view[start : start + CHUNK_BYTES]
+                self.handle.write(block)
+                self.digest.update(block)
+        except OSError as error:
+            self.error = error
+            raise
+        self.size_bytes += len(view)
+        return len(view)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a commit or a seal says of the file."""
+        return {"sha256": self.digest.hexdigest(), "size_bytes": self.size_bytes}
 
 
 def sha256_bytes(content: bytes) -> str:

@@ -4,6 +4,7 @@ Made by planning.py. Light to import: `watch` and the job scripts need no spec."
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from medgen.errors import InputError
 from medgen.rundir import RunDir
 
 PLAN_VERSION = 3
+GRACE_SLACK_SECONDS = 60  # the signal may come late by as much
+GRACE_SPARE_SECONDS = 29  # on top when a grace is advised: what was measured once is not the slowest there will be
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,12 @@ class Place:
     secrets: str | None
     grace_seconds: int
     notify: dict[str, Any]
-    lost_seconds: int = 600  # of a rank's silence after which its task is given up; 0: never. Older plans do not say it
+    lost_seconds: int  # of a rank's silence after which its task is given up; 0: never
+
+
+def grace_needed_seconds(step_seconds: float, save_seconds: float) -> int:
+    """What must lie between the warning signal and the time limit: whole seconds, rounded up."""
+    return math.ceil(step_seconds + save_seconds + GRACE_SLACK_SECONDS)
 
 
 @dataclass(frozen=True)

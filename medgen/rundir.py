@@ -197,6 +197,14 @@ class RunDir:
         """One JSON line per logged step: the source of every curve."""
         return self.root / stage / "log.jsonl"
 
+    def slowest_step_seconds(self, stage: str) -> float:
+        """The slowest pace among the last lines of the training log, of all attempts; 0 if none is logged."""
+        try:
+            lines = self.training_log(stage).read_text().splitlines()[-1000:]
+        except OSError:
+            return 0.0
+        return max((seconds for line in lines if (seconds := _logged_pace(line)) is not None), default=0.0)
+
     def made(self, stage: str, shard: int) -> Path:
         """Where a command stage may put what it makes: MEDGEN_OUT."""
         return self.root / stage / "made" / f"{shard:05d}"
@@ -428,3 +436,10 @@ def all_runs() -> list[RunDir]:
     """Every run under the runs folder, newest first."""
     plans = sorted(runs_root().glob("*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [RunDir(path.parent) for path in plans]
+
+
+def _logged_pace(line: str) -> float | None:
+    try:
+        return float(json.loads(line)["seconds_per_step"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -26,6 +26,7 @@ from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted, MedgenError
 from medgen.models.base import Batch, DataShape, Model, Phase, SampleNoise
 from medgen.models.settings import FamilyConfig
+from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
 from medgen.task import Done, Work
 from medgen.train_log import Averages, TrainingLog
 
@@ -60,6 +61,7 @@ class Training:
     model: Model
     context: Context
     clock: Clock = field(default_factory=Clock)
+    grace_looked_at: bool = False
 
     @property
     def folder(self) -> Path:
@@ -310,16 +312,35 @@ def _identity(training: Training) -> dict[str, Any]:
 
 
 def _save(training: Training, with_val: bool) -> None:
-    """Write a checkpoint from rank 0 while the others wait."""
-    if training.ranks.is_main:
-        clock, model = training.clock, training.model
-        objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
-        objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
-        metrics = {"val": {"value": clock.val, "better": "lower"}} if with_val else {}
-        state = {**_identity(training), "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
-        checkpoint.save(training.folder, clock.step, objects, state, metrics)
-        checkpoint.prune(training.folder, training.config.loop.keep)
-    dist.barrier(training.ranks)
+    """Write a checkpoint, all ranks together. What the retention policy does not keep goes first: its room may be needed."""
+    clock, model, ranks = training.clock, training.model, training.ranks
+    started, keep = time.monotonic(), training.config.loop.keep
+    objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
+    objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
+    metrics = {"val": {"value": clock.val, "better": "lower"}} if with_val else {}
+    state = {**_identity(training), "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
+    if ranks.is_main:
+        checkpoint.prune(training.folder, keep)
+    checkpoint.save(training.folder, clock.step, objects, state, metrics, ranks)
+    if ranks.is_main:
+        checkpoint.prune(training.folder, keep)
+        _tell_of_short_grace(training, time.monotonic() - started)
+
+
+def _tell_of_short_grace(training: Training, save_seconds: float) -> None:
+    """Once, when a step and a save have been measured: whether both fit between the warning signal and the time limit."""
+    work, grace_seconds = training.work, training.work.plan.place.grace_seconds
+    step_seconds = work.run.slowest_step_seconds(work.stage.name)
+    if training.grace_looked_at or work.plan.place.scheduler != "slurm" or step_seconds == 0.0:
+        return
+    training.grace_looked_at = True
+    needed_seconds = grace_needed_seconds(step_seconds, save_seconds)
+    if needed_seconds > grace_seconds:
+        option = f"site.grace={needed_seconds + GRACE_SPARE_SECONDS}s"
+        work.say(f"the grace of {grace_seconds} s is short for a step ({step_seconds:.1f} s), a checkpoint ({save_seconds:.1f} s) and {GRACE_SLACK_SECONDS} s of slack: "
+                 f"at the time limit up to {training.config.loop.checkpoint_minutes:g} min of work may be lost; submit with -o {option}")
+        work.run.event("grace_short", stage=work.stage.name, attempt=work.attempt, grace_seconds=grace_seconds, needed_seconds=needed_seconds,
+                       step_seconds=round(step_seconds, 2), save_seconds=round(save_seconds, 2), option=option)
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -328,22 +349,28 @@ def _finite_or_none(value: float) -> float | None:
 
 def _resume(training: Training) -> None:
     """Load the newest checkpoint that verifies, if there is one. Raises InputError if it is of other data or settings."""
-    found = checkpoint.newest(training.folder, training.work.say)
+    found = dist.on_main(lambda: _newest_alone(training), training.ranks)
     if found is None:
         for line in training.model.describe(training.context.total_steps):
             training.work.say(line)
         return
     state = found.state()
-    check_identity(found, state, _identity(training))
-    if training.ranks.is_main:
-        checkpoint.set_aside_newer(training.folder, found)
     for name, module in training.model.modules().items():
-        module.load_state_dict(found.tensors(f"modules.{name}"))
+        module.load_state_dict(found.tensors(f"modules.{name}", like=module.state_dict()))
     for name, optimizer in training.model.optimizers().items():
-        optimizer.load_state_dict(found.tensors(f"optimizers.{name}"))
+        optimizer.load_state_dict(found.tensors(f"optimizers.{name}", like=checkpoint.layout_of(optimizer)))
     best_loss = state["clock"]["best_loss"]
     training.clock = Clock(**{**state["clock"], "best_loss": math.inf if best_loss is None else best_loss})
     training.work.say(f"resuming from {found.folder} (step {found.step} of {training.context.total_steps})")
+
+
+def _newest_alone(training: Training) -> Checkpoint | None:
+    """On rank 0, for all: each file is verified once, and all ranks resume from the same step whatever their node sees yet."""
+    found = checkpoint.newest(training.folder, training.work.say)
+    if found is not None:
+        check_identity(found, found.state(), _identity(training))
+        checkpoint.set_aside_newer(training.folder, found)
+    return found
 
 
 def check_identity(found: Checkpoint, state: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -372,7 +399,7 @@ def _open_log(training: Training) -> TrainingLog:
 def _finish(training: Training) -> Done:
     """The files that make the stage DONE: the commits of every checkpoint kept, and the log."""
     run, stage = training.work.run, training.work.stage.name
-    chosen = checkpoint.selectable(training.folder, training.work.say)
+    chosen = dist.on_main(lambda: checkpoint.selectable(training.folder, training.work.say), training.ranks)
     facts = {
         "steps": training.clock.step,
         "training_slices": len(training.rows),

@@ -24,7 +24,7 @@ from medgen.spec import DataSpec, SplitFractions
 
 SEED = 7
 START = 1_760_000_000.0
-PLACE = Place("local", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []})
+PLACE = Place("local", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []}, 600)
 
 
 def quiet(_: str) -> None:

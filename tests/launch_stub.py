@@ -90,7 +90,7 @@ def build(root: Path, stages: list[dict[str, Any]], behaviour: dict[str, Any] | 
                 {"of": stage["of"]} if "of" in stage else {}, tasks,
             )
         )  # fmt: skip
-    place = Place("local", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []})
+    place = Place("local", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []}, 600)
     made = Plan(PLAN_VERSION, run.run_id, "stub", 42, "local", place, {}, planned)
     files.write_json(run.plan, plan.to_json(made))
     files.write_json(run.root / "behaviour.json", behaviour or {})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_NET
 
-from medgen import checkpoint
+from medgen import checkpoint, files
 from medgen.errors import InputError, MedgenError
 
 said: list[str] = []
@@ -132,3 +136,110 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: l
         done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert (done.stdout.splitlines() or [""])[-1] == "1 ['step-000001']", done.stdout + done.stderr
         assert "the last checkpoint is intact" in done.stdout
+
+
+class Recorder(io.BytesIO):
+    """A file that remembers how much it was given at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def write(self, content: Any) -> int:
+        self.sizes.append(len(content))
+        return super().write(content)
+
+
+def test_no_write_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux takes at most 2,147,479,552 bytes at once; benchmarks/checkpoint_sharded.py saves a tensor that has more."""
+    assert files.CHUNK_BYTES < 2_147_479_552
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
+    handle, value = Recorder(), {"weight": torch.arange(100_000)}
+    writer = files.HashingWriter(handle)
+    torch.save(value, writer)  # type: ignore[arg-type]  # torch only calls write()
+    assert max(handle.sizes) == 1000 and sum(handle.sizes) == writer.facts["size_bytes"] > 800_000
+    assert files.sha256_bytes(handle.getvalue()) == writer.facts["sha256"]
+    handle.seek(0)
+    assert torch.equal(torch.load(handle, weights_only=True)["weight"], value["weight"])
+
+
+def test_no_pointer_decides_which_checkpoint_is_the_newest(tmp_path: Path) -> None:
+    """Whatever somebody's `latest` says, dangling or not, and whatever else lies there."""
+    save(tmp_path, 1)
+    save(tmp_path, 1_000_000)
+    (tmp_path / "latest").symlink_to("step-000007")
+    (tmp_path / "step-000009").symlink_to("nowhere")
+    (tmp_path / "step-abc").mkdir()
+    (tmp_path / "latest.txt").write_bytes(b"\xff\x00")
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None and found.step == 1_000_000
+
+
+def test_a_half_written_one_and_what_was_set_aside_make_room(tmp_path: Path, private_mounts: list[str]) -> None:
+    """Nothing that nobody uses keeps a new checkpoint from fitting."""
+    code = ("import sys, torch; from pathlib import Path; from medgen import checkpoint\n"
+            "checkpoint.SPACE_RESERVE_BYTES = 0\n"
+            "folder = Path(sys.argv[1])\n"
+            "for name in ('.step-000003.0123abcd.tmp', 'bad-step-000002'):\n"
+            "    (folder / name).mkdir()\n"
+            "    (folder / name / 'part').write_bytes(bytes(1_400_000))\n"
+            "checkpoint.save(folder, 3, {'network': {'weight': torch.ones(500_000)}}, {}, {})\n"
+            "print(sorted(path.name for path in folder.iterdir()))\n")
+    command = 'mount -t tmpfs -o size=3m none "$2" && "$0" -c "$1" "$2"'
+    done = subprocess.run([*private_mounts, "sh", "-c", command, sys.executable, code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "['step-000003']\n", done.stdout + done.stderr
+
+
+def test_files_count_as_bytes_do(tmp_path: Path, private_mounts: list[str]) -> None:
+    code = ("import sys, torch; from pathlib import Path; from medgen import checkpoint\n"
+            "try:\n"
+            "    checkpoint.save(Path(sys.argv[1]), 1, {'network': {'weight': torch.ones(4)}}, {}, {})\n"
+            "except checkpoint.InputError as error:\n"
+            "    print(error)\n"
+            "print([path.name for path in Path(sys.argv[1]).iterdir()])\n")
+    command = 'mount -t tmpfs -o size=100m,nr_inodes=5 none "$2" && "$0" -c "$1" "$2"'
+    done = subprocess.run([*private_mounts, "sh", "-c", command, sys.executable, code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert "the disk is full: a checkpoint needs 6 files, " in done.stdout and done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
+def test_fewer_than_two_kept_is_refused(medgen: Callable[..., subprocess.CompletedProcess[str]], training: Path) -> None:
+    assert "keep" in medgen("submit", training, "-o", "stages.train.config.loop.keep=1", "--dry-run", expect=2).stderr
+
+
+@pytest.fixture
+def training(write_spec: Callable[[dict[str, Any]], Path]) -> Path:
+    """A spec that trains a tiny model and saves after every step."""
+    config = {**TINY_NET, "strategy": "rflow", "mode": "seg", "loop": {**TINY_NET["loop"], "checkpoint_steps": 1, "keep": 3}}
+    data = {"format": "phantom", "patients": 6, "size": 16, "positive_only": True, "every": 2}
+    return write_spec({"version": 1, "name": "saves", "data": data, "stages": {"train": {"kind": "train", "config": config, "resources": {"cpus": 1}}}})
+
+
+def test_a_training_that_cannot_save_ends_at_once_and_is_not_tried_again(
+    tmp_path: Path, medgen: Callable[..., subprocess.CompletedProcess[str]], training: Path, environment: dict[str, str]
+) -> None:  # fmt: skip
+    environment["MEDGEN_FAULT"] = "site=ckpt.write,nth=9,action=enospc"  # three or four files each: in the third
+    medgen("submit", training, "--local", expect=1)
+    (run,) = [path.parent for path in (tmp_path / "runs").glob("*/plan.json")]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events].count("task_started") == 1, "another try would write to the same full disk"
+    [ended] = [event for event in events if event["event"] == "task_ended"]
+    assert ended["status"] == "refused" and "the disk is full; free some space and submit again, the last checkpoint is intact" in ended["cause"]
+    assert "DISK_FULL" in medgen("why", "saves", expect=1).stdout
+    folder = run / "train" / "ckpt"
+    left = sorted(path.name for path in folder.iterdir())
+    assert left and all(name.startswith("step-") for name in left)
+    assert checkpoint.problem_with(folder / left[-1]) is None
+
+    del environment["MEDGEN_FAULT"]
+    planned = json.loads((run / "plan.json").read_text())
+    planned["place"] |= {"scheduler": "slurm", "grace_seconds": 60}  # as a job of a cluster would find it
+    (run / "plan.json").write_text(json.dumps(planned))
+    done = medgen("train", run, "--attempt", 1)
+    assert f"resuming from {folder / left[-1]}" in done.stdout
+    assert done.stdout.count("the grace of 60 s is short for a step (") == 1
+    [told] = [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == "grace_short"]
+    assert told["stage"] == "train" and told["grace_seconds"] == 60 < told["needed_seconds"]
+    assert told["option"] == f"site.grace={told['needed_seconds'] + 29}s" and f"submit with -o {told['option']}" in done.stdout
+
+    # what is kept, and how large it is, is told before anything is queued: now that one is there
+    assert "train keeps its 3 newest checkpoints and the best of each metric: at most 5 x " in medgen("submit", training, "--dry-run").stderr

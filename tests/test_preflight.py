@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import TINY_NET, tiny_spec
 
-from medgen import checks, sbatch_options
+from medgen import checks, room, sbatch_options
 from medgen.checks import trial
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.launch import preflight, record, slurm_checks, space, submit
@@ -365,7 +365,7 @@ def test_the_pace_of_an_earlier_attempt_counts(lab: Lab) -> None:
     prepared.run.stage("train_seg").mkdir(parents=True)
     log = prepared.run.training_log("train_seg")
     log.write_text('{"step": 1, "seconds_per_step": 2.5}\n{"step": 2, "seconds_per_step": 50.0}\n{"val_loss": 1}\n{"cut')
-    assert preflight.step_seconds(prepared, "train_seg") == 50.0
+    assert prepared.run.slowest_step_seconds("train_seg") == 50.0
     assert any("a step (50.0 s), a checkpoint (1.0 s)" in line for line in lab.check("site.grace=100s"))
 
 
@@ -424,8 +424,25 @@ def test_equal_data_of_a_sweep_share_a_cache(lab: Lab) -> None:
 
 @pytest.mark.parametrize(("free_bytes", "free_files", "mark"), [(100, 100, "fine"), (19, 100, "warning"), (9, 100, "wrong"), (100, 9, "wrong"), (100, 19, "warning"), (100, None, "fine")])
 def test_room_that_is_short_or_tight(free_bytes: int, free_files: int | None, mark: str) -> None:
-    found = space.compare({"images": 9 * GIB, "checkpoints": GIB // 2, "the rest": GIB // 2}, 10, space.Free(Path("/x"), free_bytes * GIB, free_files))
+    found = space.compare({"images": 9 * GIB, "checkpoints": GIB // 2, "the rest": GIB // 2}, 10, room.Free(Path("/x"), free_bytes * GIB, free_files))
     assert found.mark == mark and "10.0 GiB (images 9.0 GiB) and 10 files; /x has " in found.text
+
+
+def test_a_quota_is_named_where_it_is_what_is_short() -> None:
+    found = space.compare({"images": 9 * GIB}, 10, room.Free(Path("/x"), GIB, 100, "quota of user 1000"))
+    assert found.mark == "wrong" and "/x has 1.0 GiB and 100 files free under the quota of user 1000; free some" in found.text
+
+
+def test_what_is_kept_is_told_with_its_size(lab: Lab) -> None:
+    lab.spec({**tiny_spec(), "sweep": {"stages.train_seg.config.lr": [1.0e-4, 2.0e-4]}})
+    unknown = [f"{name} keeps its 2 newest checkpoints and the best of each metric: at most 4 at a time, of a size that `medgen check spec.yaml` measures" for name in ("train_seg", "train_bravo")]
+    assert space.retention(lab.prepare()) == unknown, "points of a sweep say it once"
+    lab.spec(tiny_spec())
+    [prepared] = lab.prepare("stages.train_bravo.config.loop.keep=3")
+    known(prepared, "train_bravo", 74 * 2**20)
+    assert space.retention([prepared])[1] == (
+        "train_bravo keeps its 3 newest checkpoints and the best of each metric: at most 5 x 74 MiB = 370 MiB, with the one that is being written"
+    )
 
 
 def test_a_disk_without_files_left_is_refused_by_check(lab: Lab, private_mounts: list[str], environment: dict[str, str], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Slurm itself is asked in slurm_checks.py, the disk in space.py; here is the rest
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -22,12 +21,11 @@ from medgen.launch.processes import signal_group
 from medgen.launch.script import tasks_per_node
 from medgen.launch.slurm import SlurmError
 from medgen.launch.submit import Prepared
-from medgen.plan import PlannedStage
+from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, PlannedStage, grace_needed_seconds
 from medgen.site import Site
 from medgen.spec import CommandStage, TrainStage
 
 ENVIRONMENT_SECONDS = 60.0  # modules and conda on a busy login node
-SLACK_SECONDS = 60  # the signal may come late by as much
 SLOW_BYTES_PER_SECOND = 100e6  # a shared disk on a bad day
 PACKAGES = ("torch", "monai", "nibabel", "pydantic", "yaml", "typer", "rich", "filelock", "ema_pytorch", "pandas", "tensorboard")
 PROBE = "import importlib.util as u, sys; print(sys.version.split()[0], *[n for n in sys.argv[1:] if u.find_spec(n) is None])"
@@ -195,34 +193,17 @@ def _grace(item: Prepared) -> list[Finding]:
             findings.append(Finding("grace", "warning", f"{stage.name}: the warning comes {grace} s before the limit, so at once in a job of {stage.time_minutes} min; "
                                                            "ask for more time, or set a shorter grace with -o site.grace=30s"))
             continue
-        step, save = step_seconds(item, stage.name), save_seconds(item, stage.name)
+        step, save = item.run.slowest_step_seconds(stage.name), save_seconds(item, stage.name)
         if save is None:
             continue
-        needed = step + save + SLACK_SECONDS
+        needed = grace_needed_seconds(step, save)
         facts = {"grace_seconds": grace, "step_seconds": step, "save_seconds": save}
-        told = f"a step ({step:.1f} s), a checkpoint ({save:.1f} s) and {SLACK_SECONDS} s of slack"
+        told = f"a step ({step:.1f} s), a checkpoint ({save:.1f} s) and {GRACE_SLACK_SECONDS} s of slack"
         if needed > grace:
-            findings.append(Finding("grace", "warning", f"{stage.name}: the grace of {grace} s is short for {told}; -o site.grace={round(needed + 29)}s gives enough", facts))
+            findings.append(Finding("grace", "warning", f"{stage.name}: the grace of {grace} s is short for {told}; -o site.grace={needed + GRACE_SPARE_SECONDS}s gives enough", facts))
         else:
             findings.append(Finding("grace", "fine", f"{stage.name}: {grace} s hold {told}", facts))
     return findings
-
-
-def step_seconds(item: Prepared, stage: str) -> float:
-    """The slowest logged pace of an earlier attempt; 0 if there was none."""
-    try:
-        lines = item.run.training_log(stage).read_text().splitlines()[-1000:]
-    except OSError:
-        return 0.0
-    return max((float(seconds) for line in lines if (seconds := _logged_pace(line)) is not None), default=0.0)
-
-
-def _logged_pace(line: str) -> float | None:
-    try:
-        values = json.loads(line)
-        return values["seconds_per_step"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def save_seconds(item: Prepared, stage: str) -> float | None:

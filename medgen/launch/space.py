@@ -16,13 +16,14 @@ from medgen.errors import InputError
 from medgen.launch import record
 from medgen.launch.findings import Finding, undone
 from medgen.launch.submit import Prepared
+from medgen.room import Free, free_in, mount_of
 from medgen.rundir import RunDir
 from medgen.spec import DataSpec, GenerateStage, TrainStage
 
 BLOCK_BYTES = 4096  # what the smallest file takes
 RUN_BYTES, RUN_FILES = 32 * 2**20, 500  # of a run that makes nothing
 CACHE_FILES = 20
-WRITING = 2  # checkpoints beside those kept: the best one, and the one that is being written
+WRITING = 2  # checkpoints beside the newest ones kept: the best by validation loss, and the one that is being written
 MEMORY_TYPES = {"tmpfs", "ramfs", "devtmpfs"}
 NODE_FOLDERS = [Path(name) for name in ("/tmp", "/var/tmp", "/dev/shm", "/run")]
 GIB = 2**30
@@ -50,15 +51,6 @@ class Need:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Free:
-    """What a file system has left; `files` is None where it does not count them."""
-
-    folder: Path
-    bytes: int
-    files: int | None
-
-
 def look(prepared: Sequence[Prepared]) -> list[Finding]:
     """A finding for the runs folder, and one for the space in it (and in that of the cache, if it lies elsewhere)."""
     written = _try_to_write(prepared[0].run)
@@ -67,8 +59,8 @@ def look(prepared: Sequence[Prepared]) -> list[Finding]:
     need = total_need(prepared)
     runs, cache = existing(prepared[0].run.root), existing(prepared[0].run.cache)
     if runs.stat().st_dev == cache.stat().st_dev:
-        return [written, compare({**need.of_runs, "slice cache": need.cache_bytes}, need.files, free_space(runs), need.unknown)]
-    return [written, compare(need.of_runs, need.files, free_space(runs), need.unknown), compare({"slice cache": need.cache_bytes}, CACHE_FILES, free_space(cache))]
+        return [written, compare({**need.of_runs, "slice cache": need.cache_bytes}, need.files, free_in(runs), need.unknown)]
+    return [written, compare(need.of_runs, need.files, free_in(runs), need.unknown), compare({"slice cache": need.cache_bytes}, CACHE_FILES, free_in(cache))]
 
 
 def existing(path: Path) -> Path:
@@ -130,8 +122,29 @@ def _checkpoints(run: RunDir, name: str, stage: TrainStage) -> Need:
     size, present = checkpoint_bytes(run, name), _bytes_in(run.checkpoints(name))
     if size is None:
         return Need(unknown=(name,))
-    count = spec.family_config(stage.config).loop.keep + WRITING
+    count = _most_checkpoints(stage)
     return Need(checkpoint_bytes=max(size, count * size - present), files=10 * count)
+
+
+def _most_checkpoints(stage: TrainStage) -> int:
+    """At one moment."""
+    return spec.family_config(stage.config).loop.keep + WRITING
+
+
+def retention(prepared: Sequence[Prepared]) -> list[str]:
+    """What every training stage keeps and how large that becomes, a line each."""
+    lines = []
+    for item in prepared:
+        for name, stage in item.spec.stages.items():
+            if not isinstance(stage, TrainStage):
+                continue
+            size, count = checkpoint_bytes(item.run, name), _most_checkpoints(stage)
+            if size is None:
+                told = f"at most {count} at a time, of a size that `medgen check {item.spec_path}` measures"
+            else:
+                told = f"at most {count} x {amount(size)} = {amount(count * size)}, with the one that is being written"
+            lines.append(f"{name} keeps its {spec.family_config(stage.config).loop.keep} newest checkpoints and the best of each metric: {told}")
+    return list(dict.fromkeys(lines))
 
 
 def checkpoint_bytes(run: RunDir, stage: str) -> int | None:
@@ -177,19 +190,15 @@ def _slices(item: Prepared, data: DataSpec) -> int:
     return len(sources) * int(header.shape[header.slice_axis(data.axis)])
 
 
-def free_space(folder: Path) -> Free:
-    facts = os.statvfs(folder)
-    return Free(folder, facts.f_bavail * facts.f_frsize, facts.f_favail if facts.f_files else None)
-
-
 def compare(parts: dict[str, int], needed_files: int, free: Free, unknown: Sequence[str] = ()) -> Finding:
     """Wrong if it cannot fit, a warning if less than twice as much is free: estimates are estimates, and others write too."""
     needed = sum(parts.values())
     told = ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if size >= 0.1 * needed)
     left_out = f", without the checkpoints of {', '.join(unknown)}, whose size `medgen check` measures" if unknown else ""
     files_free = "" if free.files is None else f" and {free.files:,} files"
-    text = f"about {amount(needed)} ({told}) and {needed_files:,} files{left_out}; {free.folder} has {amount(free.bytes)}{files_free} free"
-    facts = {"needed_bytes": needed, "needed_files": needed_files, "free_bytes": free.bytes, "free_files": free.files, "folder": str(free.folder)}
+    limit = f" under the {free.limit}" if free.limit else ""
+    text = f"about {amount(needed)} ({told}) and {needed_files:,} files{left_out}; {free.folder} has {amount(free.bytes)}{files_free} free{limit}"
+    facts = {"needed_bytes": needed, "needed_files": needed_files, "free_bytes": free.bytes, "free_files": free.files, "folder": str(free.folder), "limit": free.limit}
 
     def exceeds(factor: int) -> bool:
         return factor * needed > free.bytes or (free.files is not None and factor * needed_files > free.files)
@@ -206,23 +215,8 @@ def amount(size_bytes: float) -> str:
 def why_only_here(path: Path) -> str | None:
     """Why other nodes will hardly see this path, in words; None if nothing speaks against it."""
     resolved = path.resolve()
-    kind = _file_system_type(resolved)
+    kind, _ = mount_of(resolved)
     if kind in MEMORY_TYPES:
         return f"it lies in the memory of this machine ({kind})"
     local = next((folder for folder in NODE_FOLDERS if resolved.is_relative_to(folder)), None)
     return f"{local} is usually a disk of each node by itself" if local is not None else None
-
-
-def _file_system_type(path: Path) -> str | None:
-    """Of the mount that holds the path; None where the kernel does not tell."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return None
-    best, kind = Path("/"), None
-    for line in mounts:
-        left, _, right = line.partition(" - ")
-        point = Path(left.split()[4].replace("\\040", " "))
-        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
-            best, kind = point, right.split()[0]
-    return kind

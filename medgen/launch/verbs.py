@@ -16,7 +16,7 @@ from typing import Any
 from medgen import plan, redact, rundir
 from medgen.errors import Exit, InputError, Interrupted
 from medgen.launch import nodes as bad_nodes
-from medgen.launch import preflight
+from medgen.launch import preflight, space
 from medgen.launch.backend import Backend
 from medgen.launch.dry import describe
 from medgen.launch.fit import Limits
@@ -49,7 +49,7 @@ def submit(
 
     Raises InputError before anything is written if spec, site or request are wrong."""
     prepared = prepare(spec_path, overrides, site_name, runs_root, here)
-    tell(list(dict.fromkeys(note for item in prepared for note in item.notes)))
+    tell([*dict.fromkeys(note for item in prepared for note in item.notes), *space.retention(prepared)])
     if dry_run:
         _show(prepared, as_json)
         return Exit.DONE
