@@ -4,7 +4,9 @@ Only reads, unless it is told to clean. Imports no torch: it runs where the run 
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,12 +61,14 @@ def fsck(name: str, clean: bool, as_json: bool) -> Exit:
 
 def find(name: str) -> RunDir:
     """A run as everywhere, or a folder whose plan is lost: that is what fsck is for. Raises InputError."""
-    for candidate in (Path(name), runs_root() / name):
-        if candidate.is_dir() and not (candidate / "plan.json").exists():
+    for candidate in (Path(name), runs_root() / name, *sorted(runs_root().glob(f"{glob.escape(name)}-??????????"))):
+        if (candidate / "plan.json").exists():
+            break
+        if candidate.is_dir():
             run = RunDir(candidate.absolute())
             if _looks_like_a_run(run):
                 return run
-            if candidate == Path(name):
+            if os.sep in name:
                 raise InputError(f"{name}: not a run folder: it has none of plan.json, manifest.json, spec.yaml; `medgen ls` shows the runs")
     return find_run(name)
 

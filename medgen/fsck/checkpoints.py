@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medgen import files
-from medgen.fsck.hashing import Hasher
+from medgen.fsck.hashing import Hasher, unreadable
 
 STEP = re.compile(r"step-(\d{6,})")
 SET_ASIDE = "bad-step-*"
@@ -16,12 +16,13 @@ SET_ASIDE = "bad-step-*"
 
 @dataclass(frozen=True)
 class Saved:
-    """One step folder. `problem`: why it cannot be trusted; `metrics`: name -> (value, better), empty where the commit cannot be read."""
+    """One step folder. `problem`: why it cannot be trusted; `command`: what makes it readable; `metrics`: name -> (value, better), empty where the commit cannot be read."""
 
     folder: Path
     step: int
     problem: str | None
     metrics: dict[str, tuple[float, str]]
+    command: str | None = None
 
 
 def saved(folder: Path, hasher: Hasher) -> list[Saved]:
@@ -75,13 +76,13 @@ def _look(folder: Path, step: int, hasher: Hasher) -> Saved | None:
     except FileNotFoundError:
         return Saved(folder, step, "it was never committed (no commit.json)", {}) if folder.exists() else None
     except OSError as error:
-        return Saved(folder, step, f"commit.json cannot be read: {error.strerror or error}", {})
+        return Saved(folder, step, f"commit.json cannot be read: {error.strerror or error}", {}, unreadable(folder / "commit.json", error))
     except ValueError:
         return Saved(folder, step, "commit.json is not readable", {})
     for name, (size_bytes, digest) in expected.items():
         problem = hasher.problem_with(folder / name, size_bytes, digest)
         if problem is not None:
-            return Saved(folder, step, f"{name} {problem[0]}", metrics) if folder.exists() else None
+            return Saved(folder, step, f"{name} {problem.words}", metrics, problem.command) if folder.exists() else None
     return Saved(folder, step, None, metrics)
 
 

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from medgen import files
+
+
+@dataclass(frozen=True)
+class FileProblem:
+    """`kind`: `size` is seen without reading it; `command`: what makes a file readable, or moves it out of the way."""
+
+    words: str
+    kind: Literal["size", "content", "unreadable"]
+    command: str | None = None
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """The command that helps: a permission can be given; where the disk itself fails, a file that is gone is made again."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return shlex.join(["chmod", "u+rX", str(path.parent), str(path)])
+    return shlex.join(["mv", str(path), f"{path}.unreadable"])
 
 
 class Hasher:
@@ -26,19 +46,21 @@ class Hasher:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def problem_with(self, path: Path, size_bytes: int, sha256: str) -> tuple[str, bool] | None:
-        """What is wrong in words, and whether its size alone tells; None if the file is what was written."""
+    def problem_with(self, path: Path, size_bytes: int, sha256: str) -> FileProblem | None:
+        """None if the file is what was written."""
         try:
             facts = path.stat()
             if not stat.S_ISREG(facts.st_mode):
-                return "is no file", True
+                return FileProblem("is no file", "size")
             if facts.st_size != size_bytes:
-                return f"has {facts.st_size:,} bytes, {size_bytes:,} were written", True
-            return None if self._digest(path, facts) == sha256 else ("does not match its sha256", False)
+                return FileProblem(f"has {facts.st_size:,} bytes, {size_bytes:,} were written", "size")
+            return None if self._digest(path, facts) == sha256 else FileProblem("does not match its sha256", "content")
         except FileNotFoundError:
-            return "is missing", True
+            return FileProblem("is missing", "size")
         except OSError as error:
-            return f"cannot be read: {error.strerror or error}", False
+            if error.errno == errno.ELOOP:  # to every reader it is simply not there
+                return FileProblem("is a link that leads nowhere", "size")
+            return FileProblem(f"cannot be read: {error.strerror or error}", "unreadable", unreadable(path, error))
 
     def _digest(self, path: Path, facts: os.stat_result) -> str:
         key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)

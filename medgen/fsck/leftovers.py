@@ -143,8 +143,7 @@ def _number(text: str) -> int | None:
 
 def _is_inside(run: RunDir, path: Path) -> bool:
     """False behind a link that leads out of the run: that may be another's."""
-    root = os.path.realpath(run.root)
-    return os.path.realpath(path.parent).startswith((f"{root}{os.sep}", root)) and path != run.root
+    return os.path.commonpath([os.path.realpath(run.root), os.path.realpath(path.parent)]) == os.path.realpath(run.root)
 
 
 def _files(path: Path) -> Iterator[os.stat_result]:
@@ -211,8 +210,8 @@ def notes(run: RunDir) -> list[str]:
     """Slice caches that no run beside this one uses: only told, because other folders of runs may share them."""
     caches = {path.name: path for path in _children(run.cache) if path.name.startswith("slices-") and path.is_dir()}
     used = set()
-    for plan_file in run.root.parent.glob("*/plan.json"):
-        names = _caches_of(RunDir(plan_file.parent))
+    for folder in {run.root, *(path.parent for path in run.root.parent.glob("*/plan.json"))}:
+        names = _caches_of(RunDir(folder))
         if names is None:
             return []  # which one an unfinished run will want cannot be told
         used |= names
@@ -227,6 +226,11 @@ def notes(run: RunDir) -> list[str]:
 
 def _caches_of(run: RunDir) -> set[str] | None:
     """None if it cannot be told yet, or not any more."""
+    try:
+        if not planning.read(run).data:
+            return set()
+    except MedgenError:
+        return None
     outcomes = [files_of for path in _children(run.outcome_file("", 0).parent) if (files_of := _fingerprint(path)) is not None]
     return {f"slices-{fingerprint[:16]}" for fingerprint in outcomes} or None
 

@@ -46,7 +46,16 @@ class Part:
 
 def parts(run: RunDir, plan: Plan | None, plan_problem: str | None, working: AtWork, hasher: Hasher) -> list[Part]:
     found = [_spec(run, plan), _plan(run, plan, plan_problem), _manifest(run), _code(run, plan), _events(run)]
+    if plan is None and not _has_begun(run):
+        files_of = {"spec": run.spec, "plan": run.plan, "manifest": run.manifest, "code": run.code, "events": run.events_file}
+        missing = {name for name, path in files_of.items() if not path.exists()}
+        found = [Part(part.name, "unfinished", "not written yet: a submit was stopped, the next one writes it") if part.name in missing else part for part in found]
     return found + [_stage(run, plan, stage, working, hasher) for stage in plan.stages] if plan is not None else found
+
+
+def _has_begun(run: RunDir) -> bool:
+    """True if anything was ever started, as far as can be seen without a plan."""
+    return any(path.exists() for path in (run.submission(0).parent, run.outcome_file("", 0).parent, run.task_lock("", 0).parent))
 
 
 def listed_bytes(run: RunDir, plan: Plan | None) -> int:
@@ -122,20 +131,20 @@ def _code(run: RunDir, plan: Plan | None) -> Part:
     if not run.code.exists():
         return _damaged("code", "code/ is missing", "it is copied again from the medgen that submits")
     try:
-        facts = snapshot.read_manifest(run)
+        promised = snapshot.promised_code(run)
     except OSError:
-        facts = None
-    if facts is None or plan is None:
-        return Part("code", "told", f"is there; without {'manifest.json' if facts is None else 'plan.json'} it cannot be verified")
+        promised = None
+    if promised is None or plan is None:
+        return Part("code", "told", f"is there; without {'manifest.json' if promised is None else 'plan.json'} it cannot be verified")
     names = [name for top in _own_code(plan) for name in (top, f"{top}.py") if (run.code / name).exists()]
     try:
         found = snapshot.copied_sha256(run.code, names)
     except OSError as error:
         return _damaged("code", f"code/ cannot be read: {error.strerror or error}", "it stops and says so")
-    if found != facts["code_sha256"]:
+    if found != promised:
         return _damaged("code", "code/ is not what was copied when the run was made",
                         "where the same medgen is installed, it is moved to code.bad.<time> and copied again; where there is another, submit stops and gives the command to take that")  # fmt: skip
-    return Part("code", "whole", "matches the hash in the manifest")
+    return Part("code", "whole", "is what was copied when the run was made")
 
 
 def _events(run: RunDir) -> Part:
@@ -163,12 +172,13 @@ def _is_event(line: str) -> bool:
 
 @dataclass(frozen=True)
 class _TaskState:
-    """`seen`: whether a submit that only compares sizes notices the damage."""
+    """`seen`: whether a submit that only compares sizes notices the damage; `command`: what makes a file readable."""
 
     state: State
     text: str
     seen: bool = True
     outcome: Outcome | None = None
+    command: str | None = None
 
 
 def _stage(run: RunDir, plan: Plan, stage: PlannedStage, working: AtWork, hasher: Hasher) -> Part:
@@ -216,14 +226,15 @@ def _task_now(run: RunDir, task: Task, hasher: Hasher) -> _TaskState:
         return _TaskState("unfinished", "not done: what is there was made for another plan")
     if not outcome.files:
         return _TaskState("damaged", f"{file.relative_to(run.root)} names no files")
-    wrong = [(item.path, *problem) for item in outcome.files if (problem := hasher.problem_with(run.root / item.path, item.size_bytes, item.sha256)) is not None]
+    wrong = [(item.path, problem) for item in outcome.files if (problem := hasher.problem_with(run.root / item.path, item.size_bytes, item.sha256)) is not None]
     if not wrong:
         return _TaskState("whole", "done", outcome=outcome)
-    path, words, _ = wrong[0]
+    path, first = next((item for item in wrong if item[1].kind == "unreadable"), wrong[0])
     more = f", and {len(wrong) - 1} more of its {len(outcome.files)} files" if len(wrong) > 1 else ""
-    return _TaskState("damaged", f"{path} {words}{more}", any(seen for *_, seen in wrong), outcome)
+    return _TaskState("damaged", f"{path} {first.words}{more}", any(problem.kind == "size" for _, problem in wrong), outcome, first.command)
 
 
+STOPS = "it stops where it meets this file, and changes nothing; after the command below it goes on"
 MADE_AGAIN = {
     "generate": "the shard is moved to quarantine/ and made again, the same images; the others stay",
     "collect": "the dataset is moved aside and built again from the shards",
@@ -235,6 +246,8 @@ MADE_AGAIN = {
 
 def _problem(run: RunDir, plan: Plan, stage: PlannedStage, shard: int, state: _TaskState) -> Problem:
     what = state.text if len(stage.tasks) == 1 else f"shard {shard}: {state.text}"
+    if state.command is not None:
+        return Problem(what, STOPS, state.command)
     again = MADE_AGAIN[stage.kind] if state.outcome is not None else "it counts as not done and is made again, from whatever verifies"
     return Problem(what, *_noticed(run, plan, stage.name, shard, state, again))
 
@@ -273,15 +286,15 @@ def _training(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, w
     else:
         bad = [item for item in found if item.problem is not None]
     good = [item for item in found if item.problem is None]
-    steps = ", ".join(str(item.step) for item in good)
-    text = "; ".join([state.text if state.outcome is None or state.state == "damaged" else "done", *([f"checkpoints of step {steps}"] if good else [])])
+    steps = ", ".join(str(item.step) for item in reversed(good))
+    text = "; ".join([state.text if state.outcome is None or state.state == "damaged" else "done", *([f"checkpoints of step{'s' if len(good) > 1 else ''} {steps}"] if good else [])])
     problems = [_checkpoint_problem(item, good, found, state, run.root) for item in bad]
     named = {f"{item.folder.relative_to(run.root)}/" for item in bad}
     if state.state == "damaged" and not any(name in state.text for name in named):
         problems.insert(0, _training_problem(run, plan, stage, state, good))
-    if bad and not good and state.state != "whole":
+    if bad and not good and state.state != "whole" and all(item.command is None for item in bad):
         problems = [_nothing_left(folder, bad)]
-    elif state.state == "damaged" and not state.seen and plan.place.scheduler != "local":
+    elif state.state == "damaged" and not state.seen and state.command is None and plan.place.scheduler != "local":
         rest = shlex.join(["rm", str(run.outcome_file(stage.name, 0))])
         problems = [Problem(item.what, f"on Slurm it compares sizes only and leaves this as it is; after the command below: {item.next}",
                             f"{item.command}; {rest}" if item.command else rest) if rest not in (item.command or "") else item for item in problems]  # fmt: skip
@@ -291,8 +304,10 @@ def _training(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, w
 def _checkpoint_problem(item: Saved, good: list[Saved], found: list[Saved], state: _TaskState, root: Path) -> Problem:
     what = f"{item.folder.relative_to(root)}: {item.problem}"
     aside = shlex.join(["mv", str(item.folder), str(item.folder.with_name(f"bad-{item.folder.name}"))])
+    if item.command is not None:
+        return Problem(what, STOPS, item.command)
     if state.state == "whole":
-        return Problem(what, "leaves it: the training is done and nothing uses this checkpoint")
+        return Problem(what, "it is left alone: the training is done and nothing uses this checkpoint")
     lost = [selector for selector, chosen in checkpoints.best(found).items() if chosen is item]
     newest = good[0] if good else None
     if newest is not None and item.step > newest.step:
@@ -300,16 +315,18 @@ def _checkpoint_problem(item: Saved, good: list[Saved], found: list[Saved], stat
     if lost:
         return Problem(what, f"training stops at its end: {', '.join(lost)} was this one, and cannot be made again. "
                              "After the command below the best of the others takes its place", aside)  # fmt: skip
-    return Problem(what, "skips it: a newer one is whole")
+    return Problem(what, "it is skipped: a newer one is whole")
 
 
 def _training_problem(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, good: list[Saved]) -> Problem:
+    if state.command is not None:
+        return Problem(state.text, STOPS, state.command)
     if not good:
-        return Problem(state.text, "training starts from step 0: no checkpoint is left",)
+        return Problem(state.text, "training starts from step 0: no checkpoint is left")
     return Problem(state.text, f"training starts at its checkpoint of step {good[0].step} and goes on to its end")
 
 
 def _nothing_left(folder: Path, bad: list[Saved]) -> Problem:
     listing = "; ".join(f"{item.folder.name}: {item.problem}" for item in bad)
-    return Problem(f"none of {len(bad)} checkpoints verifies ({listing})", "training refuses to start: it never begins again from zero unasked. To begin again",
+    return Problem(f"none of {len(bad)} checkpoints verifies ({listing})", "training refuses to start: it never begins again from zero unasked. The command below allows it",
                    shlex.join(["mv", str(folder), str(folder.with_name(f"bad-{folder.name}"))]))  # fmt: skip

@@ -75,6 +75,9 @@ def _show_damage(out: Console, part: Part) -> None:
 
 def _show_safe(out: Console, found: Examined) -> None:
     out.print()
+    if any(part.name == "plan" and part.state != "whole" for part in found.parts):
+        out.print("Without its plan nothing of a run is called safe to delete.")
+        return
     if not found.safe:
         out.print("Nothing is left over that could be deleted.")
         return

@@ -111,6 +111,15 @@ def set_code_aside(run: RunDir) -> Path:
     return target
 
 
+def promised_code(run: RunDir) -> str | None:
+    """The hash of the run's copy of the code: of its manifest or, if that is lost, of its events."""
+    facts = read_manifest(run)
+    if facts is not None:
+        return str(facts["code_sha256"])
+    told = [event["code_sha256"] for event in run.events() if "code_sha256" in event]
+    return told[-1] if told and isinstance(told[-1], str) else None
+
+
 def read_manifest(run: RunDir) -> dict[str, Any] | None:
     """manifest.json, or None if it is missing or is not one."""
     try:

@@ -142,9 +142,8 @@ def _keep_code(prepared: Prepared, packages: list[Path]) -> list[str]:
     """The copy of the code and the manifest that names its hash: made once, and made good again if one of them is damaged.
 
     Raises InputError if the copy is damaged and there is only other code to replace it with: that is never done unasked."""
-    run, installed = prepared.run, snapshot.code_sha256(packages)
-    known = snapshot.read_manifest(run)
-    promised = known["code_sha256"] if known is not None else None
+    run, installed, notes = prepared.run, snapshot.code_sha256(packages), []
+    known, promised = snapshot.read_manifest(run), snapshot.promised_code(run)
     names = [package.name for package in packages]
     if not run.code.exists():
         if known is not None:  # before the code: a crash in between leaves no code that the manifest does not name
@@ -152,7 +151,7 @@ def _keep_code(prepared: Prepared, packages: list[Path]) -> list[str]:
             files.write_json(run.manifest, {**known, **{name: fresh[name] for name in snapshot.CODE_FACTS}})
             run.event("code_renewed", code_sha256=installed)
         snapshot.copy_code(run.code, packages)
-    elif known is not None and snapshot.copied_sha256(run.code, names) != promised:
+    elif promised is not None and snapshot.copied_sha256(run.code, names) != promised:
         if installed != promised:
             raise InputError(
                 f"{run.code} is not what was copied when this run was made, and the code here is another by now; "
@@ -161,17 +160,16 @@ def _keep_code(prepared: Prepared, packages: list[Path]) -> list[str]:
         aside = snapshot.set_code_aside(run)
         snapshot.copy_code(run.code, packages)
         run.event("code_renewed", code_sha256=installed, cause="the copy was damaged")
-        return [f"{run.code} was damaged; it was moved to {aside.name} and copied again, the same code as before"]
-    elif known is not None and promised != installed:
-        return [f"the code has changed since this run was made; the run keeps its copy (remove {run.code} to take the new code)"]
-    if known is not None:
-        return []
-    damaged = run.manifest.exists()
-    facts = snapshot.manifest(prepared.site.name, snapshot.copied_sha256(run.code, names), prepared.spec_path)
-    files.write_json(run.manifest, {**facts, "sweep": prepared.point.values})
-    if damaged:
-        run.event("manifest_renewed")
-    return [f"{run.manifest} was damaged; it is written anew and describes this submit"] if damaged else []
+        notes.append(f"{run.code} was damaged; it was moved to {aside.name} and copied again, the same code as before")
+    elif promised not in (None, installed):
+        notes.append(f"the code has changed since this run was made; the run keeps its copy (remove {run.code} to take the new code)")
+    if known is None:
+        if run.manifest.exists():
+            notes.append(f"{run.manifest} was damaged; it is written anew and describes this submit")
+        facts = snapshot.manifest(prepared.site.name, snapshot.copied_sha256(run.code, names), prepared.spec_path)
+        files.write_json(run.manifest, {**facts, "sweep": prepared.point.values})
+        run.event("manifest_written", code_sha256=facts["code_sha256"])
+    return notes
 
 
 def _spec_is_whole(run: RunDir) -> bool:
