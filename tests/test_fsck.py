@@ -113,7 +113,8 @@ def test_every_damage_is_found_and_submit_does_what_fsck_says(run: Path, tmp_pat
     assert all((run / path).read_bytes() == b"" for path in emptied)
     left = examine(medgen, run, expect=0)
     assert left["safe"] == []
-    assert "0 tasks to run" in medgen("submit", SPEC, "--local").stderr + medgen("submit", SPEC, "--local").stdout
+    again = medgen("submit", SPEC, "--local")
+    assert "0 tasks to run" in again.stderr + again.stdout
 
 
 @pytest.mark.parametrize("content", ['{"version": 2, "stages": 3}', '{"version": 2, "sta', "[]", ""])
@@ -321,13 +322,15 @@ def test_garbage_never_gives_a_traceback(run: Path, medgen: Medgen) -> None:
         for path in records:
             path.unlink(missing_ok=True)
             path.symlink_to(path.name) if raw is None else path.write_bytes(raw)
+        if raw is None:
+            assert "events.jsonl: Too many levels of symbolic links" in medgen("fsck", run, expect=2).stderr
+            (run / "events.jsonl").unlink()
         shown = medgen("fsck", run, expect=1)
         assert "Traceback" not in shown.stderr + shown.stdout and "✗" in shown.stdout
 
 
 def test_what_may_not_be_read_is_not_called_changed(run: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """As an ordinary user, root reads everything: then another user looks."""
-    os.chmod(tmp_path, 0o755)
     newest = steps(run)[-1]
     for path in newest.iterdir():
         path.chmod(0)
