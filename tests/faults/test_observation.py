@@ -17,7 +17,7 @@ from medgen.watch.poll import Patient
 from medgen.watch.state import Reader, TaskState
 
 Record = Callable[[str, object], None]
-FORGETS = '"$real" "$@" | grep -v -e "|FAILED|" -e "|CANCELLED|" -e "|COMPLETED|" -e "|COMPLETING|"'
+FORGETS = '"$real" "$@" | grep -v -e "|FAILED|" -e "|CANCELLED|" -e "|COMPLETED|" -e "|COMPLETING|" || true'
 
 
 def killed_without_a_word(lab: Lab, name: str) -> Watched:  # noqa: F811
