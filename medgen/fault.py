@@ -85,6 +85,7 @@ def _from_environment() -> list[Fault]:
 
 
 _faults = _from_environment()
+_log = os.environ.get(LOG_VARIABLE)  # now: around sbatch there is no such variable
 ARMED = bool(_faults)
 here = Here()
 
@@ -109,8 +110,8 @@ def at(site: str, path: Path | None = None, step: int | None = None) -> str | No
 
 def _tell(line: str) -> None:
     print(f"{VARIABLE}: {line}", file=sys.stderr, flush=True)
-    if LOG_VARIABLE in os.environ:
-        with open(os.environ[LOG_VARIABLE], "a") as log:
+    if _log is not None:
+        with open(_log, "a") as log:
             log.write(line + "\n")
 
 

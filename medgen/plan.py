@@ -68,6 +68,11 @@ class PlannedStage:
         return self.nodes * self.ranks_per_node
 
     @property
+    def jobs(self) -> int:
+        """What Slurm counts against the limits of its user: each element of an array and each job of a chain."""
+        return self.chain if self.chain > 1 else len(self.tasks)
+
+    @property
     def devices(self) -> int:
         """GPUs held by a task, or processes where there is no GPU."""
         return self.nodes * self.gpus_per_node or self.ranks

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,14 @@ def test_the_folder_holds_spec_plan_manifest_and_code(spec_path: Path) -> None:
     assert run.batch_log("masks", 1).parent.is_dir()
 
 
-def test_the_copy_of_the_code_runs_before_what_the_current_folder_holds(spec_path: Path) -> None:
+@pytest.mark.fault("F29")
+@pytest.mark.timeout(60)
+def test_the_copy_of_the_code_runs_before_what_the_current_folder_holds(spec_path: Path, record_property: Callable[[str, object], None]) -> None:
     run, _ = make(spec_path)
     (run.code / "__main__.py").write_text("import medgen; print(medgen.__file__)")
     answer = subprocess.run([sys.executable, str(run.code)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == str(run.code / "medgen" / "__init__.py")
+    record_property("fired", "another medgen in the current folder")
 
 
 def test_a_second_submit_keeps_everything(spec_path: Path) -> None:
@@ -125,12 +129,15 @@ def test_a_finished_stage_keeps_its_shards(spec_path: Path) -> None:
     assert plan.read(run).stage("train_seg").time_minutes == 120
 
 
-def test_changed_code_is_told_and_the_copy_kept(spec_path: Path) -> None:
+@pytest.mark.fault("F29")
+@pytest.mark.timeout(60)
+def test_changed_code_is_told_and_the_copy_kept(spec_path: Path, record_property: Callable[[str, object], None]) -> None:
     run, _ = make(spec_path)
     manifest = files.read_json(run.manifest)
     files.write_json(run.manifest, {**manifest, "code_sha256": "0" * 64})
     [note] = create(prepare(spec_path, [], None, spec_path.parent / "runs", True)[0])
     assert "the run keeps its copy" in note
+    record_property("fired", note)
 
 
 def test_a_stage_with_too_many_gpus_gets_what_there_is() -> None:

@@ -351,12 +351,15 @@ def test_of_several_jobs_the_running_one_counts(lab: Lab) -> None:
     assert lab.task().word == "running"
 
 
-def test_jobs_of_a_namesake_in_another_folder_are_not_ours(lab: Lab) -> None:
+@pytest.mark.fault("F32")
+@pytest.mark.timeout(60)
+def test_jobs_of_a_namesake_in_another_folder_are_not_ours(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     lab.row("RUNNING", start=-30, job=4000)
     lab.said.lines.append("5000|N/A|RUNNING|None|1|1|0:10|1|n1|medgen.other-0123456789.train.1.0")
     lab.said.lines.append(f"5000|N/A|RUNNING|None|1|1|0:10|1|n1|medgen.{lab.run.run_id}.train")
     assert lab.task().word == "interrupted"
     assert lab.state().where is None
+    record_property("fired", "foreign jobs in the answer of squeue")
 
 
 def test_a_job_whose_number_was_lost_is_known_by_its_name(lab: Lab) -> None:
@@ -416,12 +419,15 @@ def test_an_outcome_may_be_seen_late(lab: Lab) -> None:
     assert lab.task().word == "done"
 
 
-def test_rows_that_are_not_complete_or_not_ours_say_nothing(lab: Lab) -> None:
+@pytest.mark.fault("F30", "F32")
+@pytest.mark.timeout(60)
+def test_rows_that_are_not_complete_or_not_ours_say_nothing(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     lab.started(900)
     lab.account(HEAD.format("", "0:0").replace("NAME", "allocation"))
     lab.account(HEAD.format("RUNNING", "0:0"))
     task = lab.task()
     assert (task.word, task.cause) == ("interrupted", "its job 71 has left Slurm's queue without an outcome")
+    record_property("fired", "a half row and a row of another")
 
 
 def test_without_accounting_the_queue_itself_tells_a_while(lab: Lab) -> None:
@@ -475,7 +481,9 @@ def test_an_outcome_that_tells_a_failure(lab: Lab) -> None:
 # --- Slurm does not answer -------------------------------------------------------------------------------------------
 
 
-def test_a_slurm_that_never_answers_makes_nothing_fail(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(60)
+def test_a_slurm_that_never_answers_makes_nothing_fail(lab: Lab, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]) -> None:
     lab.said.asked, lab.said.trouble = None, "squeue: did not answer within 20 s"
     assert lab.task().word == "queued"
     lab.started(900)
@@ -488,6 +496,7 @@ def test_a_slurm_that_never_answers_makes_nothing_fail(lab: Lab, capsys: pytest.
     assert task.cause is not None and "Slurm does not answer" in task.cause
     assert lab.state().verdict == "running"
     assert lab.said.wanted == []
+    record_property("fired", lab.said.trouble)
 
 
 def test_submitted_again_while_slurm_does_not_answer(lab: Lab) -> None:
@@ -498,7 +507,9 @@ def test_submitted_again_while_slurm_does_not_answer(lab: Lab) -> None:
     assert (lab.task().word, lab.task().job) == ("queued", "91")
 
 
-def test_an_old_answer_proves_nothing_about_later(lab: Lab) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(60)
+def test_an_old_answer_proves_nothing_about_later(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     """The job is not in an answer from before its heartbeat: that is no sign that it is gone."""
     lab.started(900)
     lab.beat(200)
@@ -509,6 +520,7 @@ def test_an_old_answer_proves_nothing_about_later(lab: Lab) -> None:
     assert "Slurm has not answered for 5m 0" in screen(state)
     lab.said.asked = time.time() - 100
     assert lab.task().word == "interrupted"
+    record_property("fired", lab.said.trouble)
 
 
 def test_a_failure_that_was_told_stays_one_without_slurm(lab: Lab) -> None:
@@ -599,7 +611,9 @@ def test_a_queue_that_does_not_change_is_asked_less_often(stand_in: Callable[...
     assert Patient().queue(0.0).interval_seconds == 15
 
 
-def test_a_failing_slurm_gives_the_last_answer_and_its_age(stand_in: Callable[..., Path], cache_home: Path) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(60)
+def test_a_failing_slurm_gives_the_last_answer_and_its_age(stand_in: Callable[..., Path], cache_home: Path, record_property: Callable[[str, object], None]) -> None:
     folder = stand_in("squeue", f"printf '{QUEUE.format('RUNNING')}'")
     first = Patient().queue(0.0)
     age(cache_home, 30)
@@ -607,6 +621,7 @@ def test_a_failing_slurm_gives_the_last_answer_and_its_age(stand_in: Callable[..
     answer = Patient().queue(0.0)
     assert (answer.text, answer.asked) == (first.text, pytest.approx((first.asked or 0) - 30))
     assert answer.trouble is not None and "Invalid user" in answer.trouble
+    record_property("fired", answer.trouble)
     assert answer.interval_seconds == 30
     assert calls(folder) == 2
     assert Patient().queue(time.time()).trouble == answer.trouble  # not again at once, whatever was submitted
@@ -682,13 +697,16 @@ def test_the_accounting_is_asked_once_a_minute_and_only_for_open_ends(stand_in: 
     assert calls(folder, "sacct") == 2
 
 
-def test_no_accounting_is_remembered(stand_in: Callable[..., Path], cache_home: Path) -> None:
+@pytest.mark.fault("F30")
+@pytest.mark.timeout(60)
+def test_no_accounting_is_remembered(stand_in: Callable[..., Path], cache_home: Path, record_property: Callable[[str, object], None]) -> None:
     folder = stand_in("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     answer = Patient().accounting("a-0", {(7, None)}, 0.0)
     assert answer.trouble is not None and "disabled" in answer.trouble
     age(cache_home, 300, "accounting-a-0")
     Patient().accounting("a-0", {(7, None)}, 0.0)
     assert calls(folder, "sacct") == 1
+    record_property("fired", answer.trouble)
 
 
 def test_a_live_screen_does_not_wait_for_slurm(stand_in: Callable[..., Path], cache_home: Path, tmp_path: Path) -> None:
@@ -721,7 +739,9 @@ def watched(lab: Lab, stand_in: Callable[..., Path], cache_home: Path) -> Callab
     return watch
 
 
-def test_every_second_squeue_fails(lab: Lab, stand_in: Callable[..., Path], watched: Callable[..., Any], cache_home: Path) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(120)
+def test_every_second_squeue_fails(lab: Lab, stand_in: Callable[..., Path], watched: Callable[..., Any], cache_home: Path, record_property: Callable[[str, object], None]) -> None:
     """The screen stays and says how old it is; the exit code is that of the run."""
     lab.row("RUNNING", start=-30)
     (cache_home.parent.parent / "answer").write_text(lab.said.lines[0] + "\n")
@@ -732,6 +752,7 @@ def test_every_second_squeue_fails(lab: Lab, stand_in: Callable[..., Path], watc
         assert ("Slurm has not answered for" in shown) == (look % 2 == 1)
         age(cache_home, 61)
     assert calls(folder) == 4
+    record_property("fired", "two of four answers of squeue")
 
 
 def test_a_machine_without_slurm_shows_what_the_run_folder_tells(lab: Lab, watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,7 +781,9 @@ def test_a_local_run_asks_slurm_nothing(tmp_path: Path, stand_in: Callable[..., 
     assert not cache_home.exists()
 
 
-def test_a_slurm_that_hangs_freezes_neither_the_screen_nor_the_keys(lab: Lab, stand_in: Callable[..., Path]) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(120)
+def test_a_slurm_that_hangs_freezes_neither_the_screen_nor_the_keys(lab: Lab, stand_in: Callable[..., Path], record_property: Callable[[str, object], None]) -> None:
     folder = stand_in("squeue", "exec sleep 60")
     lab.started(900)
     lab.beat(5)
@@ -781,6 +804,7 @@ def test_a_slurm_that_hangs_freezes_neither_the_screen_nor_the_keys(lab: Lab, st
     os.write(controller, b"q")
     assert watcher.wait(30) == Exit.UNFINISHED
     os.close(controller)
+    record_property("fired", "squeue hangs")
 
 
 def test_exit_codes(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

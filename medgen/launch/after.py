@@ -37,6 +37,7 @@ class Taken:
     """What somebody else has decided about an attempt that is ending: Slurm, or the person who stops the run."""
 
     cause: str
+    kind: Kind
     words: str
     comes_back: bool
 
@@ -75,7 +76,7 @@ def judge(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, attempt: int
         return Verdict("done", None, None, False, "done")
     taken = around.taken
     if taken is not None:
-        return Verdict("interrupted", taken.cause or cause, "PREEMPTED" if taken.comes_back else "CANCELLED", taken.comes_back, taken.words)
+        return Verdict("interrupted", taken.cause or cause, taken.kind, taken.comes_back, taken.words)
     events = run.events()
     known = read_tries(events[_last_submit(events) :]).get((stage.name, task.shard), [])
     begun = next((item for item in read_tries(events).get((stage.name, task.shard), []) if item.attempt == attempt), None)
@@ -133,6 +134,10 @@ class Past:
         return sum(self.met_limit(item) for item in [*self.earlier, self.now])
 
 
+def goes_on_in_chain(later_segments: int) -> str:
+    return f"the next job of its chain {GOES_ON} ({later_segments} left)"
+
+
 def _stop(status: Ending, cause: str | None, found: Cause, words: str) -> Verdict:
     return Verdict(status, cause, found.kind, False, words)
 
@@ -158,7 +163,7 @@ def _at_limit(past: Past, cause: str | None, later_segments: int) -> Verdict:
     if stage.kind not in ("train", "command"):
         return Verdict("interrupted", cause, "TIMEOUT", False, OVER_TIME_AT_ONCE)
     if later_segments:
-        return Verdict("interrupted", cause, "TIMEOUT", False, f"the next job of its chain {GOES_ON} ({later_segments} left)")
+        return Verdict("interrupted", cause, "TIMEOUT", False, goes_on_in_chain(later_segments))
     if stage.segments is not None and past.limits >= stage.segments:
         return Verdict("interrupted", cause, "TIMEOUT", False, f"{OVER_TIME} (it met its limit {past.limits} times)")
     return Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)

@@ -32,7 +32,7 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     tries = read_tries(run.events()).get((stage_name, shard), [])
     if segment() and run.is_done(stage_name, shard, task.hash):
         return ENOUGH
-    if segment() and tries and _given_up(tries[-1], segment()):
+    if tries and tries[-1].gave_up_before(segment()):
         print(f"medgen: {stage_name}: the chain was given up after attempt {tries[-1].attempt}: {tries[-1].next}")
         return Exit.FAILED
     if tries and tries[-1].status is None:
@@ -43,11 +43,6 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )  # fmt: skip
     return Exit.DONE
-
-
-def _given_up(last: Try, own_segment: int) -> bool:
-    """True if the attempt before ended for good in an earlier job of the same chain."""
-    return last.status in ("failed", "refused") and not last.comes_back and 0 < last.segment < own_segment
 
 
 def _end_lost(run: RunDir, stage: PlannedStage, shard: int, lost: Try) -> None:
@@ -65,8 +60,9 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     stage, task = _find(plan, stage_name, shard)
     seconds = time.time() - started
     facts = dict(reversed(re.findall(r"(\w+)=(\S*)", job)))  # the first of a name: a job's own words come later
-    taken = _taken_by_slurm(run, facts, at_limit=seconds >= stage.time_minutes * 60 - LIMIT_SECONDS)
-    around = Circumstances(True, _is_preempted(facts), _later_segments(stage), taken)
+    later_segments = _later_segments(stage)
+    taken = _taken_by_slurm(run, facts, seconds >= stage.time_minutes * 60 - LIMIT_SECONDS, later_segments)
+    around = Circumstances(True, _is_preempted(facts), later_segments, taken)
     verdict = after.judge(run, plan, stage, task, attempt, exit_code, seconds, around)
     after.tell(run, stage, shard, attempt, verdict, exit_code, seconds, job_id=job_id(), node=node())
     if verdict.elsewhere:
@@ -110,17 +106,17 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
-def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool) -> Taken | None:
+def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool, later_segments: int) -> Taken | None:
     """What Slurm has decided about a job that is ending; None if it just runs: what comes next is ours to decide."""
     if run.cancel_mark.exists():
-        return Taken("cancelled with medgen cancel", CANCELLED, comes_back=False)
+        return Taken("cancelled with medgen cancel", "CANCELLED", CANCELLED, comes_back=False)
     if facts.get("JobState", "RUNNING") == "RUNNING":
         return None
     if int(re.sub(r"\D", "", facts.get("Restarts", "")) or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        return Taken("Slurm took the job back to start it again", GOES_ON, comes_back=True)
+        return Taken("Slurm took the job back to start it again", "PREEMPTED", GOES_ON, comes_back=True)
     if at_limit:
-        return Taken("it met its time limit", after.OVER_TIME, comes_back=False)
-    return Taken("cancelled with scancel", CANCELLED, comes_back=False)
+        return Taken("it met its time limit", "TIMEOUT", after.goes_on_in_chain(later_segments) if later_segments else after.OVER_TIME, comes_back=False)
+    return Taken("cancelled with scancel", "CANCELLED", CANCELLED, comes_back=False)
 
 
 def refused(run: RunDir, stage_name: str, shard: int, attempt: int) -> Exit:

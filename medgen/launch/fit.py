@@ -58,7 +58,7 @@ def fit_shards(checked: Spec, plan: Plan, limits: Limits) -> tuple[Spec, list[st
     """Fewer, larger shards where the cluster would not take as many jobs; images do not depend on the number of shards.
 
     Raises InputError if even one shard each would be too many."""
-    total = sum(len(stage.tasks) for stage in plan.stages)
+    total = sum(stage.jobs for stage in plan.stages)
     if limits.submitted is None or total <= limits.submitted:
         return checked, []
     sizes = {name: stage.shards for name, stage in checked.stages.items() if isinstance(stage, GenerateStage)}

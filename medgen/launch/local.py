@@ -240,7 +240,7 @@ class _Supervision:
         if not self.backend.stop_asked or code not in (0, Exit.INTERRUPTED, 130, 137, 143):
             return None
         fresh = fresh_outcome(self.run, item.job.task, item.attempt)
-        return Taken((fresh.cause if fresh is not None else None) or "stopped before it could save", "stopped", comes_back=False)
+        return Taken((fresh.cause if fresh is not None else None) or "stopped before it could save", "CANCELLED", "stopped", comes_back=False)
 
     def _stop(self) -> Exit:
         """TERM to everything, time to save, KILL at the end of it or at the second signal."""

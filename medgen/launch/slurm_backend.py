@@ -22,6 +22,7 @@ from medgen.launch.queued import QueuedTask, queued_tasks
 from medgen.launch.script import Chunk, batch_log_pattern, is_array, job_name, render_script
 from medgen.launch.slurm import SlurmError, SlurmRefused, SlurmUnsure
 from medgen.launch.supervisor import living_supervisor
+from medgen.launch.tries import read_tries
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
@@ -68,7 +69,8 @@ class SlurmBackend:
         except SlurmError as error:
             raise MedgenError(f"{error}; nothing was submitted, because what is queued already cannot be seen") from None
         run.cancel_mark.unlink(missing_ok=True)
-        queued = self._cancel_doomed(run, plan, *self._without_doubles(run, queued))
+        queued, lost = self._without_doubles(run, queued)
+        queued = self._cancel_doomed(run, plan, self._without_given_up(run, queued), lost)
         alive = {(task.stage, task.shard) for task in queued}
         waiting = {stage.name: self._waiting(run, stage, alive) for stage in plan.stages}
         total = sum(map(len, waiting.values()))
@@ -102,6 +104,15 @@ class SlurmBackend:
             slurm.cancel([task.element for task in doubles])
             run.event("jobs_cancelled", job_ids=sorted({task.job_id for task in doubles}), cause="queued twice: the older job stays")
         return [task for task in queued if task not in doubles], {task.stage for task in doubles}
+
+    def _without_given_up(self, run: RunDir, queued: list[QueuedTask]) -> list[QueuedTask]:
+        """The jobs of a chain that still wait behind one that ended for good would start only to end: the chain is queued anew."""
+        tries = read_tries(run.events())
+        given_up = [task for task in queued if task.is_pending and any(last.gave_up_before(task.segment) for last in tries.get((task.stage, task.shard), [])[-1:])]
+        if given_up:
+            slurm.cancel([task.element for task in given_up])
+            run.event("jobs_cancelled", job_ids=sorted({task.job_id for task in given_up}), cause="their chain was given up: it is queued anew")
+        return [task for task in queued if task not in given_up]
 
     def _cancel_doomed(self, run: RunDir, plan: Plan, queued: list[QueuedTask], lost: set[str]) -> list[QueuedTask]:
         """What waits for tasks that have to be queued anew, or for jobs of `lost` stages, would wait for ever: it is queued anew too.
@@ -221,7 +232,7 @@ class SlurmBackend:
             run.event("jobs_released", job_ids=held)
 
     def poll(self, run: RunDir) -> Poll:
-        tasks = queued_tasks(run)
+        tasks = {(task.stage, task.shard) for task in queued_tasks(run)}
         return Poll(bool(tasks), f"{len(tasks)} tasks in Slurm's queue" if tasks else "nothing of it is in Slurm's queue")
 
     def cancel(self, run: RunDir, planned: Plan) -> str:
@@ -248,7 +259,8 @@ class SlurmBackend:
         if left:
             nodes = ", ".join(sorted({task.row.nodes for task in left}))
             raise MedgenError(f"{run.run_id}: {len(left)} tasks are still ending on {nodes}; look again with `medgen watch {run.run_id}`")
-        return f"{run.run_id}: {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'} taken out of the queue; the same submit command goes on from what was saved"
+        count = len({(task.stage, task.shard) for task in tasks})  # a chain has several jobs for one
+        return f"{run.run_id}: {count} {'task' if count == 1 else 'tasks'} taken out of the queue; the same submit command goes on from what was saved"
 
     def _wait_until_gone(self, run: RunDir, seconds: float) -> list[QueuedTask]:
         """What is still there after so many seconds."""

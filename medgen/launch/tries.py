@@ -45,6 +45,10 @@ class Try:
     told: bool = True
     segment: int = 0  # its place in a chain of jobs, from 1 on
 
+    def gave_up_before(self, segment: int) -> bool:
+        """True if it ended for good in an earlier job of the chain: a later one would end no better."""
+        return self.status in ("failed", "refused") and not self.comes_back and 0 < self.segment < segment
+
 
 def read_tries(events: Iterable[dict[str, Any]]) -> dict[Key, list[Try]]:
     """(stage, shard) -> its starts in order, as far as events tell of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ LOCK = "/tmp/medgen-slurm.lock"
 SESSION = Path(FOLDERS + os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))[:8])
 MIN_JOB_AGE_SECONDS = os.environ.get("MEDGEN_TEST_MIN_JOB_AGE", "300")
 POLL_SECONDS = 0.2
+USERS = itertools.count()  # a process has several where more than one folder of tests uses a sandbox
 Value = TypeVar("Value")
 
 
@@ -93,7 +95,7 @@ def shared_sandbox(kind: str, *options: str) -> Iterator[Slurm]:
     if os.geteuid() != 0:
         unavailable("a Slurm of our own needs root; with MEDGEN_TEST_SLURM=existing the tests use the cluster of your SLURM_CONF")
     folder = SESSION / kind
-    me = SESSION / f"{kind}-{os.getpid()}.user"
+    me = SESSION / f"{kind}-{next(USERS)}-{os.getpid()}.user"
     with FileLock(LOCK):
         clear_what_killed_sessions_left()
         done = sandbox("up", folder, "--min-job-age", MIN_JOB_AGE_SECONDS, *options)

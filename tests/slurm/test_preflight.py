@@ -95,17 +95,23 @@ REFUSED = [  # overrides, where the fault stands, what is told
 ]  # fmt: skip
 
 
+@pytest.mark.fault("F23")
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("overrides", "place", "told"), REFUSED, ids=[row[0][0][:50] for row in REFUSED])
-def test_what_slurm_refuses_is_told_at_its_key_and_nothing_is_queued(lab: Lab, overrides: list[str], place: str, told: list[str]) -> None:
+def test_what_slurm_refuses_is_told_at_its_key_and_nothing_is_queued(lab: Lab, overrides: list[str], place: str, told: list[str], record_property: Callable[[str, object], None]) -> None:
     said = lab.refused(*overrides)
     lines = [line.removeprefix("medgen: ") for line in said.splitlines()]
     assert any(line.startswith(place) and all(part in line for part in told) for line in lines), said
+    record_property("fired", said.splitlines()[-1])
 
 
-def test_a_value_of_the_spec_is_told_with_its_line(lab: Lab) -> None:
+@pytest.mark.fault("F23")
+@pytest.mark.timeout(120)
+def test_a_value_of_the_spec_is_told_with_its_line(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     text = (lab.folder / "asked.yaml").read_text().replace("{time: 5m, cpus: 1}", "{time: 5m, cpus: 64}", 1)
     (lab.folder / "asked.yaml").write_text(text)
     assert "asked.yaml:7:27: stages.a.resources.cpus: 64 CPUs on one node, its nodes have 8 at most" in lab.refused()
+    record_property("fired", "64 CPUs, the nodes have 8")
 
 
 def test_a_job_that_slurm_takes_is_queued_and_its_start_told(lab: Lab) -> None:
@@ -123,13 +129,16 @@ def test_asking_leaves_nothing_in_the_queue(lab: Lab) -> None:
     assert [item["topic"] for item in answer["checks"] if item["mark"] == "wrong"] == ["Slurm"]
 
 
-def test_the_variables_of_an_enclosing_job_change_nothing(lab: Lab) -> None:
+@pytest.mark.fault("F25")
+@pytest.mark.timeout(120)
+def test_the_variables_of_an_enclosing_job_change_nothing(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     lab.environment.update({
         "SLURM_JOB_ID": "7", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NTASKS": "500", "SLURM_MEM_PER_NODE": "900000",
         "SBATCH_PARTITION": "nope", "SBATCH_ACCOUNT": "nope", "SBATCH_CONSTRAINT": "nope", "SINFO_PARTITION": "nope", "SLURM_CLUSTERS": "nope",
     })  # fmt: skip
     assert "this is inside job 7" in lab.submit()
     assert len(lab.queued()) == 2
+    record_property("fired", "the variables of job 7")
 
 
 @pytest.mark.parametrize("command", ["sinfo", "sbatch"])
@@ -138,13 +147,16 @@ def test_a_command_that_fails_stops_the_submit(lab: Lab, command: str) -> None:
     assert f"{command} " in (said := lab.refused(expect=1)) and "nothing was queued" in said
 
 
-def test_a_controller_that_is_away_stops_the_submit(lab: Lab) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(180)
+def test_a_controller_that_is_away_stops_the_submit(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     lab.environment["SLURM_CONF"] = str(lab.folder / "slurm.conf")
     conf = Path(lab.slurm.environment["SLURM_CONF"]).read_text()
     port = next(line.partition("=")[2] for line in conf.splitlines() if line.startswith("SlurmctldPort="))
     (lab.folder / "slurm.conf").write_text(conf.replace(f"SlurmctldPort={port}", "SlurmctldPort=1") + "\nMessageTimeout=2\n")
     said = lab.submit(expect=1)
     assert "nothing was queued" in said and "medgen: sinfo" in said
+    record_property("fired", "sinfo")
 
 
 def test_a_cluster_without_accounting_says_that_it_checks_no_accounts(

@@ -107,12 +107,15 @@ def test_every_ending_is_told_with_its_cause(lab: Lab) -> None:
     assert stages["buggy"]["wait_seconds"] is not None
 
 
-def test_a_set_up_that_fails_before_anything_was_told(lab: Lab) -> None:
+@pytest.mark.fault("F28")
+@pytest.mark.timeout(180)
+def test_a_set_up_that_fails_before_anything_was_told(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     (lab.folder / "lab.yaml").write_text(yaml.safe_dump({**SITE, "setup": ["echo before", "a_module_that_is_not load"]}))
     lab.submit({"step": {"run": "true"}})
     lab.wait_until_over()
     found = lab.why(expect=1)["step"]
     assert found["cause"]["kind"] == "SETUP" and "a_module_that_is_not load" in found["cause"]["detail"]
+    record_property("fired", found["cause"]["detail"])
     assert "before" in lab.medgen("logs", lab.name).stdout
 
 
@@ -151,7 +154,10 @@ def test_following_a_job_over_a_requeue_and_its_cost(lab: Lab) -> None:
     assert lab.why(expect=0) == {}
 
 
-def test_without_accounting_nothing_breaks(tmp_path: Path, slurm_without_accounting: Any, medgen: Medgen, environment: dict[str, str]) -> None:
+@pytest.mark.fault("F30")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_without_accounting_nothing_breaks(tmp_path: Path, slurm_without_accounting: Any, medgen: Medgen, environment: dict[str, str], record_property: Callable[[str, object], None]) -> None:
     lab = Lab(tmp_path, slurm_without_accounting, medgen, environment)
     lab.submit({"good": {"run": "sleep 1"}, "buggy": {"run": "echo no; exit 5"}, "after": {"needs": ["buggy"], "run": "true"}})
     lab.wait_until_over()
@@ -159,6 +165,7 @@ def test_without_accounting_nothing_breaks(tmp_path: Path, slurm_without_account
     assert {stage: finding["cause"]["kind"] for stage, finding in found.items()} == {"buggy": "USER", "after": "DEPENDENCY"}
     used = json.loads(lab.medgen("usage", lab.name, "--json").stdout)
     assert used["source"] == "events" and "accounting" in used["notes"][0]
+    record_property("fired", used["notes"][0])
     assert {stage["name"]: stage["attempts"] for stage in used["stages"]} == {"good": 1, "buggy": 1, "after": 0}
 
 

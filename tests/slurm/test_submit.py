@@ -153,33 +153,45 @@ def test_a_script_may_be_given_to_sbatch_by_hand(lab: Lab) -> None:
     lab.assert_done("hand")
 
 
-def test_a_lost_reply_of_sbatch_makes_no_second_job(lab: Lab) -> None:
-    lab.shim("sbatch", '"$real" "$@"; echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1')
+@pytest.mark.fault("F19")
+@pytest.mark.timeout(180)
+def test_a_lost_reply_of_sbatch_makes_no_second_job(lab: Lab, record_property: Callable[[str, object], None]) -> None:
+    folder = lab.shim("sbatch", '"$real" "$@"; echo >> $folder/lost; echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1')
     lab.submit(lab.spec("lost", GRAPH))
     lab.unshim()
+    lost = len((folder / "lost").read_text().splitlines())
+    record_property("fired", f"{lost} replies were lost")
+    assert lost == 3, "each was asked for once"
     lab.wait("lost")
     lab.assert_done("lost")
     assert lab.tasks("lost") == EVERY_TASK_ONCE
 
 
-def test_an_sbatch_that_did_nothing_is_tried_again(lab: Lab) -> None:
-    lab.shim("sbatch", 'if [ ! -e $folder/tried ]; then touch $folder/tried; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1; fi; exec "$real" "$@"')
+@pytest.mark.fault("F19")
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_an_sbatch_that_did_nothing_is_tried_again(lab: Lab, record_property: Callable[[str, object], None]) -> None:
+    folder = lab.shim("sbatch", 'if [ ! -e $folder/tried ]; then touch $folder/tried; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1; fi; exec "$real" "$@"')
     lab.submit(lab.spec("again", GRAPH))
     lab.unshim()
     lab.wait("again")
     lab.assert_done("again")
+    record_property("fired", (folder / "tried").stat().st_mtime)
     assert lab.tasks("again") == EVERY_TASK_ONCE
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_submitter_that_dies_after_sbatch_leaves_one_job_to_adopt(lab: Lab, call: int) -> None:
-    """Killed between the reply of sbatch and the record of it: nothing has started, and the next submit goes on."""
+@pytest.mark.fault("F20")
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_submitter_that_dies_before_sbatch_replies_leaves_one_job_to_adopt(lab: Lab, record_property: Callable[[str, object], None]) -> None:
+    """Killed while it waits for the reply: nothing has started, and the next submit goes on."""
     kill_the_submitter = 'kill -9 $(ps -o ppid= -p $PPID)'  # this shim's parent is timeout(1), whose parent is medgen
-    lab.shim("sbatch", f'echo >> $folder/calls; "$real" "$@" || exit 1; [ $(wc -l < $folder/calls) -ne {call} ] || {kill_the_submitter}')
+    lab.shim("sbatch", f'echo >> $folder/calls; "$real" "$@" || exit 1; [ $(wc -l < $folder/calls) -ne 2 ] || {kill_the_submitter}')
     spec = lab.spec("killed", GRAPH)
     lab.submit(spec, expect=-9)
-    assert len({row["id"] for row in lab.jobs("killed")}) == call
+    assert len({row["id"] for row in lab.jobs("killed")}) == 2
     assert {row["state"] for row in lab.jobs("killed")} == {"PENDING"}, "nothing may start before everything is recorded"
+    record_property("fired", "killed behind the second sbatch")
     lab.unshim()
     lab.submit(spec)
     lab.wait("killed")
@@ -187,32 +199,42 @@ def test_a_submitter_that_dies_after_sbatch_leaves_one_job_to_adopt(lab: Lab, ca
     assert lab.tasks("killed") == EVERY_TASK_ONCE
 
 
-def test_four_submits_at_once_make_one_job_per_task(lab: Lab) -> None:
+@pytest.mark.fault("F21")
+@pytest.mark.timeout(180)
+def test_four_submits_at_once_make_one_job_per_task(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     spec = lab.spec("four", GRAPH)
     command = [sys.executable, "-m", "medgen", "submit", str(spec), "--site", str(lab.folder / "lab.yaml")]
     submits = [subprocess.Popen(command, cwd=lab.folder, env=lab.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
     said = [submit.communicate(timeout=120)[0] for submit in submits]
     assert [submit.returncode for submit in submits] == [0, 0, 0, 0], said
+    record_property("fired", "four processes, exit codes 0")
     lab.wait("four")
     lab.assert_done("four")
     assert lab.tasks("four") == EVERY_TASK_ONCE
 
 
-def test_without_a_look_into_the_queue_nothing_is_submitted(lab: Lab) -> None:
+@pytest.mark.fault("F31")
+@pytest.mark.timeout(180)
+def test_without_a_look_into_the_queue_nothing_is_submitted(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     spec = lab.spec("blind", GRAPH)
     lab.shim("squeue", 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1')
     said = lab.submit(spec, expect=1).stderr
     assert "nothing was submitted" in said and "Unable to contact slurm controller" in said
+    record_property("fired", said.splitlines()[-1])
     lab.unshim()
     assert not lab.jobs("blind")
 
 
-def test_a_lost_reply_that_cannot_be_looked_up_is_refused_and_held(lab: Lab) -> None:
+@pytest.mark.fault("F19")
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_lost_reply_that_cannot_be_looked_up_is_refused_and_held(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     spec = lab.spec("unsure", GRAPH)
     lab.shim("sbatch", '"$real" "$@"; touch $folder/submitted; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1')
     lab.shim("squeue", '[ ! -e $folder/submitted ] || { echo "squeue: error: Socket timed out" >&2; exit 1; }; exec "$real" "$@"')
     said = lab.submit(spec, expect=1).stderr
     assert "it is held and will not run" in said
+    record_property("fired", "sbatch and squeue both without a reply")
     lab.unshim()
     assert [row["reason"] for row in lab.jobs("unsure")] == ["JobHeldUser"]
     lab.submit(spec)
@@ -221,7 +243,10 @@ def test_a_lost_reply_that_cannot_be_looked_up_is_refused_and_held(lab: Lab) -> 
     assert lab.tasks("unsure") == EVERY_TASK_ONCE
 
 
-def test_a_failed_parent_takes_its_children_along_and_a_new_submit_heals(lab: Lab) -> None:
+@pytest.mark.fault("F26", "F27")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_failed_parent_takes_its_children_along_and_a_new_submit_heals(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     flag = lab.folder / "repaired"
     stages = {**GRAPH, "b": {**GRAPH["b"], "run": f'[ $MEDGEN_ITEM != y ] || [ -e {flag} ] || exit 7; echo $MEDGEN_ITEM > $MEDGEN_OUT/item'}}
     spec = lab.spec("heal", stages)
@@ -229,6 +254,7 @@ def test_a_failed_parent_takes_its_children_along_and_a_new_submit_heals(lab: La
     lab.wait("heal")
     assert {row["state"] for row in lab.jobs("heal") if ".c." in row["name"]} == {"CANCELLED"}
     assert "exit code 7" in str(lab.outcome("heal", "b", 1))
+    record_property("fired", str(lab.outcome("heal", "b", 1)))
     assert lab.outcome("heal", "c") is None
     lab.medgen("watch", "heal", "--once", expect=1)
     flag.touch()
@@ -239,7 +265,10 @@ def test_a_failed_parent_takes_its_children_along_and_a_new_submit_heals(lab: La
     assert lab.tasks("heal") - before == Counter({("b", "1"): 1, ("c", "N/A"): 1}), "only what failed is redone"
 
 
-def test_children_that_wait_for_a_dead_job_are_queued_anew(lab: Lab) -> None:
+@pytest.mark.fault("F26")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_children_that_wait_for_a_dead_job_are_queued_anew(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     """An element is taken away while others of its array still run: what waits for the array could wait for ever."""
     stages = {**GRAPH, "b": {**GRAPH["b"], "run": 'sleep 8; echo $MEDGEN_ITEM > $MEDGEN_OUT/item'}}
     spec = lab.spec("doomed", stages)
@@ -248,6 +277,7 @@ def test_children_that_wait_for_a_dead_job_are_queued_anew(lab: Lab) -> None:
     array = next(row["id"] for row in lab.jobs("doomed") if ".b." in row["name"])
     lab.slurm.run("scancel", f"{array}_1")
     lab.slurm.wait_for(lambda: any(row["state"] == "CANCELLED" for row in lab.jobs("doomed")), 30)
+    record_property("fired", "one element is CANCELLED while the others run")
     lab.submit(spec)
     lab.wait("doomed")
     lab.assert_done("doomed")
@@ -265,15 +295,21 @@ def test_a_task_that_is_killed_outright_is_started_again_by_its_own_job(lab: Lab
     assert lab.tasks("kill") == Counter({("a", "N/A"): 1}), "the same job, started again"
 
 
-def test_an_element_starts_again_alone(lab: Lab) -> None:
+@pytest.mark.fault("F27")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_element_starts_again_alone(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     """The last element of an array carries the array's own number: asked by that, Slurm would restart all of them."""
     run = "echo start >> $MEDGEN_OUT/starts; if [ $MEDGEN_ITEM = z ]; then [ -e $MEDGEN_OUT/again ] || { touch $MEDGEN_OUT/again; kill -9 $PPID; }; else sleep 12; fi"
-    lab.submit(lab.spec("alone", {"a": {"kind": "command", "foreach": ["x", "y", "z"], "run": run}}))
+    after = {"kind": "command", "needs": ["a"], "run": "cat $MEDGEN_RUN/a/made/*/starts > $MEDGEN_OUT/all"}
+    lab.submit(lab.spec("alone", {"a": {"kind": "command", "foreach": ["x", "y", "z"], "run": run}, "collect": after}))
     lab.wait("alone")
     lab.assert_done("alone")
     starts = [(lab.run("alone") / "a" / "made" / f"{shard:05d}" / "starts").read_text().count("start") for shard in range(3)]
     assert starts == [1, 1, 2]
+    assert (lab.run("alone") / "collect" / "made" / "00000" / "all").read_text() == "start\n" * 4, "it waited for all of them"
     [failed] = [end for end in lab.events("alone", "task_ended") if end["status"] != "done"]
+    record_property("fired", f"shard {failed['shard']}: {failed['cause']}")
     assert (failed["shard"], failed["status"], failed["next"]) == (2, "failed", "will be tried again")
     assert not lab.events("alone", "requeue_refused")
 
@@ -306,7 +342,10 @@ def test_a_command_that_is_stopped_for_ever_is_given_up(lab: Lab) -> None:
     assert lab.events("stopped", "task_ended")[-1]["next"].startswith("not tried again: stopped 6 times")
 
 
-def test_arrays_are_cut_below_the_clusters_largest_index(lab: Lab) -> None:
+@pytest.mark.fault("F24")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_arrays_are_cut_below_the_clusters_largest_index(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     count = int(lab.slurm.run("bash", "-c", "scontrol show config | awk '/MaxArraySize/ {print $3}'").stdout) + 6
     if count > 200:
         pytest.skip(f"this cluster takes arrays of {count - 6}")
@@ -315,6 +354,7 @@ def test_arrays_are_cut_below_the_clusters_largest_index(lab: Lab) -> None:
     folder = lab.shim("sbatch", 'echo >> $folder/calls; exec "$real" "$@"')
     lab.submit(spec, "-o", "stages.a.parallel=7")
     assert len((folder / "calls").read_text().splitlines()) == 2
+    record_property("fired", f"an array of {count}, the cluster takes {count - 6}")
     rows = lab.jobs("chunks")
     shards = sorted(int(row["name"].split(".")[4]) + int(row["index"]) for row in rows)
     assert shards == list(range(count)), "the union is exact"
@@ -324,10 +364,13 @@ def test_arrays_are_cut_below_the_clusters_largest_index(lab: Lab) -> None:
     assert not lab.alive("chunks")
 
 
-def test_shards_fit_the_number_of_jobs_that_the_cluster_takes(lab: Lab) -> None:
+@pytest.mark.fault("F24")
+@pytest.mark.timeout(120)
+def test_shards_fit_the_number_of_jobs_that_the_cluster_takes(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     lab.site({**SITE, "limits": {"submitted": 8}})
     shown = lab.submit(_generation(lab, shards=30), "--dry-run")
     assert "this cluster takes 8 jobs of one user: fewer, larger shards" in shown.stderr
+    record_property("fired", shown.stderr.splitlines()[-1])
     assert "#SBATCH --array=0-4%5" in shown.stdout
     lab.site({**SITE, "limits": {"submitted": 2}})
     assert "needs at least 4 jobs in the queue" in lab.submit(_generation(lab, shards=30), "--dry-run", expect=2).stderr
@@ -372,7 +415,9 @@ def test_what_slurm_was_told_holds(lab: Lab, command: str, states: list[str]) ->
     assert ended["next"] == {"scancel": "submit again to go on", "scontrol requeue": "goes on from what it saved"}[command]
 
 
-def test_jobs_get_the_allowed_variables_and_no_others(lab: Lab) -> None:
+@pytest.mark.fault("F25")
+@pytest.mark.timeout(180)
+def test_jobs_get_the_allowed_variables_and_no_others(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     """Also from inside a job, whose own variables must not reach the new one."""
     lab.environment.update({
         "WANTED": "yes", "MY_SECRET_TOKEN": "hunter2", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3",
@@ -381,7 +426,9 @@ def test_jobs_get_the_allowed_variables_and_no_others(lab: Lab) -> None:
     secrets = lab.folder / "secrets.env"
     secrets.write_text("API_KEY=only-on-the-node\n")
     lab.site({**SITE, "secrets": str(secrets)})
-    lab.submit(lab.spec("clean", {"a": {"kind": "command", "run": "env > $MEDGEN_OUT/env"}}))
+    said = lab.submit(lab.spec("clean", {"a": {"kind": "command", "run": "env > $MEDGEN_OUT/env"}})).stderr
+    assert "this is inside job 7" in said
+    record_property("fired", "the variables of a job around submit")
     lab.wait("clean")
     lab.assert_done("clean")
     seen = (lab.run("clean") / "a" / "made" / "00000" / "env").read_text()
@@ -425,17 +472,23 @@ def test_other_resources_wait_until_nothing_is_queued(lab: Lab) -> None:
     lab.medgen("cancel", "busy")
 
 
-def test_a_set_up_line_that_fails_stops_the_job_at_once(lab: Lab) -> None:
+@pytest.mark.fault("F28")
+@pytest.mark.timeout(120)
+def test_a_set_up_line_that_fails_stops_the_job_at_once(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     lab.site({**SITE, "setup": ["module-that-is-not-there load x"]})
     lab.submit(lab.spec("setup", {"a": {"kind": "command", "run": "true"}}))
     lab.wait("setup")
     assert [row["state"] for row in lab.jobs("setup")] == ["FAILED"]
     assert "medgen: set-up failed with exit code 127: module-that-is-not-there load x" in (lab.run("setup") / "logs" / "a" / "s0" / "batch.log").read_text()
+    record_property("fired", "set-up failed with exit code 127")
 
 
-def test_without_accounting_everything_works(tmp_path: Path, slurm_without_accounting: Any, medgen: Medgen, environment: dict[str, str]) -> None:
+@pytest.mark.fault("F30")
+@pytest.mark.timeout(240)
+def test_without_accounting_everything_works(tmp_path: Path, slurm_without_accounting: Any, medgen: Medgen, environment: dict[str, str], record_property: Callable[[str, object], None]) -> None:
     lab = Lab(tmp_path, slurm_without_accounting, medgen, environment)
     lab.submit(lab.spec("plain", GRAPH))
     lab.wait("plain")
     lab.assert_done("plain")
     medgen("watch", "plain", "--once")
+    record_property("fired", "a cluster without slurmdbd")

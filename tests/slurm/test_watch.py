@@ -144,15 +144,17 @@ def test_a_job_that_was_killed_outright(watched: Callable[..., Watched], monkeyp
     assert (task.word, task.cause) == ("failed", "its job was killed by signal 9 and left no outcome")
 
 
-def test_without_accounting(
-    slurm_without_accounting: Any, tmp_path: Path, medgen: Callable[..., subprocess.CompletedProcess[str]], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.fault("F30")
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_without_accounting(slurm_without_accounting: Any, tmp_path: Path, medgen: Callable[..., subprocess.CompletedProcess[str]], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]) -> None:
     here = Lab(tmp_path, slurm_without_accounting, medgen, environment)
     run = Watched(here, "w_alone", {"only": {"kind": "command", "run": WAITING, "resources": SMALL}})
     folder = here.shim("sacct", 'echo x >> $folder/asked; exec $real "$@"')
     task = killed_outright(run, monkeypatch, lambda job: True)
     assert (task.word, task.cause) == ("failed", "its job failed and left no outcome")
     asked = (folder / "asked").read_text()
+    record_property("fired", "sacct was asked in vain")
     Reader(RunDir(here.run("w_alone")), Patient()).read()
     assert (folder / "asked").read_text() == asked  # that there is no accounting is remembered
 
