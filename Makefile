@@ -25,7 +25,7 @@ test: $(READY)
 
 # every fault of tests/faults/matrix.py, made to happen; writes the table of docs/reliability.md
 test-faults: $(READY)
-	MEDGEN_WRITE_RELIABILITY=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m fault
+	MEDGEN_WRITE_RELIABILITY=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "fault or slow"
 
 lint: $(READY)
 	$(BIN)/ruff check medgen tests benchmarks cluster

@@ -136,6 +136,7 @@ def test_jobs_that_are_held_or_cancelled_by_hand(lab: Lab) -> None:
     assert lab.why(expect=1)["first"]["cause"]["kind"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_following_a_job_over_a_requeue_and_its_cost(lab: Lab) -> None:
     lab.submit({"step": {"run": 'echo "life $SLURM_RESTART_COUNT"; [ -n "$SLURM_RESTART_COUNT" ] || sleep 100'}})
     followed = lab.folder / "followed.txt"
@@ -201,6 +202,7 @@ def test_tensorboard_in_a_job_that_cannot_start(lab: Lab) -> None:
     assert "Slurm refused the job" in lab.medgen("tensorboard", "stub", "--job", "--site", lab.folder / "lab.yaml", expect=2).stderr
 
 
+@pytest.mark.slow
 def test_a_preempted_job_goes_on_and_the_reason_is_told(lab: Lab) -> None:
     (lab.folder / "lab.yaml").write_text(yaml.safe_dump({**SITE, "partitions": {"cpu": "low"}}))
     lab.submit({"step": {"run": '[ -n "$SLURM_RESTART_COUNT" ] || sleep 100'}})

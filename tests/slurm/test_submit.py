@@ -314,6 +314,7 @@ def test_an_element_starts_again_alone(lab: Lab, record_property: Callable[[str,
     assert not lab.events("alone", "requeue_refused")
 
 
+@pytest.mark.slow
 def test_one_spec_in_two_folders_makes_two_runs(lab: Lab) -> None:
     spec = lab.spec("twice", {**GRAPH, "a": {**GRAPH["a"], "run": "sleep 5; echo a > $MEDGEN_OUT/a"}})
     lab.submit(spec)
@@ -327,6 +328,7 @@ def test_one_spec_in_two_folders_makes_two_runs(lab: Lab) -> None:
     assert (second / "c" / "made" / "00000" / "all").read_text() == "x\ny\nz\n"
 
 
+@pytest.mark.slow
 def test_a_squeue_that_answers_late_leaves_nothing_held(lab: Lab) -> None:
     lab.shim("squeue", "exit 0")
     lab.submit(lab.spec("cached", GRAPH))
@@ -336,6 +338,7 @@ def test_a_squeue_that_answers_late_leaves_nothing_held(lab: Lab) -> None:
     assert lab.tasks("cached") == EVERY_TASK_ONCE
 
 
+@pytest.mark.slow
 def test_a_command_that_is_stopped_for_ever_is_given_up(lab: Lab) -> None:
     lab.submit(lab.spec("stopped", {"a": {"kind": "command", "run": "exit 143"}}))
     lab.wait("stopped", 240)
