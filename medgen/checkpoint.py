@@ -136,7 +136,7 @@ def _refuse_full_disk(folder: Path, objects: dict[str, Any]) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MedgenError(
-            f"{folder}: a checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
+            f"{folder}: the disk is full: a checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
             "free some space and submit again, the last checkpoint is intact"
         )
 
