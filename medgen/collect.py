@@ -24,6 +24,7 @@ DATASET_MANIFEST = "manifest.json"
 def collect(work: Work) -> Done:
     """Publish <stage>/dataset. Raises MedgenError naming the shards that are missing or corrupt; they count as not done."""
     source = work.plan.stage(work.stage.settings["of"])
+    work.await_done(source)
     manifests = _verified_manifests(work, source)
     target = work.run.dataset(source.name)
     table = _index(manifests)

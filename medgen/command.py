@@ -27,7 +27,7 @@ def command(work: Work) -> Done:
         raise InputError(f"{folder}: the folder where the run was submitted is gone; the command of {work.stage.name} starts there")
     out = work.run.made(work.stage.name, work.task.shard)
     out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
+    began = time.monotonic()
     code, stopped_by = _run(work, stage, folder, out)
     if code == 128 + signal.SIGTERM:  # to the whole job: it may have reached the command first
         stopped_by = stopped_by or "SIGTERM"
@@ -36,7 +36,7 @@ def command(work: Work) -> Done:
     if code != 0:
         raise MedgenError(f"the command ended with exit code {code}")
     outputs = _outputs(stage, folder)
-    record = {"exit_code": code, "seconds": round(time.time() - started, 3), "item": _item(stage, work.task.shard), "outputs": outputs}
+    record = {"exit_code": code, "seconds": round(time.monotonic() - began, 3), "item": _item(stage, work.task.shard), "outputs": outputs}
     result = work.run.command_result(work.stage.name, work.task.shard)
     files.write_json(result, record)
     made = sorted(path for path in out.rglob("*") if path.is_file() and not path.is_symlink())

@@ -23,7 +23,7 @@ SITES = (
     "submit.after_sbatch", "submit.before_record",
 )  # fmt: skip
 FILTERS = ("rank", "attempt", "shard", "step", "nth")
-ACTIONS = "kill9, stop, term, sleep:SECONDS, raise, oom, enospc, nan, truncate:PERCENT, exit:CODE"
+ACTIONS = "kill9, stop, term, sleep:SECONDS, raise, oom, hold:MEBIBYTES, enospc, nan, truncate:PERCENT, exit:CODE"
 
 
 class InjectedFault(RuntimeError):
@@ -66,7 +66,7 @@ def _parse_one(text: str) -> Fault:
     if words.get("site") not in SITES:
         raise InputError(f"{VARIABLE}: site={words.get('site')}: it is one of: {', '.join(SITES)}")
     action, _, argument = words.get("action", "").partition(":")
-    needs_argument = action in ("sleep", "truncate", "exit")
+    needs_argument = action in ("sleep", "hold", "truncate", "exit")
     if action not in [known.partition(":")[0] for known in ACTIONS.split(", ")] or needs_argument != bool(argument):
         raise InputError(f"{VARIABLE}: action={words.get('action')}: it is one of: {ACTIONS}")
     try:
@@ -88,6 +88,7 @@ _faults = _from_environment()
 _log = os.environ.get(LOG_VARIABLE)  # now: around sbatch there is no such variable
 ARMED = bool(_faults)
 here = Here()
+_held: list[bytes] = []  # what `hold` took
 
 
 def at(site: str, path: Path | None = None, step: int | None = None) -> str | None:
@@ -129,6 +130,8 @@ def _do(fault: Fault, path: Path | None) -> None:
             raise InjectedFault(f"at {fault.site}")
         case "oom":
             raise MemoryError(f"at {fault.site}")
+        case "hold":
+            _held.append(b"x" * int(fault.argument * 2**20))  # written to, so that it is really there
         case "enospc":
             raise OSError(28, os.strerror(28), str(path or ""))
         case "exit":

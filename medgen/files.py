@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -78,7 +79,9 @@ def append_line(path: Path, line: str) -> None:
     try:
         size_bytes = os.fstat(descriptor).st_size
         cut = size_bytes > 0 and os.pread(descriptor, 1, size_bytes - 1) != b"\n"
-        os.write(descriptor, (("\n" if cut else "") + line + "\n").encode())
+        content = (("\n" if cut else "") + line + "\n").encode()
+        if os.write(descriptor, content) < len(content):  # the system call says nothing where a disk has room for a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

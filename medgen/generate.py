@@ -88,11 +88,16 @@ def generate(work: Work) -> Done:
         work.device_name = ranks.device_name
         torch.use_deterministic_algorithms(True, warn_only=True)
         generation = _prepare(work, settings, ranks.device)
-        with files.folder_in_one_move(target) as folder:
-            entries = _draw_shard(generation, folder)
-            files.write_json(folder / MANIFEST, _manifest(generation, entries))
-            if fault.ARMED:
-                fault.at("shard.commit")
+        try:
+            with files.folder_in_one_move(target) as folder:
+                entries = _draw_shard(generation, folder)
+                files.write_json(folder / MANIFEST, _manifest(generation, entries))
+                if fault.ARMED:
+                    fault.at("shard.commit")
+        except OSError:  # where locks do not hold, another process may have published it meanwhile
+            if shard_problem(target, work.task) is not None:
+                raise
+            work.say(f"{work.stage.name}: another process has finished shard {work.task.shard} first; that one is kept")
     return _done(target)
 
 

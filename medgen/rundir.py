@@ -373,8 +373,11 @@ def _write_beat(target: Path, record: dict[str, Any]) -> None:
     """Rename without fsync: a heartbeat lost in a power cut is no loss, and it is written every few seconds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record))
-    os.replace(temporary, target)
+    try:
+        temporary.write_text(json.dumps(record))
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _as_rank_beat(beat: Heartbeat) -> RankBeat:

@@ -35,6 +35,7 @@ from medgen.world import rank_from_environment
 LAST_WORDS_SECONDS = 5.0  # for the error of a collective, or for a save that is nearly done, after another rank has died
 NEWS_SECONDS = 0.5  # a collective may fail a moment before it is known that a rank has died
 LOCK_SECONDS = 20.0
+AWAITED_SECONDS = 60.0  # a shared file system may show on this node that much later what another has written
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 # what the machine, not medgen, is to blame for: told in one line
 SYSTEM_FAULTS = {
@@ -96,7 +97,7 @@ class Work:
     def require(self, stage_name: str) -> None:
         """Raise InputError unless every task of another stage is done: nothing is made from half of something."""
         needed = self.plan.stage(stage_name)
-        waiting = [task for task in needed.tasks if not self.run.is_done(task.stage, task.shard, task.hash)]
+        waiting = self.await_done(needed)
         if waiting:
             raise InputError(f"{self.stage.name} needs {stage_name}, where {len(waiting)} of {len(needed.tasks)} tasks are not done; "
                              f"submit the spec again, or run `medgen {needed.kind} {self.run.run_id} --stage {stage_name}` first")
@@ -109,6 +110,19 @@ class Work:
     def seat(self) -> Seat:
         lost_seconds = self.plan.place.lost_seconds
         return Seat(self.run, self.stage.name, self.task.shard, self.attempt, self.rank, self.world_size, lost_seconds)
+
+    def await_done(self, needed: PlannedStage) -> list[PlannedTask]:
+        """What of a stage is not done. In a job of a cluster, which was started because it is, it is waited for a while."""
+        deadline = time.monotonic() + (AWAITED_SECONDS if "SLURM_JOB_ID" in os.environ and "MEDGEN_SUPERVISED" not in os.environ else 0)
+        told = False
+        while True:
+            waiting = [task for task in needed.tasks if not self.run.is_done(task.stage, task.shard, task.hash)]
+            if not waiting or time.monotonic() >= deadline or self.stop.is_set:
+                return waiting
+            if not told:
+                self.say(f"{len(waiting)} of {len(needed.tasks)} outcomes of {needed.name} are not to be seen here yet: waiting up to {AWAITED_SECONDS:.0f} s for the file system")
+                told = True
+            time.sleep(1)
 
     def heartbeat(self) -> None:
         """Raises OSError if it cannot be written."""
@@ -208,7 +222,7 @@ def _work_and_tell(work: Work, kind: str) -> Exit:
     work.stop.install()
     if fault.ARMED:
         fault.at("start")
-    started = time.time()
+    started, began = time.time(), time.monotonic()
     finished = threading.Event()
     beats = threading.Thread(target=_beat_until, args=(work, finished), daemon=True)
     beats.start()
@@ -219,7 +233,7 @@ def _work_and_tell(work: Work, kind: str) -> Exit:
         beats.join()
     if ending.cause is not None:
         print(f"{work.stage.name}: {ending.status}: {ending.cause}", file=sys.stderr, flush=True)
-    return _write_outcome(work, ending, started)
+    return _write_outcome(work, ending, started, started + time.monotonic() - began)
 
 
 def _ending_of(work: Work, kind: str) -> _Ending:
@@ -280,7 +294,7 @@ def _beat(work: Work) -> bool:
     return True
 
 
-def _write_outcome(work: Work, ending: _Ending, started: float) -> Exit:
+def _write_outcome(work: Work, ending: _Ending, started: float, ended: float) -> Exit:
     if not work.is_main:
         work.activity.now("ended")
         _beat(work)
@@ -295,7 +309,7 @@ def _write_outcome(work: Work, ending: _Ending, started: float) -> Exit:
             Outcome(
                 run_id=work.run.run_id, stage=work.stage.name, shard=work.task.shard, task_hash=work.task.hash,
                 attempt=work.attempt, status=ending.status, cause=ending.cause, host=socket.gethostname(), device=work.device_name,
-                devices=work.stage.ranks, started=started, ended=time.time(),
+                devices=work.stage.ranks, started=started, ended=ended,  # not by a clock that may have been set meanwhile
                 files=[work.run.produced(path) for path in ending.done.files], facts=ending.done.facts,
             )
         )

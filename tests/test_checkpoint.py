@@ -37,7 +37,8 @@ def test_round_trip_with_plain_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "uncommit", "garble commit"])
-def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str) -> None:
+@pytest.mark.fault("F35")
+def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, record_property: Callable[[str, object], None]) -> None:
     save(tmp_path, 1)
     bad = save(tmp_path, 2).folder
     weights = bad / "modules.network.pt"
@@ -56,6 +57,7 @@ def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str) -> No
     messages: list[str] = []
     found = checkpoint.newest(tmp_path, messages.append)
     assert found is not None and found.step == 1
+    record_property("fired", str(messages))
     assert len(messages) == 1 and "step-000002" in messages[0]
 
 
@@ -94,7 +96,8 @@ def test_nan_is_never_committed(tmp_path: Path) -> None:
     assert found is not None and found.step == 1
 
 
-def test_a_save_killed_at_any_moment_leaves_the_last_one(tmp_path: Path) -> None:
+@pytest.mark.fault("F34")
+def test_a_save_killed_at_any_moment_leaves_the_last_one(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """A process that saves in a circle is killed; what it leaves must resume."""
     code = ("import sys, torch; from pathlib import Path; from medgen import checkpoint\n"
             "folder, step = Path(sys.argv[1]), 0\n"
@@ -114,12 +117,14 @@ def test_a_save_killed_at_any_moment_leaves_the_last_one(tmp_path: Path) -> None
                 process.kill()
                 break
         process.wait()
+        record_property("fired", f"killed by signal {-process.returncode}")
         found = checkpoint.newest(folder, said.append)
         assert found is not None and found.step >= finished
         assert torch.equal(found.tensors("modules.network")["weight"], torch.full((200_000,), float(found.step)))
 
 
-def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: list[str]) -> None:
+@pytest.mark.fault("F33")
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: list[str], record_property: Callable[[str, object], None]) -> None:
     code = ("import sys, torch; from pathlib import Path; from medgen import checkpoint\n"
             "checkpoint.SPACE_RESERVE_BYTES = int(sys.argv[2])\n"
             "folder = Path(sys.argv[1])\n"
@@ -135,6 +140,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: l
         arguments = [*private_mounts, "sh", "-c", command, sys.executable, code, str(tmp_path), str(reserve)]
         done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert (done.stdout.splitlines() or [""])[-1] == "1 ['step-000001']", done.stdout + done.stderr
+        record_property("fired", done.stdout.splitlines()[0])
         assert "the last checkpoint is intact" in done.stdout
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def masks_run(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> tuple[Pa
     return spec, only_run(tmp_path)
 
 
-def test_a_damaged_final_checkpoint_is_made_again_not_replaced_by_an_older_one(masks_run: tuple[Path, Path], medgen: Medgen) -> None:
+@pytest.mark.fault("F35")
+def test_a_damaged_final_checkpoint_is_made_again_not_replaced_by_an_older_one(masks_run: tuple[Path, Path], medgen: Medgen, record_property: Callable[[str, object], None]) -> None:
     spec, run = masks_run
     expected = tree(run / "masks" / "dataset")
     newest = max((run / "train_seg" / "ckpt").glob("step-*"))
@@ -42,17 +44,20 @@ def test_a_damaged_final_checkpoint_is_made_again_not_replaced_by_an_older_one(m
     shutil.rmtree(run / "masks")
     refused = medgen("generate", run, "--stage", "masks", expect=1)
     assert "ended with is damaged; submit the spec again" in refused.stderr
+    record_property("fired", refused.stderr.strip())
     medgen("submit", spec, "--local")
     assert tree(run / "masks" / "dataset") == expected
     assert (newest.with_name(f"bad-{newest.name}")).is_dir(), "the damaged one is kept to look at"
 
 
-def test_altered_images_are_noticed_at_the_next_submit(masks_run: tuple[Path, Path], medgen: Medgen) -> None:
+@pytest.mark.fault("F37")
+def test_altered_images_are_noticed_at_the_next_submit(masks_run: tuple[Path, Path], medgen: Medgen, record_property: Callable[[str, object], None]) -> None:
     spec, run = masks_run
     expected = tree(run / "masks" / "dataset")
     flip_last_byte(run / "masks" / "dataset" / "images" / "000003" / "seg.nii.gz")  # the same size as before
     shutil.rmtree(run / "masks" / "dataset" / "images" / "000005")
     assert medgen("watch", run, "--once", expect=1), "a missing file is seen at once, a changed one when it is read"
+    record_property("fired", "one bit of 000003, all of 000005")
     medgen("submit", spec, "--local")
     assert tree(run / "masks" / "dataset") == expected
 

@@ -50,7 +50,7 @@ def passing(site: str, armed: str, tmp_path: Path, times: int = 3) -> subprocess
 
 @pytest.mark.parametrize(("armed", "code", "passed"), [
     ("site=step,nth=2,action=kill9", -9, 1), ("site=step,nth=3,action=exit:85", 85, 2), ("site=step,action=raise", 1, 0),
-    ("site=step,step=1,action=oom", 1, 1), ("site=step,action=sleep:0.01", 0, 3), ("site=step,action=nan", 0, 3),
+    ("site=step,step=1,action=oom", 1, 1), ("site=step,action=sleep:0.01", 0, 3), ("site=step,action=hold:1", 0, 3), ("site=step,action=nan", 0, 3),
     ("site=step,action=term", -15, 0), ("site=step,action=enospc", 1, 0), ("site=step,rank=1,action=kill9", 0, 3), ("site=start,action=kill9", 0, 3),
 ])  # fmt: skip
 def test_a_place_does_what_it_is_told_once_and_tells(tmp_path: Path, armed: str, code: int, passed: int) -> None:

@@ -110,7 +110,8 @@ def _submit_and_kill_one_shard(tmp_path: Path, spec: Path, override: list[str], 
         submit.wait(timeout=60)
 
 
-def test_collect_names_and_repairs_what_is_missing_or_corrupt(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
+@pytest.mark.fault("F37")
+def test_collect_names_and_repairs_what_is_missing_or_corrupt(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, record_property: Callable[[str, object], None]) -> None:
     full = tiny_spec()
     full["stages"]["masks"]["shards"] = 3
     spec = write_spec({**full, "stages": {name: full["stages"][name] for name in ("train_seg", "masks")}})
@@ -127,6 +128,7 @@ def test_collect_names_and_repairs_what_is_missing_or_corrupt(tmp_path: Path, me
     content[-9] ^= 1
     victim.write_bytes(content)
     failed = medgen("collect", run, "--stage", "collect_masks", expect=1)
+    record_property("fired", failed.stderr.strip())
     assert "2 of 3 shards of masks are missing or corrupt" in failed.stderr
     assert "shard 1: the shard is missing" in failed.stderr and "shard 2: images/" in failed.stderr
     assert not (run / "masks" / "dataset").exists(), "nothing is published half"
@@ -193,7 +195,8 @@ def test_killed_twice_in_one_epoch_gives_the_same_bits(tmp_path: Path, medgen: M
     assert logged == list(range(1, steps + 1)), "every step is logged once"
 
 
-def test_a_bad_checkpoint_is_passed_over_and_one_of_other_data_refused(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
+@pytest.mark.fault("F35")
+def test_a_bad_checkpoint_is_passed_over_and_one_of_other_data_refused(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, record_property: Callable[[str, object], None]) -> None:
     run = _prepare_training(tmp_path, medgen, write_spec)
     medgen("train", run)
     (run / "outcome" / "train.0.json").unlink()
@@ -202,6 +205,7 @@ def test_a_bad_checkpoint_is_passed_over_and_one_of_other_data_refused(tmp_path:
     done = medgen("train", run)
     assert f"skipping checkpoint {newest}: modules.ema.pt has 6 bytes" in done.stdout and "resuming from" in done.stdout
 
+    record_property("fired", "modules.ema.pt has 6 bytes")
     (run / "outcome" / "train.0.json").unlink()
     plan = json.loads((run / "plan.json").read_text())
     (run / "plan.json").write_text(json.dumps({**plan, "data": {**plan["data"], "patients": 5}}))
@@ -213,12 +217,14 @@ def test_a_bad_checkpoint_is_passed_over_and_one_of_other_data_refused(tmp_path:
     assert "another model configuration; use the run it belongs to, or another name for this one (differs in: channels)" in medgen("train", run, expect=2).stderr
 
 
-def test_divergence_is_told(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
+@pytest.mark.fault("F41")
+def test_divergence_is_told(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, record_property: Callable[[str, object], None]) -> None:
     config = {**TRAIN_ONLY, "lr": 1e8, "warmup_epochs": 0, "clip_norm": 1e8}
     spec = write_spec({**tiny_spec(name="wild"), "stages": {"train": {"kind": "train", "config": config}}})
     failed = medgen("submit", spec, "--local", expect=1)
     run = only_run(tmp_path)
     cause = outcome(run, "train")["cause"]
+    record_property("fired", cause)
     assert "the loss became nan" in cause or "diverged" in cause or "holds NaN" in cause, cause
     assert cause.split(";")[0][:30] in failed.stdout + failed.stderr
 
@@ -259,13 +265,16 @@ def test_wrong_input_exits_with_2_and_writes_no_run(tmp_path: Path, medgen: Medg
     assert not list((tmp_path / "runs").glob("*/plan.json"))
 
 
-def test_a_runs_folder_that_cannot_be_written_is_told(medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str]) -> None:
+@pytest.mark.fault("F40")
+def test_a_runs_folder_that_cannot_be_written_is_told(medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], record_property: Callable[[str, object], None]) -> None:
     environment["MEDGEN_RUNS"] = "/proc/medgen"
     done = medgen("submit", write_spec(tiny_spec()), "--local", expect=2)
+    record_property("fired", done.stderr.strip())
     assert "/proc/medgen" in done.stderr and "MEDGEN_RUNS" in done.stderr
 
 
-def test_a_full_disk_stops_with_its_name_and_the_run_goes_on_when_there_is_room(tmp_path: Path, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str]) -> None:
+@pytest.mark.fault("F33")
+def test_a_full_disk_stops_with_its_name_and_the_run_goes_on_when_there_is_room(tmp_path: Path, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str], record_property: Callable[[str, object], None]) -> None:
     spec, disk = write_spec(tiny_spec()), tmp_path / "disk"
     disk.mkdir()
     # fill the disk while the first training runs, then make room and submit again
@@ -275,15 +284,18 @@ def test_a_full_disk_stops_with_its_name_and_the_run_goes_on_when_there_is_room(
     done = subprocess.run([*private_mounts, "bash", "-c", script, sys.executable, str(disk), str(spec)], env=environment, cwd=tmp_path, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert "first 1" in lines and "second 0" in lines, done.stdout + done.stderr
+    record_property("fired", lines[0])
     assert "MiB are free" in done.stdout + done.stderr or "disk is full" in done.stdout + done.stderr
 
 
-def test_a_run_folder_that_became_read_only_is_told(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str]) -> None:
+@pytest.mark.fault("F40")
+def test_a_run_folder_that_became_read_only_is_told(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str], record_property: Callable[[str, object], None]) -> None:
     run = _prepare_training(tmp_path, medgen, write_spec)
     script = ('mount --bind "$1" "$1"; mount -o remount,ro,bind "$1"\n'
               '"$0" -m medgen train "$2"; echo "train $?"; "$0" -m medgen submit "$3" --local; echo "submit $?"; "$0" -m medgen watch "$2" --once; echo "watch $?"')
     arguments = [sys.executable, str(tmp_path / "runs"), str(run), str(tmp_path / "train.yaml")]
     done = subprocess.run([*private_mounts, "bash", "-c", script, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    record_property("fired", done.stderr.splitlines()[0])
     assert {"train 2", "submit 2", "watch 4"} <= set(done.stdout.splitlines()), done.stdout + done.stderr
     assert done.stderr.lower().count("read-only") >= 2 and "Traceback" not in done.stderr, done.stderr
 

@@ -445,12 +445,14 @@ def test_what_is_kept_is_told_with_its_size(lab: Lab) -> None:
     )
 
 
-def test_a_disk_without_files_left_is_refused_by_check(lab: Lab, private_mounts: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.fault("F40")
+def test_a_disk_without_files_left_is_refused_by_check(lab: Lab, private_mounts: list[str], environment: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """Bytes are there, inodes are not: what a quota on files looks like."""
     (tmp_path / "disk").mkdir()
     script = 'mount -t tmpfs -o size=500m,nr_inodes=64 none disk; export MEDGEN_RUNS=$PWD/disk; "$0" -m medgen check spec.yaml --local; echo "check $?"; ls -A disk'
     done = subprocess.run([*private_mounts, "bash", "-c", script, sys.executable], env=environment, cwd=tmp_path, capture_output=True, text=True)
     lines = done.stdout.splitlines()
+    record_property("fired", next(line for line in lines if "not enough room" in line))
     assert lines[-1] == "check 2", "and nothing stays on the disk"
     assert any(line.startswith("  ✘ space") and "not enough room" in line and "files free" in line for line in lines), done.stdout + done.stderr
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,24 @@ def trained_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_rank_that_finds_nobody_says_where_it_looked() -> None:
+@pytest.mark.fault("F43")
+def test_a_rank_that_finds_nobody_says_where_it_looked(record_property: Callable[[str, object], None]) -> None:
     port = free_port()
     with pytest.raises(MedgenError, match=rf"rank 1 on .* could not reach rank 0 at 127.0.0.1:{port} within 1 s: Connection refused"):
         dist.meet(1, 2, "127.0.0.1", port, 1)
+    record_property("fired", "nobody listens there")
     with pytest.raises(MedgenError, match=r"rank 1 on .* could not reach rank 0 at no-such-node.invalid:\d+ within 1 s: the name no-such-node.invalid"):
         dist.meet(1, 2, "no-such-node.invalid", port, 1)
 
 
-def test_rank_0_says_that_nobody_came_or_that_the_port_is_taken() -> None:
+@pytest.mark.fault("F43")
+def test_rank_0_says_that_nobody_came_or_that_the_port_is_taken(record_property: Callable[[str, object], None]) -> None:
     with pytest.raises(MedgenError, match=r"rank 0 on .* 2 ranks expected within 1 s"):
         dist.meet(0, 2, "127.0.0.1", free_port(), 1)
     with socket.socket() as busy:
         busy.bind(("0.0.0.0", 0))
         busy.listen()
+        record_property("fired", "nobody came")
         with pytest.raises(MedgenError, match="could not meet: rank 0"):
             dist.meet(0, 2, "127.0.0.1", busy.getsockname()[1], 1)
 

@@ -409,12 +409,14 @@ def test_too_much_memory_is_told_in_numbers(lab: Lab) -> None:
     assert lab.task().cause == "killed, because it used more memory than it had asked for: 5.0 GiB of 4.0 GiB"
 
 
-def test_an_outcome_may_be_seen_late(lab: Lab) -> None:
+@pytest.mark.fault("F39")
+def test_an_outcome_may_be_seen_late(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     """A file system shows the outcome a while after the job has ended: that is no failure."""
     lab.started(900)
     lab.beat(100)
     lab.account(HEAD.format("COMPLETED", "0:0"))
     assert (lab.task().word, lab.state().verdict) == ("running", "running")
+    record_property("fired", "the job has ended, its outcome is not there yet")
     lab.outcome("done")
     assert lab.task().word == "done"
 

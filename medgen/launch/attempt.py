@@ -58,7 +58,7 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     `job`: one line of `scontrol show job`, or nothing. With REQUEUE it prints what `scontrol update` is to change before that."""
     plan = planning.read(run)
     stage, task = _find(plan, stage_name, shard)
-    seconds = time.time() - started
+    seconds = max(0.0, time.time() - started)  # the clock may have been set back
     facts = dict(reversed(re.findall(r"(\w+)=(\S*)", job)))  # the first of a name: a job's own words come later
     later_segments = _later_segments(stage)
     taken = _taken_by_slurm(run, facts, seconds >= stage.time_minutes * 60 - LIMIT_SECONDS, later_segments)

@@ -87,6 +87,7 @@ class Records:
     rank_lines: tuple[str, ...] = ()
     row: AccountingRow | None = None
     cancelled: bool = False
+    no_room: str | None = None  # where the run folder has none now: its path
 
     @property
     def told(self) -> list[Evidence]:
@@ -96,7 +97,6 @@ class Records:
         if self.item.cause and not WEAK.match(self.item.cause):
             told.append(Evidence("event task_ended", self.item.cause))
         return told
-
 
     @property
     def exit_code(self) -> int | None:
@@ -114,7 +114,7 @@ def _is_told(outcome: Outcome) -> bool:
 
 def classify(records: Records) -> Cause:
     """The first rule that fits; every rule looks at records in the order they are to be believed."""
-    rules = (_set_up, _told_by_the_task, _interrupted, _batch_log, _accounting, _rank_log, _exit_code)
+    rules = (_set_up, _told_by_the_task, _interrupted, _batch_log, _accounting, _rank_log, _no_room, _exit_code)
     found = next(cause for rule in rules if (cause := rule(records)) is not None)
     return Cause(found.kind, found.detail, _with_others(found.evidence, records), found.certain, found.where)
 
@@ -241,6 +241,13 @@ def _rank_log(records: Records) -> Cause | None:
     if match:
         return Cause("RENDEZVOUS", _line_of(lines, match), (Evidence(records.rank_log, _line_of(lines, match)),))
     return None
+
+
+def _no_room(records: Records) -> Cause | None:
+    """On a full disk nobody can write down why he failed."""
+    if records.no_room is None:
+        return None
+    return Cause("DISK_FULL", f"{records.no_room}: the disk is full, it could not even tell why it ended", (Evidence("free space", "none"),), certain=False)
 
 
 def _exit_code(records: Records) -> Cause:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from medgen.launch.backend import guilty_log, last_lines
@@ -13,6 +15,7 @@ from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 LAST_LINES = 200
+RECORD_BYTES = 64 * 1024  # the outcome of a shard, and a log
 
 
 def gather(run: RunDir, plan: Plan, stage: PlannedStage, item: Try, rank_causes: Iterable[str], row: AccountingRow | None, on_slurm: bool, cancelled: bool) -> Records:
@@ -33,7 +36,17 @@ def gather(run: RunDir, plan: Plan, stage: PlannedStage, item: Try, rank_causes:
         rank_lines=() if is_batch else tuple(last_lines(read_end(log), LAST_LINES)),
         row=row,
         cancelled=cancelled,
+        no_room=_without_room(run.root),
     )
+
+
+def _without_room(folder: Path) -> str | None:
+    """The folder, if its disk has no room to write down how something ended."""
+    try:
+        free = os.statvfs(folder)
+    except OSError:
+        return None
+    return str(folder) if free.f_bavail * free.f_frsize < RECORD_BYTES or (free.f_files and not free.f_favail) else None
 
 
 def rank_causes(events: Iterable[dict[str, Any]]) -> dict[tuple[Any, Any, Any], list[str]]:

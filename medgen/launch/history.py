@@ -44,12 +44,20 @@ def read_history(events: Iterable[dict[str, Any]]) -> History:
             attempts = history[event["stage"], event["shard"]]
             last = attempts[-1]
             # not `replace`, which takes ten times as long: there may be 10,000
-            ended = min(last.started + event["seconds"], max(last.started, event["time"]))
+            ended = ending(last.started, event)
             attempts[-1] = Attempt(last.attempt, last.started, last.devices, last.from_step, ended, event["status"], event["cause"], event["again"])
         if kind == "requeue_refused" and (event["stage"], event["shard"]) in history:
             attempts = history[event["stage"], event["shard"]]
             attempts[-1] = replace(attempts[-1], comes_back=False)
     return history
+
+
+def ending(started: float, event: dict[str, Any]) -> float:
+    """When an attempt ended, unix seconds, from its `task_ended`; by the clock of its start where that was set back meanwhile.
+
+    Not after the event itself: the script had begun, and counts from there, before it could tell."""
+    by_duration: float = started + event["seconds"]
+    return by_duration if event["time"] < started else min(by_duration, event["time"])
 
 
 def close_lost(run: RunDir, history: History) -> dict[tuple[str, int], Attempt]:

@@ -54,7 +54,7 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     attempt: int
-    started: float
+    began: float  # by the clock that nobody sets
 
 
 class LocalBackend:
@@ -192,7 +192,7 @@ class _Supervision:
                 start_new_session=True,  # a Ctrl-C reaches the supervisor alone, which lets the tasks save
                 preexec_fn=die_with_parent(),
             )
-        self.running.append(Running(job, process, attempt, time.time()))
+        self.running.append(Running(job, process, attempt, time.monotonic()))
 
     def _environment(self, job: Job) -> dict[str, str]:
         """What Slurm would set; anything of an enclosing Slurm job is taken away first."""
@@ -227,7 +227,7 @@ class _Supervision:
         """Say how a script ended, and what comes next."""
         stage, task, run = item.job.stage, item.job.task, self.run
         code = item.process.returncode if item.process.returncode >= 0 else 128 - item.process.returncode
-        seconds = time.time() - item.started
+        seconds = time.monotonic() - item.began
         verdict = after.judge(run, self.plan, stage, task, item.attempt, code, seconds, Circumstances(on_slurm=False, taken=self._taken(item, code)))
         repair = self.queue.repair(item.job) if verdict.status == "failed" else None
         if repair is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medgen.launch.backend import next_attempt
+from medgen.launch.history import ending
 from medgen.rundir import RunDir
 
 HEADER = re.compile(r"^medgen: \S+ shard (?P<shard>\d+) attempt (?P<attempt>\d+) on (?P<node>\S+) at (?P<time>\S+)$", re.MULTILINE)
@@ -40,6 +41,7 @@ class Try:
     exit_code: int | None = None
     cause: str | None = None
     kind: str | None = None  # a word of causes.Kind
+    certain: bool = True  # False if that is but the likeliest reading
     next: str = ""
     comes_back: bool = False
     told: bool = True
@@ -73,9 +75,9 @@ def _end(tries: list[Try], event: dict[str, Any]) -> None:
     places = [place for place, item in enumerate(tries) if item.attempt == event.get("attempt")] or list(range(len(tries)))
     if places:
         begun = tries[places[-1]]
-        ended = min(begun.started + event["seconds"], max(begun.started, event["time"]))  # the script began before it could tell
+        ended = ending(begun.started, event)
         tries[places[-1]] = replace(
-            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"),
+            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"), certain=event.get("cause_certain", True),
             next=event["next"], comes_back=event["again"],
         )  # fmt: skip
 

@@ -443,7 +443,8 @@ def test_jobs_get_the_allowed_variables_and_no_others(lab: Lab, record_property:
             assert "hunter2" not in text and "only-on-the-node" not in text, path
 
 
-def test_two_jobs_on_one_node_share_no_gpu(lab: Lab) -> None:
+@pytest.mark.fault("F44")
+def test_two_jobs_on_one_node_share_no_gpu(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     stage = {"kind": "command", "run": "echo $CUDA_VISIBLE_DEVICES > $MEDGEN_OUT/gpus; sleep 4", "resources": {"gpus": 2, "gpu": {"any_of": ["h100"]}}}
     lab.submit(lab.spec("gpus", {"a": stage, "b": stage}))
     lab.wait("gpus")
@@ -452,6 +453,7 @@ def test_two_jobs_on_one_node_share_no_gpu(lab: Lab) -> None:
     started = [lab.outcome("gpus", name) for name in "ab"]
     assert started[0] and started[1] and started[0]["started"] < started[1]["ended"] and started[1]["started"] < started[0]["ended"], "they ran at the same time"
     seen = [(lab.run("gpus") / name / "made" / "00000" / "gpus").read_text().strip().split(",") for name in "ab"]
+    record_property("fired", str(seen))
     assert len(set(seen[0] + seen[1])) == 4, seen
 
 
