@@ -67,6 +67,7 @@ class Verdict:
     words: str
     relief: Relief | None = None
     elsewhere: bool = False
+    certain: bool = True  # `kind` is what the records say, not what is most often behind them
 
 
 def judge(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, attempt: int, exit_code: int, seconds: float, around: Circumstances) -> Verdict:
@@ -110,8 +111,8 @@ class Past:
     saved_step: int
 
     def count(self, *kinds: Kind) -> int:
-        """Earlier attempts that ended so."""
-        return sum(item.kind in kinds for item in self.earlier)
+        """Earlier attempts that are known to have ended so."""
+        return sum(item.kind in kinds and item.certain for item in self.earlier)
 
     @property
     def without_progress(self) -> int:
@@ -184,8 +185,8 @@ def _after_failure(past: Past, cause: str | None, found: Cause, relief: Relief, 
     if found.kind == "OOM" and found.certain:
         return _after_too_little_memory(past, cause, found, relief)
     tries = TRIES[stage.kind] if spoke else max(TRIES[stage.kind], TRIES_WITHOUT_A_WORD)
-    crashes = 1 + sum(item.status == "failed" and item.kind not in ("OOM", "NODE_FAIL") for item in past.earlier)
-    return Verdict("failed", cause, found.kind, crashes < tries, AGAIN if crashes < tries else "not tried again")
+    crashes = 1 + sum(item.status == "failed" for item in past.earlier) - past.count("OOM", "NODE_FAIL")
+    return Verdict("failed", cause, found.kind, crashes < tries, AGAIN if crashes < tries else "not tried again", certain=found.certain)
 
 
 def _after_too_little_memory(past: Past, cause: str | None, found: Cause, relief: Relief) -> Verdict:
@@ -210,6 +211,6 @@ def tell(run: RunDir, stage: PlannedStage, shard: int, attempt: int, verdict: Ve
         run.write_relief(stage.name, shard, verdict.relief)
     run.event(
         "task_ended", stage=stage.name, shard=shard, attempt=attempt, status=verdict.status, rc=exit_code, cause=verdict.cause, cause_kind=verdict.kind,
-        seconds=round(seconds, 3), devices=stage.devices, next=verdict.words, again=verdict.again,
+        cause_certain=verdict.certain, seconds=round(seconds, 3), devices=stage.devices, next=verdict.words, again=verdict.again,
         log=str(guilty_log(run, stage.name, shard, attempt).relative_to(run.root)), **facts,
     )  # fmt: skip

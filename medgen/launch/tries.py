@@ -40,6 +40,7 @@ class Try:
     exit_code: int | None = None
     cause: str | None = None
     kind: str | None = None  # a word of causes.Kind
+    certain: bool = True  # False if that is but the likeliest reading
     next: str = ""
     comes_back: bool = False
     told: bool = True
@@ -76,7 +77,7 @@ def _end(tries: list[Try], event: dict[str, Any]) -> None:
         ended = min(begun.started + event["seconds"], max(begun.started, event["time"]))  # the script began before it could tell
         tries[places[-1]] = replace(
             begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"),
-            next=event["next"], comes_back=event["again"],
+            certain=event.get("cause_certain") is not False, next=event["next"], comes_back=event["again"],
         )  # fmt: skip
 
 
