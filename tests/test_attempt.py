@@ -16,10 +16,10 @@ from launch_stub import build, events
 
 from medgen import files, plan
 from medgen.errors import Exit
-from medgen.launch import attempt
+from medgen.launch import after, attempt
 from medgen.launch.script import REQUEUE
 from medgen.plan import Plan
-from medgen.rundir import Outcome, RunDir
+from medgen.rundir import Heartbeat, Outcome, RunDir
 
 HOUR = 3600.0
 TRAIN = [{"name": "train", "kind": "train"}]
@@ -130,12 +130,33 @@ def test_what_slurm_has_decided_is_not_decided_again(tmp_path: Path, job: str, c
     assert (last(run)["status"], last(run)["cause"]) == ("interrupted", cause)
 
 
+def test_what_has_saved_when_it_is_ended_at_its_limit_goes_on(tmp_path: Path) -> None:
+    """The grace was too short for the end of the script, not for the checkpoint; a job that somebody cancels then does not come back."""
+    run, planned = build(tmp_path, TRAIN)
+    with_stage(run, planned, segments=None)
+    for number, words in enumerate(("DUE TO TIME LIMIT ", "")):
+        attempt.begin(run, "train", 0, number)
+        outcome(run, planned, number, "interrupted", "stopped by SIGUSR2 after step 6; saved, run again to go on")
+        saved(run, number + 1)
+        run.batch_log("train", 0).parent.mkdir(parents=True, exist_ok=True)
+        with run.batch_log("train", 0).open("a") as log:
+            log.write(f"medgen: train shard 0 attempt {number} on n1 at 2026-11-21T18:20:53+0000\nslurmstepd: error: *** JOB 58 ON n1 CANCELLED AT 2026-11-21T18:24:12 {words}***\n")
+        code = attempt.end(run, "train", 0, number, 143, time.time() - planned.stages[0].time_minutes * 60, "JobState=COMPLETING Restarts=0")
+        assert code == (Exit.FAILED if number else REQUEUE)
+    assert [end["next"] for end in events(run, "task_ended")] == ["goes on from what it saved", after.OVER_TIME]
+
+
 def test_an_attempt_that_nobody_saw_the_end_of_is_ended_by_the_next(tmp_path: Path) -> None:
     run, _ = build(tmp_path, TRAIN)
     attempt.begin(run, "train", 0, 0)
     attempt.begin(run, "train", 0, 1)
     assert (last(run)["attempt"], last(run)["status"]) == (0, "interrupted")
     assert "Slurm took the job away" in last(run)["cause"]
+    planned = plan.read(run)
+    now, limit_seconds = time.time(), planned.stages[0].time_minutes * 60
+    run.write_heartbeat(Heartbeat("train", 0, 1, 5, 9, "steps", None, now + limit_seconds, "n1", 1))
+    attempt.begin(run, "train", 0, 2)
+    assert "met its time limit before it could save" in last(run)["cause"] and last(run)["cause_kind"] == "TIMEOUT"
 
 
 class Inbox(http.server.BaseHTTPRequestHandler):
@@ -240,6 +261,13 @@ def test_sigkill_without_a_word_is_a_crash_and_asks_for_nothing(tmp_path: Path, 
     submit_again(run)
     assert end(run, 0, 137) == REQUEUE
     assert not capsys.readouterr().out and run.read_relief("train", 0).mem_mebibytes is None
+    saved(run, 5)
+    assert end(run, 1, 137) == Exit.FAILED, "a crash counts as one, whatever is most often behind it, and also where it has saved meanwhile"
+    submit_again(run)
+    assert end(run, 2, 137) == REQUEUE
+    said(run, 3, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=3.0")
+    saved(run, 6)
+    assert end(run, 3, 137) == REQUEUE, "the first time that it is known to be too little memory"
 
 
 def test_a_full_disk_is_not_tried_again(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def tell(run: RunDir, stage: PlannedStage, shard: int, attempt: int, verdict: Ve
     if verdict.relief is not None:
         run.write_relief(stage.name, shard, verdict.relief)
     run.event(
-        "task_ended", stage=stage.name, shard=shard, attempt=attempt, status=verdict.status, rc=exit_code, cause=verdict.cause, cause_kind=verdict.kind, cause_certain=verdict.certain,
-        seconds=round(seconds, 3), devices=stage.devices, next=verdict.words, again=verdict.again,
+        "task_ended", stage=stage.name, shard=shard, attempt=attempt, status=verdict.status, rc=exit_code, cause=verdict.cause, cause_kind=verdict.kind,
+        cause_certain=verdict.certain, seconds=round(seconds, 3), devices=stage.devices, next=verdict.words, again=verdict.again,
         log=str(guilty_log(run, stage.name, shard, attempt).relative_to(run.root)), **facts,
     )  # fmt: skip

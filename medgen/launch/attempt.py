@@ -13,9 +13,11 @@ from medgen import plan as planning
 from medgen.errors import Exit, InputError
 from medgen.launch import after, nodes
 from medgen.launch.after import GOES_ON, Circumstances, Taken, Verdict
+from medgen.launch.backend import fresh_outcome
+from medgen.launch.causes import TIME_LIMIT
 from medgen.launch.notify import tell_people
 from medgen.launch.script import ENOUGH, REQUEUE, parse_job_name
-from medgen.launch.tries import Try, read_tries
+from medgen.launch.tries import Try, batch_section, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 
@@ -48,8 +50,12 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
 def _end_lost(run: RunDir, stage: PlannedStage, shard: int, lost: Try) -> None:
     beat = run.read_heartbeat(stage.name, shard)
     seen = beat.time if beat is not None and beat.attempt == lost.attempt else lost.started
+    seconds = max(0.0, seen - lost.started)
     verdict = Verdict("interrupted", "Slurm took the job away: preempted, or its node failed", "PREEMPTED", True, GOES_ON)
-    after.tell(run, stage, shard, lost.attempt, verdict, None, max(0.0, seen - lost.started), job_id=job_id(), node=node())
+    if seconds >= stage.time_minutes * 60 - LIMIT_SECONDS:
+        cause = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"
+        verdict = Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
+    after.tell(run, stage, shard, lost.attempt, verdict, None, seconds, job_id=job_id(), node=node())
 
 
 def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, started: float, job: str) -> int:
@@ -62,6 +68,8 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     facts = dict(reversed(re.findall(r"(\w+)=(\S*)", job)))  # the first of a name: a job's own words come later
     later_segments = _later_segments(stage)
     taken = _taken_by_slurm(run, facts, seconds >= stage.time_minutes * 60 - LIMIT_SECONDS, later_segments)
+    if taken is not None and taken.kind == "TIMEOUT" and not later_segments and _saved_at_limit(run, task, attempt):
+        taken = None  # for as long as its script lives, Slurm takes back a job that has met its limit
     around = Circumstances(True, _is_preempted(facts), later_segments, taken)
     verdict = after.judge(run, plan, stage, task, attempt, exit_code, seconds, around)
     after.tell(run, stage, shard, attempt, verdict, exit_code, seconds, job_id=job_id(), node=node())
@@ -73,6 +81,12 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
         return Exit.FAILED if taken is not None else REQUEUE
     tell_people(run, plan, stage, shard, verdict.status, verdict.cause)
     return Exit.DONE if verdict.status == "done" else Exit.FAILED
+
+
+def _saved_at_limit(run: RunDir, task: Task, attempt: int) -> bool:
+    """It had saved when Slurm ended it at its time limit, by Slurm's own words."""
+    outcome = fresh_outcome(run, task, attempt)
+    return outcome is not None and outcome.status == "interrupted" and TIME_LIMIT.search(batch_section(run, task.stage, task.shard, attempt)) is not None
 
 
 def _changes(run: RunDir, verdict: Verdict, facts: dict[str, str]) -> list[str]:

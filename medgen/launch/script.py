@@ -231,15 +231,17 @@ def _srun(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
     command = f"{interpreter} {shlex.quote(str(run.code))} {stage.kind} {shlex.quote(str(run.root))}"
     options = f'--stage {stage.name} --shard "$shard" --attempt "$attempt"'
     if stage.launcher == "torchrun":
-        # the agent takes USR2 for the end of everything: it stays ignored there and reaches the ranks alone
         agent = (
             f"{interpreter} -m torch.distributed.run --nnodes={stage.nodes} --nproc-per-node={stage.ranks_per_node} --max-restarts=0 "
             f'--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="$SLURM_JOB_ID.$attempt" '
             "--rdzv-conf=timeout=120,join_timeout=120 --no-python"
         )
-        work = ["  bash -c 'trap \"\" USR2; exec \"$@\"' agent \\", f"  {agent} \\", f"  {command} {options}"]
+        work = [f"  {agent} \\", f"  {command} {options}"]
     else:
         work = [f"  {command} {options}"]
+    # Slurm starts tasks with no signal ignored. The warning must not kill a rank whose interpreter has not set its handler
+    # yet; and torchrun's agent, which takes it for the end of everything, never gets one.
+    work = ["  bash -c 'trap \"\" USR2; exec \"$@\"' rank \\", *work]
     exported = "--export=ALL "  # whatever sbatch was told: what this script has set must reach the ranks
     return [
         "trap - ERR",

@@ -77,8 +77,8 @@ def _end(tries: list[Try], event: dict[str, Any]) -> None:
         begun = tries[places[-1]]
         ended = ending(begun.started, event)
         tries[places[-1]] = replace(
-            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"), certain=event.get("cause_certain", True),
-            next=event["next"], comes_back=event["again"],
+            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"),
+            certain=event.get("cause_certain") is not False, next=event["next"], comes_back=event["again"],
         )  # fmt: skip
 
 

@@ -81,8 +81,10 @@ def until(condition: Callable[[], Any], timeout_seconds: float, what: str) -> fl
     return time.monotonic() - began
 
 
+@pytest.mark.fault("F5")
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "death"), CASES)
-def test_a_dead_rank_frees_all(lab: Lab, launcher: str, death: str) -> None:
+def test_a_dead_rank_frees_all(lab: Lab, launcher: str, death: str, record_property: Callable[[str, object], None]) -> None:
     faults, dead = DEATHS[death]
     fired = lab.folder / "fired"
     lab.environment |= {fault.VARIABLE: ";".join(f"{item},attempt=0" for item in faults.split(";")), fault.LOG_VARIABLE: str(fired)}
@@ -104,7 +106,8 @@ def test_a_dead_rank_frees_all(lab: Lab, launcher: str, death: str) -> None:
             return bool(ends) and not first_attempt(run)
 
         seconds = until(over, 60, "the other rank lives on")
-        print(f"{launcher}, {death}: {seconds:.1f} s")
+        record_property("fired", f"{launcher}, {death}: {fired.read_text()}")
+        record_property("freed_seconds", round(seconds, 1))
         assert seconds < FREE_SECONDS + SLACK_SECONDS
         assert ends[0]["next"].startswith(COMES_BACK)
         if death != "where they meet":  # the other may not have been there yet, and just hears TERM
@@ -116,7 +119,9 @@ def test_a_dead_rank_frees_all(lab: Lab, launcher: str, death: str) -> None:
             local.wait(60)
 
 
-def test_a_stopped_rank_is_given_up_and_the_job_goes_on(lab: Lab) -> None:
+@pytest.mark.fault("F6")
+@pytest.mark.slow
+def test_a_stopped_rank_is_given_up_and_the_job_goes_on(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     """Ended by the other rank; Slurm then ends the stopped one, and the job starts again."""
     fired = lab.folder / "fired"
     lab.environment |= {fault.VARIABLE: "site=step,rank=1,step=5,attempt=0,action=stop", fault.LOG_VARIABLE: str(fired)}
@@ -128,4 +133,5 @@ def test_a_stopped_rank_is_given_up_and_the_job_goes_on(lab: Lab) -> None:
     first = next(end for end in lab.events("die", "task_ended") if end["attempt"] == 0)
     assert first["cause"] == lost["cause"] and "rank 1 on " in first["cause"]
     assert "step stop" in fired.read_text()
+    record_property("fired", fired.read_text())
     lab.assert_done("die")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from medgen.launch import attempt
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 SITE = {
@@ -390,13 +394,17 @@ def _generation(lab: Lab, shards: int) -> Path:
     return lab.spec("generation", stages, data={"format": "phantom", "patients": 6, "size": 16})
 
 
-def test_cancel_ends_everything_soon_and_the_run_can_go_on(lab: Lab) -> None:
+@pytest.mark.fault("F15")
+def test_cancel_ends_everything_soon_and_the_run_can_go_on(lab: Lab, record_property: Callable[[str, object], None]) -> None:
     stages = {**GRAPH, "a": {**GRAPH["a"], "run": "trap '' TERM; touch $MEDGEN_OUT/deaf; sleep 100; echo a > $MEDGEN_OUT/a"}}
     spec = lab.spec("cancel", stages)
     lab.submit(spec)
     lab.slurm.wait_for(lambda: (lab.run("cancel") / "a" / "made" / "00000" / "deaf").exists(), 60)
+    began = time.monotonic()
     said = lab.medgen("cancel", "cancel").stdout
     assert "taken out of the queue" in said and not lab.alive("cancel")
+    record_property("fired", "medgen cancel, while a task was deaf to SIGTERM")
+    record_property("recovery_seconds", time.monotonic() - began)
     assert lab.events("cancel", "cancelled")[0]["left"] == 0
     lab.medgen("watch", "cancel", "--once", expect=4)
     lab.submit(spec)
@@ -416,6 +424,29 @@ def test_what_slurm_was_told_holds(lab: Lab, command: str, states: list[str]) ->
     ended = lab.events("told", "task_ended")[0]
     assert ended["status"] == "interrupted"
     assert ended["next"] == {"scancel": "submit again to go on", "scontrol requeue": "goes on from what it saved"}[command]
+
+
+def test_slurm_tells_of_a_preemption_before_it_takes_the_job_back(lab: Lab) -> None:
+    """The steps of a job get TERM at the beginning of the grace; what its script then asks says that the job is preempted."""
+    if "low" not in lab.slurm.run("sinfo", "-h", "-o", "%R").stdout.split():
+        pytest.skip("this cluster has no preemptible partition called low")
+    told, script = lab.folder / "told", lab.folder / "script.sh"
+    wait = "trap 'exit 3' TERM; for _ in $(seq 600); do sleep 0.2; done"
+    script.write_text(f'#!/bin/bash\ntrap : TERM\ntouch {told}.begins\nsrun bash -c "{wait}"\nscontrol show job --oneline $SLURM_JOB_ID > {told}\n'.replace("$(", "\\$("))
+    room = ["--gres=gpu:4", "--mem=20", "--time=2", "--output=/dev/null"]
+    first = lab.slurm.submit(*room, "--partition=low", script)
+    rival = None
+    try:
+        lab.slurm.wait_for(lambda: told.with_name("told.begins").exists())
+        assert not attempt._is_preempted(dict(re.findall(r"(\w+)=(\S*)", lab.slurm.run("scontrol", "show", "job", "--oneline", first).stdout)))
+        lab.slurm.wait_for(lambda: f"{first}.0" in lab.slurm.run("squeue", "--steps", "-h", "-o", "%i").stdout)
+        node = lab.slurm.run("squeue", "-h", "-j", first, "-o", "%N").stdout.strip()
+        rival = lab.slurm.submit(*room, "--partition=GPUQ", f"--nodelist={node}", "--wrap=true")
+        lab.slurm.wait_for(lambda: told.exists() and "JobId" in told.read_text())
+        facts = dict(re.findall(r"(\w+)=(\S*)", told.read_text()))
+        assert facts["JobState"] == "RUNNING" and attempt._is_preempted(facts), told.read_text()
+    finally:
+        lab.slurm.run("scancel", *filter(None, [first, rival]))
 
 
 @pytest.mark.fault("F25")

@@ -93,7 +93,8 @@ def test_a_run_from_the_queue_to_its_end(watched: Callable[..., Watched]) -> Non
     assert state["device_hours"] > 0
 
 
-def test_held_taken_back_and_suspended(watched: Callable[..., Watched]) -> None:
+@pytest.mark.fault("F16", "F17")
+def test_held_taken_back_and_suspended(watched: Callable[..., Watched], record_property: Callable[[str, object], None]) -> None:
     run = watched("w_states", {"only": {"kind": "command", "run": WAITING, "resources": SMALL}})
     run.until("only", "running")
     job = run.job("only")
@@ -104,6 +105,7 @@ def test_held_taken_back_and_suspended(watched: Callable[..., Watched]) -> None:
     run.lab.slurm.run("scontrol", "requeuehold", job)
     held = run.until("only", "held")
     assert f"`scontrol release {job}`" in held["cause"]
+    record_property("fired", "scontrol suspend, resume, requeuehold: Slurm said so each time")
     assert run.look()["verdict"] == "queued"
     run.lab.slurm.run("scontrol", "release", job)
     run.until("only", "running")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def processes(*words: str) -> list[int]:
     return found
 
 
-def test_a_disturbed_job_on_two_nodes_equals_an_undisturbed_local_one(lab: Lab) -> None:  # noqa: F811
+@pytest.mark.fault("F3")
+def test_a_disturbed_job_on_two_nodes_equals_an_undisturbed_local_one(lab: Lab, record_property: Callable[[str, object], None]) -> None:  # noqa: F811
     if "low" not in lab.slurm.run("sinfo", "-h", "-o", "%R").stdout.split():
         pytest.skip("this cluster has no preemptible partition called low")
     spec = lab.spec("whole", STAGES, data=DATA)
@@ -73,11 +75,15 @@ def test_a_disturbed_job_on_two_nodes_equals_an_undisturbed_local_one(lab: Lab) 
     lab.assert_done("whole")
     ends = [(end["stage"], end["shard"], end["status"], end["next"]) for end in lab.events("whole", "task_ended")]
     assert ("train", 0, "interrupted", "goes on from what it saved") in ends
+    [preempted] = [end["cause"] for end in lab.events("whole", "task_ended") if (end["stage"], end["status"]) == ("train", "interrupted")]
+    assert "Slurm gave its place to another job" in preempted or "Slurm took the job" in preempted, preempted
     assert ("images", 3, "failed", "will be tried again") in ends
     assert {row["nodes"] for row in lab.jobs("whole") if ".train." in row["name"]} == {"n[1-2]"}
     assert {row["nodes"] for row in lab.jobs("whole") if ".images." in row["name"]} == {"n1", "n2"}
     started = [start for start in lab.events("whole", "task_started") if start["stage"] == "train"]
     assert started[1]["from_step"] >= 20, "it went on from what it had saved"
+
+    record_property("fired", f"{preempted}; kill -9 of a shard")
 
     lab.environment["MEDGEN_RUNS"] = str(lab.folder / "elsewhere")
     lab.medgen("submit", spec, "--local", *ONE_MACHINE, timeout=600)
