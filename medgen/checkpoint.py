@@ -207,7 +207,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             return Checkpoint(path, step, _read_commit(path))
         say(f"skipping checkpoint {path}: {problem}")
     if found:
-        raise MedgenError(f"{folder}: {len(found)} checkpoints, none of them verifies; move them away to start from zero")
+        raise MedgenError(f"{folder}: {len(found)} checkpoints, none of them verifies; to start from zero: mv {folder} {folder.with_name(f'bad-{folder.name}')}")
     return None
 
 

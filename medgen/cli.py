@@ -153,6 +153,17 @@ def list_runs(
 
 
 @app.command(rich_help_panel="Jobs")
+def fsck(
+    run: RunName, as_json: AsJson = False,
+    clean: Annotated[bool, typer.Option("--clean", help="delete what is listed as safe, without asking")] = False,
+) -> None:
+    """Read a whole run again: what is damaged, what the next submit will do about it, what is safe to delete. Exit code 1 if anything is."""
+    from medgen import fsck as checking
+
+    raise typer.Exit(checking.fsck(run, clean, as_json))
+
+
+@app.command(rich_help_panel="Jobs")
 def cancel(run: RunName) -> None:
     """Stop a run; what is finished stays, and submitting the spec again goes on."""
     from medgen import rundir

@@ -14,6 +14,10 @@ from medgen.rundir import RunDir
 PLAN_VERSION = 3
 
 
+class DamagedPlan(InputError):
+    """plan.json is there and holds no plan: the next submit writes it anew."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One task of a generate stage: images first <= i < stop; whole chunks only."""
@@ -121,7 +125,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def from_json(record: dict[str, Any], source: str) -> Plan:
     if not isinstance(record, dict) or "version" not in record:
-        raise InputError(f"{source}: not a plan; remove the file and submit the spec again to write it anew")
+        raise DamagedPlan(f"{source}: not a plan; submit the spec again, it is written anew")
     if record["version"] != PLAN_VERSION:
         raise InputError(f"{source}: made by another version of medgen (plan version {record['version']}, here {PLAN_VERSION})")
     try:
@@ -131,15 +135,17 @@ def from_json(record: dict[str, Any], source: str) -> Plan:
             stages.append(PlannedStage(**{**stage, "tasks": tasks}))
         return Plan(**{**record, "place": Place(**record["place"]), "stages": stages})
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{source}: not a plan ({error}); remove the file and submit the spec again to write it anew") from None
+        raise DamagedPlan(f"{source}: not a plan ({error}); submit the spec again, it is written anew") from None
 
 
 def read(run: RunDir) -> Plan:
-    """The plan of a run. Raises InputError if the folder is no run or its plan is not readable."""
+    """The plan of a run. Raises InputError if the folder is no run or its plan cannot be read, DamagedPlan if it holds none."""
     try:
         record = files.read_json(run.plan)
     except FileNotFoundError:
         raise InputError(f"{run.root}: not a run folder (no plan.json)") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run.plan}: cannot be read: {error}") from None
+    except OSError as error:
+        raise InputError(f"{run.plan}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DamagedPlan(f"{run.plan}: cannot be read ({error}); submit the spec again, it is written anew") from None
     return from_json(record, str(run.plan))

@@ -37,11 +37,17 @@ class Unplannable(InputError):
         self.message = message
 
 
+def run_id_of(spec: Spec) -> str:
+    """The name of the run folder: changed resources are the same run, changed science is a new one."""
+    science = {name: _science(stage) for name, stage in _with_collect(spec).items()}
+    return f"{spec.name}-{files.sha256_json(_run_science(spec, science))[:10]}"
+
+
 def make_plan(spec: Spec, site: Site) -> Plan:
     """Expand a spec into stages and tasks, in an order where every stage follows what it needs."""
     stages = _with_collect(spec)
     science = {name: _science(stage) for name, stage in stages.items()}
-    run_id = f"{spec.name}-{files.sha256_json(_run_science(spec, science))[:10]}"
+    run_id = run_id_of(spec)
     order = _topological(stages)
     return Plan(
         version=PLAN_VERSION,

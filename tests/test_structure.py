@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "medgen"
 # each may import what stands before it: spec -> plan -> launch -> train -> ... -> report, and the services they share
 ORDER = [
     "errors", "world", "fault", "files", "units", "sbatch_options", "document", "rng", "models", "spec", "site", "rundir", "plan", "planning", "data", "launch", "dist", "context", "checkpoint",
-    "task", "train_log", "train", "generate", "collect", "command", "evaluate", "report", "watch", "checks", "cli", "__main__",
+    "task", "train_log", "train", "generate", "collect", "command", "evaluate", "report", "watch", "fsck", "checks", "cli", "__main__",
 ]
 
 
@@ -63,7 +63,7 @@ def test_every_module_says_what_it_is() -> None:
 HEAVY = ("torch", "monai", "nibabel", "pandas", "matplotlib")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "jobs/demo.yaml", "--dry-run"], ["ls"], ["submit", "jobs/demo.yaml", "--dry-run", "--json"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "jobs/demo.yaml", "--dry-run"], ["ls"], ["fsck", "tests"], ["submit", "jobs/demo.yaml", "--dry-run", "--json"]])
 def test_the_login_node_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = f"import sys; sys.argv = ['medgen', *{arguments!r}]\n" \
            "import atexit\n" \

@@ -19,12 +19,14 @@ from typing import Any
 
 from medgen import __version__, files
 from medgen.errors import InputError
+from medgen.rundir import RunDir
 
 PACKAGE = Path(__file__).parent.parent
 ENTRY = '"""Runs the copy of medgen beside this file, whatever the current folder holds."""\n\nfrom medgen.cli import main\n\nmain()\n'
 USER_CODE_KEYS = ("strategy", "mode")  # config keys that may name a user's own class as pkg.mod:Name
 CODE_SUFFIXES = {".py", ".yaml", ".yml", ".json", ".toml", ".html", ".css", ".txt", ".sh", ".typed"}
 LARGEST_FILE_BYTES = 2**20  # a user's package may lie beside data: larger files are no code
+CODE_FACTS = ("code_sha256", "medgen", "python", "packages", "git")  # of the manifest: what changes when new code is taken
 DISTRIBUTIONS = (
     "torch", "monai", "numpy", "nibabel", "pandas", "scikit-image", "ema-pytorch", "einops", "matplotlib", "submitit",
     "pydantic", "PyYAML", "filelock", "rich", "typer", "jinja2", "tensorboard",
@@ -86,11 +88,46 @@ def copy_code(target: Path, packages: list[Path]) -> None:
 
 def code_sha256(packages: list[Path]) -> str:
     """One hash over names and contents of medgen and the user's packages."""
+    return _sha256_of([PACKAGE, *packages])
+
+
+def copied_sha256(code: Path, names: list[str]) -> str:
+    """`code_sha256` of a copy: `names` are the user's packages in it, folders or files. Raises OSError if it cannot be read."""
+    return _sha256_of([code / PACKAGE.name, *(code / name for name in names)])
+
+
+def _sha256_of(packages: list[Path]) -> str:
     listing = []
-    for package in [PACKAGE, *packages]:
+    for package in packages:
         paths = [package] if package.is_file() else code_files(package)
         listing += [[str(path.relative_to(package.parent)), files.sha256_file(path)] for path in paths]
     return files.sha256_json(listing)
+
+
+def set_code_aside(run: RunDir) -> Path:
+    """Move a damaged copy out of the way, for people to look at; returns where to."""
+    target = run.code.with_name(f"code.bad.{int(time.time())}")
+    run.code.rename(target)
+    return target
+
+
+def promised_code(run: RunDir) -> str | None:
+    """The hash of the run's copy of the code: of its manifest or, if that is lost, of its events."""
+    facts = read_manifest(run)
+    if facts is not None:
+        return str(facts["code_sha256"])
+    told = [event["code_sha256"] for event in run.events() if "code_sha256" in event]
+    return told[-1] if told and isinstance(told[-1], str) else None
+
+
+def read_manifest(run: RunDir) -> dict[str, Any] | None:
+    """manifest.json, or None if it is missing or is not one."""
+    try:
+        facts = files.read_json(run.manifest)
+        whole = isinstance(facts["code_sha256"], str) and isinstance(facts["folder"], str)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    return facts if whole else None
 
 
 def manifest(site: str, code_hash: str, spec_path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,9 +73,20 @@ def _prepare_point(point: spec.Point, profile: site.Site, limits: Limits, spec_p
     except planning.Unplannable as problem:
         raise point.document.error(problem.path, problem.message) from None
     run = RunDir(runs_root.absolute() / fitted.run_id)
-    if run.plan.is_file():
-        fitted = _keep_finished_shards(run, plan.read(run), fitted)
+    before = _plan_before(run)
+    if before is not None:
+        fitted = _keep_finished_shards(run, before, fitted)
     return Prepared(run, fitted, dataclasses.replace(point, spec=checked), profile, limits, spec_path, [*notes, *more])
+
+
+def _plan_before(run: RunDir) -> Plan | None:
+    """The plan of an earlier submit; None if there is none, or a damaged one, which is a pure function of spec and site and written anew."""
+    if not run.plan.exists():
+        return None
+    try:
+        return plan.read(run)
+    except plan.DamagedPlan:
+        return None
 
 
 def check_data(checked: spec.Spec) -> str:
@@ -112,24 +124,61 @@ def create(prepared: Prepared) -> list[str]:
 
 
 def _create_under_lock(prepared: Prepared, packages: list[Path]) -> list[str]:
-    run, notes = prepared.run, []
-    code_hash = snapshot.code_sha256(packages)
-    if not run.code.exists():
-        snapshot.copy_code(run.code, packages)
-        if run.manifest.exists():
-            run.event("code_renewed", code_sha256=code_hash)
-    elif run.manifest.exists() and files.read_json(run.manifest)["code_sha256"] != code_hash:
-        notes.append(f"the code has changed since this run was made; the run keeps its copy (remove {run.code} to take the new code)")
-    if not run.manifest.exists():
-        facts = snapshot.manifest(prepared.site.name, code_hash, prepared.spec_path)
-        files.write_json(run.manifest, {**facts, "sweep": prepared.point.values})
-    if not run.spec.exists():
+    run = prepared.run
+    notes = _keep_code(prepared, packages)
+    if not _spec_is_whole(run):
+        if run.spec.exists():
+            notes.append(f"{run.spec} was damaged; it is written anew")
+            run.event("spec_renewed")
         _write_spec(prepared)
-    _write_plan(prepared)
+    notes += _write_plan(prepared)
     for stage in prepared.plan.stages:
         for task in stage.tasks:
             run.batch_log(stage.name, task.shard).parent.mkdir(parents=True, exist_ok=True)
     return notes
+
+
+def _keep_code(prepared: Prepared, packages: list[Path]) -> list[str]:
+    """The copy of the code and the manifest that names its hash: made once, and made good again if one of them is damaged.
+
+    Raises InputError if the copy is damaged and there is only other code to replace it with: that is never done unasked."""
+    run, installed, notes = prepared.run, snapshot.code_sha256(packages), []
+    known, promised = snapshot.read_manifest(run), snapshot.promised_code(run)
+    names = [package.name for package in packages]
+    if not run.code.exists():
+        if known is not None:  # before the code: a crash in between leaves no code that the manifest does not name
+            fresh = snapshot.manifest(prepared.site.name, installed, prepared.spec_path)
+            files.write_json(run.manifest, {**known, **{name: fresh[name] for name in snapshot.CODE_FACTS}})
+            run.event("code_renewed", code_sha256=installed)
+        snapshot.copy_code(run.code, packages)
+    elif promised is not None and snapshot.copied_sha256(run.code, names) != promised:
+        if installed != promised:
+            raise InputError(
+                f"{run.code} is not what was copied when this run was made, and the code here is another by now; "
+                f"to go on with the code that is here: rm -r {shlex.quote(str(run.code))}"
+            )
+        aside = snapshot.set_code_aside(run)
+        snapshot.copy_code(run.code, packages)
+        run.event("code_renewed", code_sha256=installed, cause="the copy was damaged")
+        notes.append(f"{run.code} was damaged; it was moved to {aside.name} and copied again, the same code as before")
+    elif promised not in (None, installed):
+        notes.append(f"the code has changed since this run was made; the run keeps its copy (remove {run.code} to take the new code)")
+    if known is None:
+        if run.manifest.exists():
+            notes.append(f"{run.manifest} was damaged; it is written anew and describes this submit")
+        facts = snapshot.manifest(prepared.site.name, snapshot.copied_sha256(run.code, names), prepared.spec_path)
+        files.write_json(run.manifest, {**facts, "sweep": prepared.point.values})
+        run.event("manifest_written", code_sha256=facts["code_sha256"])
+    return notes
+
+
+def _spec_is_whole(run: RunDir) -> bool:
+    """True if spec.yaml reads back as a spec of this very run."""
+    try:
+        kept = spec.check(document.parse(run.spec.read_text(), str(run.spec), spec.BASH_KEYS))
+    except (OSError, ValueError, MedgenError):
+        return False
+    return planning.run_id_of(kept) == run.run_id
 
 
 def _write_spec(prepared: Prepared) -> None:
@@ -156,17 +205,20 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _write_plan(prepared: Prepared) -> None:
-    """Write plan.json if it is new or other resources were asked for; never under jobs that were started with the old ones."""
+def _write_plan(prepared: Prepared) -> list[str]:
+    """Write plan.json if it is new, damaged, or other resources were asked for; never under jobs that were started with the old ones.
+
+    Returns notes for the user."""
     run = prepared.run
-    if not run.plan.exists():
+    before = _plan_before(run)
+    if before is None:
+        damaged = run.plan.exists()
         files.write_json(run.plan, plan.to_json(prepared.plan))
-        run.event("created", run_id=prepared.plan.run_id, tasks=sum(len(stage.tasks) for stage in prepared.plan.stages))
-        return
-    before = plan.read(run)
+        run.event("plan_renewed" if damaged else "created", run_id=prepared.plan.run_id, tasks=sum(len(stage.tasks) for stage in prepared.plan.stages))
+        return [f"{run.plan} was damaged; it is written anew"] if damaged else []
     changes = resource_changes(before, prepared.plan)
     if plan.to_json(before) == plan.to_json(prepared.plan):
-        return
+        return []
     if living_supervisor(run) is not None or (was_queued(run) and queued_tasks(run)):
         raise InputError(
             f"{run.run_id} is queued or running with other resources ({'; '.join(changes) or 'another site'}); "
@@ -174,6 +226,7 @@ def _write_plan(prepared: Prepared) -> None:
         )
     files.write_json(run.plan, plan.to_json(prepared.plan))
     run.event("resources_changed", changes=changes, site=prepared.plan.site)
+    return []
 
 
 def resource_changes(before: Plan, after: Plan) -> list[str]:
