@@ -118,6 +118,8 @@ def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool) -> Taken
         return None
     if int(facts.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return Taken("Slurm took the job back to start it again", GOES_ON, comes_back=True)
+    if facts["JobState"] == "PENDING":  # a slurmctld that was killed may forget that it started this job
+        return Taken("Slurm put the job back into its queue", GOES_ON, comes_back=True)
     if at_limit:
         return Taken("it met its time limit", after.OVER_TIME, comes_back=False)
     return Taken("cancelled with scancel", CANCELLED, comes_back=False)
