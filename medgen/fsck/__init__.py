@@ -4,7 +4,6 @@ Only reads, unless it is told to clean. Imports no torch: it runs where the run 
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -61,7 +60,8 @@ def fsck(name: str, clean: bool, as_json: bool) -> Exit:
 
 def find(name: str) -> RunDir:
     """A run as everywhere, or a folder whose plan is lost: that is what fsck is for. Raises InputError."""
-    for candidate in (Path(name), runs_root() / name, *sorted(runs_root().glob(f"{glob.escape(name)}-??????????"))):
+    named = sorted(path for path in runs_root().glob("*") if path.name.rpartition("-")[0] == name)
+    for candidate in (Path(name), runs_root() / name, *named):
         if (candidate / "plan.json").exists():
             break
         if candidate.is_dir():

@@ -29,7 +29,7 @@ class FileProblem:
 def unreadable(path: Path, error: OSError) -> str:
     """The command that helps: a permission can be given; where the disk itself fails, a file that is gone is made again."""
     if error.errno in (errno.EACCES, errno.EPERM):
-        return shlex.join(["chmod", "u+rX", str(path.parent), str(path)])
+        return shlex.join(["chmod", "-R", "u+rX", str(path.parent)])
     return shlex.join(["mv", str(path), f"{path}.unreadable"])
 
 

@@ -88,7 +88,7 @@ def _spec(run: RunDir, plan: Plan | None) -> Part:
     except FileNotFoundError:
         return _damaged("spec", "spec.yaml is missing", heals)
     except OSError as error:
-        return _damaged("spec", f"spec.yaml cannot be read: {error.strerror or error}", "nothing stops: only people and the report read it")
+        return _damaged("spec", f"spec.yaml cannot be read: {error.strerror or error}", heals)
     except (ValueError, MedgenError) as error:
         if plan is not None and _own_code(plan):
             return Part("spec", "told", f"spec.yaml cannot be checked from this folder: {str(error).splitlines()[0]}")
