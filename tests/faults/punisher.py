@@ -118,6 +118,8 @@ class Game:
 
     def _note(self, kind: str, hit: str) -> None:
         self.tally.faults[kind] += 1
+        if kind in SUBMITS or kind.startswith("cancel, "):
+            self.graph.since_submit.clear()
         self.graph.since_submit.append(kind)
         self.arena.log.write("fault", graph=self.graph.number, kind=kind, hit=hit)
 
@@ -231,7 +233,7 @@ class Game:
         code, said = graph.medgen("watch", graph.run.root, "--json")
         if code != 0 or json.loads(said)["verdict"] != "done":
             self.arena.found("all is done, and watch does not say so", graph=number, exit=code, verdict=said[:300])
-        code, said = graph.medgen("fsck", graph.run.root, "--json")
+        code, said = graph.medgen("fsck", graph.run.run_id, "--json")
         if code != FSCK_EXIT_DONE:
             self.arena.found("fsck finds damage", graph=number, exit=code, problems=_problems(said))
         if left := graph.temporaries():
@@ -313,8 +315,8 @@ def summary(arena: Arena, tally: Tally, seed: int, minutes: float) -> dict[str, 
     return {
         "seed": seed, "minutes": round(minutes, 1), "graphs": tally.graphs, "graphs_finished": tally.finished, "hashes_equal": tally.equal,
         "seconds_of_graphs": tally.seconds_of_graphs, "faults": sum(tally.faults.values()), "faults_by_kind": dict(sorted(tally.faults.items())),
-        "never_struck": sorted(set(PUNISHMENTS) - set(tally.faults)), "submits_needed": len(tally.submits_needed),
-        "submits_needed_after": dict(Counter(" + ".join(item["after"]) for item in tally.submits_needed)),
+        "never_struck": sorted(set(PUNISHMENTS) - set(tally.faults)), "submits_needed": len(tally.submits_needed), "submits": tally.submits_needed,
+        "submits_needed_after_the_last_fault": dict(Counter(item["after"][-1] if item["after"] else "" for item in tally.submits_needed)),
         "released_by_hand": tally.released, "looks_at_the_queue": tally.looks_at_the_queue, "watch_asked": tally.watched, "findings": arena.findings,
         "held": not arena.findings and 0 < tally.graphs == tally.finished == tally.equal,
     }  # fmt: skip
@@ -324,7 +326,7 @@ def in_words(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['minutes']} minutes, seed {facts['seed']}: {facts['graphs']} graphs, {facts['graphs_finished']} finished, {facts['hashes_equal']} datasets equal to the undisturbed one",
         f"{facts['faults']} faults: " + ", ".join(f"{count} {kind}" for kind, count in facts["faults_by_kind"].items()),
-        f"{facts['submits_needed']} more submits were needed" + (": " if facts["submits_needed"] else "") + "; ".join(f"{count} after {after or 'nothing'}" for after, count in facts["submits_needed_after"].items()),
+        f"{facts['submits_needed']} more submits were needed" + (": " if facts["submits_needed"] else "") + "; ".join(f"{count} after {after or 'nothing'}" for after, count in facts["submits_needed_after_the_last_fault"].items()),
         f"{facts['released_by_hand']} jobs that Slurm had put on hold were released",
         f"the queue was looked at {facts['looks_at_the_queue']} times, watch was asked {facts['watch_asked']} times",
         f"{len(facts['findings'])} findings",
