@@ -255,8 +255,11 @@ class RunDir:
         target = self.heartbeat_file(beat.stage, beat.shard)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(beat)))
-        os.replace(temporary, target)
+        try:
+            temporary.write_text(json.dumps(asdict(beat)))
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def read_heartbeat(self, stage: str, shard: int) -> Heartbeat | None:
         try:
