@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_RUNS ?= runs
 
-.PHONY: setup demo test test-faults lint types check bench sandbox clean
+.PHONY: setup demo test test-faults punish lint types check bench sandbox clean
 
 setup: $(READY)
 
@@ -26,6 +26,11 @@ test: $(READY)
 # every fault of tests/faults/matrix.py, made to happen; writes the table of docs/reliability.md
 test-faults: $(READY)
 	MEDGEN_WRITE_RELIABILITY=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "fault or slow"
+
+# one small graph again and again on a real Slurm under random faults; needs root, or a SLURM_CONF to use
+MINUTES ?= 30
+punish: $(READY)
+	$(BIN)/python -m tests.faults.punisher --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check medgen tests benchmarks cluster

@@ -122,7 +122,11 @@ def test_three_attempts_that_end_where_they_began_are_the_last(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("job", "cause"),
-    [("JobState=COMPLETING Restarts=1", "Slurm took the job back to start it again"), ("JobState=COMPLETING Restarts=0", "cancelled with scancel")],
+    [
+        ("JobState=COMPLETING Restarts=1", "Slurm took the job back to start it again"),
+        ("JobState=COMPLETING Restarts=0", "cancelled with scancel"),
+        ("JobState=PENDING Restarts=0", "Slurm put the job back into its queue"),
+    ],
 )
 def test_what_slurm_has_decided_is_not_decided_again(tmp_path: Path, job: str, cause: str) -> None:
     run, _ = build(tmp_path, TRAIN)

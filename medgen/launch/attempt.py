@@ -128,6 +128,8 @@ def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool, later_se
         return None
     if int(re.sub(r"\D", "", facts.get("Restarts", "")) or 0) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return Taken("Slurm took the job back to start it again", "PREEMPTED", GOES_ON, comes_back=True)
+    if facts["JobState"] == "PENDING":  # a slurmctld that was killed may forget that it started this job
+        return Taken("Slurm put the job back into its queue", "PREEMPTED", GOES_ON, comes_back=True)
     if at_limit:
         return Taken("it met its time limit", "TIMEOUT", after.goes_on_in_chain(later_segments) if later_segments else after.OVER_TIME, comes_back=False)
     return Taken("cancelled with scancel", "CANCELLED", CANCELLED, comes_back=False)

@@ -447,6 +447,14 @@ def config() -> dict[str, str]:
     return parse_config(query(["scontrol", "show", "config"]))
 
 
+def controller_started() -> float | None:
+    """When the slurmctld that answers now was started, in unix seconds; None if it does not tell."""
+    try:
+        return parse_time(config().get("BOOT_TIME", ""))
+    except SlurmError:
+        return None
+
+
 def parse_config(text: str) -> dict[str, str]:
     return {match[1]: match[2].strip() for match in re.finditer(r"^(\S+)\s+= ?(.*)$", text, re.MULTILINE)}
 

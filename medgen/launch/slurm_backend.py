@@ -31,6 +31,7 @@ LOOKS, LOOK_PAUSE_SECONDS = 4, 2.0  # a job is in the queue a moment after sbatc
 TRIES = 2
 TERM_SECONDS = 5.0  # to save after `cancel`; then KILL, so that everything is gone within ten seconds
 KILL_SECONDS = 3.0
+FORGETS_SECONDS = 120.0  # between what slurmctld last did and its next start, if it was killed
 GONE_SECONDS = 40.0  # what has just been starting ends after Slurm's own KillWait
 
 
@@ -224,12 +225,18 @@ class SlurmBackend:
         """Let start what medgen holds, and nothing a person has put on hold since. What this submit has made is released even if
         squeue, which may answer from a cache, does not show it yet."""
         tasks, _ = self._without_doubles(run, queued_tasks(run))
-        released = {job for event in run.events() if event["event"] == "jobs_released" for job in event["job_ids"]}
-        seen = {task.job_id for task in tasks if task.is_held} - released
-        held = sorted(seen | set(submission.held))
+        released = {job: event["time"] for event in run.events() if event["event"] == "jobs_released" for job in event["job_ids"]}
+        seen = {task.job_id for task in tasks if task.is_held}
+        held = sorted((seen - set(released)) | self._forgotten(seen, released) | set(submission.held))
         if held:
             slurm.release(held)
             run.event("jobs_released", job_ids=held)
+
+    def _forgotten(self, held: set[int], released: dict[int, float]) -> set[int]:
+        """Jobs that were released so shortly before slurmctld died that it no longer knows: it saves its state every few seconds."""
+        known = {job: released[job] for job in held if job in released}
+        started = slurm.controller_started() if known else None
+        return {job for job, time in known.items() if started is not None and 0 <= started - time <= FORGETS_SECONDS}
 
     def poll(self, run: RunDir) -> Poll:
         tasks = {(task.stage, task.shard) for task in queued_tasks(run)}
