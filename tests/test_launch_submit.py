@@ -133,8 +133,10 @@ def test_a_finished_stage_keeps_its_shards(spec_path: Path) -> None:
 @pytest.mark.timeout(60)
 def test_changed_code_is_told_and_the_copy_kept(spec_path: Path, record_property: Callable[[str, object], None]) -> None:
     run, _ = make(spec_path)
+    with (run.code / "medgen" / "rng.py").open("a") as older:  # a copy that is whole, of another medgen than is installed
+        older.write("# as it was\n")
     manifest = files.read_json(run.manifest)
-    files.write_json(run.manifest, {**manifest, "code_sha256": "0" * 64})
+    files.write_json(run.manifest, {**manifest, "code_sha256": snapshot.copied_sha256(run.code, [])})
     [note] = create(prepare(spec_path, [], None, spec_path.parent / "runs", True)[0])
     assert "the run keeps its copy" in note
     record_property("fired", note)
