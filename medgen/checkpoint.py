@@ -6,6 +6,7 @@ sharded over ranks is written by all of them, see sharded.py."""
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 import shutil
 import sys
@@ -22,7 +23,7 @@ from medgen import dist, fault, files, room
 from medgen.dist import ALONE, Ranks
 from medgen.errors import InputError, MedgenError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 SPACE_RESERVE_BYTES = 16 * 2**20  # what must stay free beside the checkpoint itself
 STATE = "state.json"
@@ -54,7 +55,11 @@ class Checkpoint:
     def tensors(self, name: str, like: Any = None) -> Any:
         """The object saved under `name`: whole tensors on the CPU, whoever wrote them, except where `like` has a sharded
         tensor in the same place: that rank's part of it. No process group is needed for whole tensors."""
-        value = torch.load(self.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        path = self.folder / f"{name}.pt"
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # torch's own words advise to switch the protection off
+            raise MedgenError(f"{path}: it holds more than weights, so it was not loaded: medgen has not written this file") from None
         shards = self.folder / f"{name}.dcp"
         if not shards.is_dir() and not _may_be_sharded():
             return value
@@ -88,7 +93,7 @@ def save(
             if ranks.is_main:
                 if fault.ARMED:
                     fault.at("ckpt.commit")
-                files.write_json(temporary / "commit.json", commit)
+                files.write_json(temporary / "commit.json", files.with_own_hash(commit))
     except Exception as error:
         problem = _explained(error, target)
     dist.agree(problem, ranks)
@@ -245,6 +250,7 @@ def _read_commit(folder: Path) -> dict[str, Any]:
         commit: dict[str, Any] = files.read_json(folder / "commit.json")
         well_formed = (
             commit["version"] == FORMAT_VERSION
+            and files.own_hash_holds(commit)
             and folder.name == f"step-{commit['step']:06d}"
             and STATE in commit["files"]
             and all(isinstance(facts["size_bytes"], int) and isinstance(facts["sha256"], str) for facts in commit["files"].values())

@@ -176,6 +176,17 @@ def sweep_temporaries(folder: Path, pattern: str) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def with_own_hash(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a hash of the rest of it, for files whose every word counts and that no other file speaks for."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return {**rest, "sha256": sha256_json(rest)}
+
+
+def own_hash_holds(record: dict[str, Any]) -> bool:
+    """True if nothing in it was changed since `with_own_hash`."""
+    return bool(record["sha256"] == with_own_hash(record)["sha256"])
+
+
 def sha256_json(value: Any) -> str:
     """Hash of a JSON value that does not depend on key order."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

@@ -29,7 +29,7 @@ from medgen.task import Done, Work
 from medgen.train import build_model, check_identity, load_channel
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 
 
@@ -91,7 +91,7 @@ def generate(work: Work) -> Done:
         try:
             with files.folder_in_one_move(target) as folder:
                 entries = _draw_shard(generation, folder)
-                files.write_json(folder / MANIFEST, _manifest(generation, entries))
+                files.write_json(folder / MANIFEST, files.with_own_hash(_manifest(generation, entries)))
                 if fault.ARMED:
                     fault.at("shard.commit")
         except OSError:  # where locks do not hold, another process may have published it meanwhile
@@ -304,6 +304,8 @@ def shard_problem(folder: Path, task: Task) -> str | None:
     assert task.images is not None
     try:
         manifest = read_manifest(folder)
+        if not files.own_hash_holds(manifest):
+            return "manifest.json does not match its sha256"
         if manifest["task_hash"] != task.hash:
             return "it was made for another plan"
         if [entry["index"] for entry in manifest["images"]] != list(range(task.images.first, task.images.stop)):

@@ -19,6 +19,8 @@ from conftest import tiny_spec
 from test_damage import flip_last_byte
 from test_pipeline import Medgen, only_run, tree
 
+from medgen import files
+
 SPEC = "fscked.yaml"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
 
@@ -162,7 +164,7 @@ def test_no_checkpoint_that_verifies_takes_one_command_and_never_a_silent_restar
 def test_a_lost_best_checkpoint_takes_one_command(run: Path, medgen: Medgen) -> None:
     older = steps(run)[0]
     commit = json.loads((older / "commit.json").read_text())
-    (older / "commit.json").write_text(json.dumps({**commit, "metrics": {"val": {"value": 0.001, "better": "lower"}}}))
+    (older / "commit.json").write_text(json.dumps(files.with_own_hash({**commit, "metrics": {"val": {"value": 0.001, "better": "lower"}}})))
     (run / "outcome" / "train_seg.0.json").unlink()
     medgen("train", run)
     flip_last_byte(older / "modules.ema.pt")
@@ -189,7 +191,7 @@ def test_more_checkpoints_than_the_policy_keeps(run: Path, medgen: Medgen) -> No
     newest = steps(run)[-1]
     extra = shutil.copytree(newest, newest.with_name("step-000001"))
     commit = json.loads((extra / "commit.json").read_text())
-    (extra / "commit.json").write_text(json.dumps({**commit, "step": 1, "metrics": {}}))
+    (extra / "commit.json").write_text(json.dumps(files.with_own_hash({**commit, "step": 1, "metrics": {}})))
     (item,) = examine(medgen, run, expect=0)["safe"]
     assert item["path"] == "train_seg/ckpt/step-000001" and "nothing selects it" in item["why"]
     medgen("fsck", run, "--clean")

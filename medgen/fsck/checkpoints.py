@@ -48,6 +48,8 @@ def _commit(folder: Path) -> dict[str, Any]:
     try:
         if folder.name != f"step-{commit['step']:06d}" or "state.json" not in commit["files"]:
             raise ValueError(f"{folder}: not the commit of this checkpoint")
+        if not files.own_hash_holds(commit):
+            raise ValueError(f"{folder}: commit.json was changed")
         if any(not isinstance(facts["value"], int | float) or facts["better"] not in ("lower", "higher") for facts in commit["metrics"].values()):
             raise ValueError(f"{folder}: metrics that are none")
     except (KeyError, TypeError, AttributeError) as error:
