@@ -29,7 +29,8 @@ from medgen.task import Done, Work
 from medgen.train import build_model, check_identity, load_channel
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+SELF_HASH = "sha256"  # of everything else in the manifest
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 
 
@@ -275,8 +276,9 @@ def _write_image(generation: Generation, folder: Path, index: int, tries: int, c
 
 
 def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that collect publishes of a shard, with a hash over itself: one wrong bit in it must not be published either."""
     work = generation.work
-    return {
+    manifest = {
         "version": MANIFEST_VERSION,
         "run_id": work.run.run_id,
         "stage": work.stage.name,
@@ -287,6 +289,7 @@ def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str
         "counts": asdict(generation.counts),
         "images": entries,
     }
+    return {**manifest, SELF_HASH: files.sha256_json(manifest)}
 
 
 def read_manifest(shard_folder: Path) -> dict[str, Any]:
@@ -299,6 +302,8 @@ def shard_problem(folder: Path, task: Task) -> str | None:
     assert task.images is not None
     try:
         manifest = read_manifest(folder)
+        if manifest[SELF_HASH] != files.sha256_json({key: value for key, value in manifest.items() if key != SELF_HASH}):
+            return "manifest.json does not match its sha256"
         if manifest["task_hash"] != task.hash:
             return "it was made for another plan"
         if [entry["index"] for entry in manifest["images"]] != list(range(task.images.first, task.images.stop)):
