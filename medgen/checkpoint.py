@@ -102,7 +102,7 @@ def save(
 
 def _explained(error: Exception, target: Path) -> Exception:
     if isinstance(error, OSError) and error.errno in room.FULL:
-        return InputError(f"{target}: {room.FULL[error.errno]}; free some space and submit again, the last checkpoint is intact")
+        return InputError(f"{target}: {room.FULL[error.errno]}; free some space and submit again; what was saved before is intact")
     return error
 
 
@@ -205,7 +205,7 @@ def _prepare(target: Path, objects: dict[str, Any]) -> None:
             shutil.rmtree(path, ignore_errors=True)
     short = _short_of(folder, needed_bytes, needed_files)
     if short is not None:
-        raise InputError(f"{folder}: {short}; free some space and submit again, the last checkpoint is intact")
+        raise InputError(f"{folder}: {short}; free some space and submit again; what was saved before is intact")
 
 
 def _short_of(folder: Path, needed_bytes: int, needed_files: int) -> str | None:
@@ -213,7 +213,7 @@ def _short_of(folder: Path, needed_bytes: int, needed_files: int) -> str | None:
     free = room.free_in(folder)
     full = f"the disk quota is used up ({free.limit})" if free.limit else "the disk is full"
     if free.bytes < needed_bytes:
-        return f"{full}: a checkpoint needs {needed_bytes / 2**20:,.0f} MiB, {free.bytes / 2**20:,.0f} MiB are free"
+        return f"{full}: a checkpoint needs {needed_bytes / 2**20:,.0f} MiB with its reserve, {free.bytes / 2**20:,.0f} MiB are free"
     if free.files is not None and free.files < needed_files:
         return f"{full}: a checkpoint needs {needed_files} files, {free.files} can still be made"
     return None

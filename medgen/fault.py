@@ -69,7 +69,12 @@ def _parse_one(text: str) -> Fault:
     needs_argument = action in ("sleep", "hold", "truncate", "exit")
     if action not in [known.partition(":")[0] for known in ACTIONS.split(", ")] or needs_argument != bool(argument):
         raise InputError(f"{VARIABLE}: action={words.get('action')}: it is one of: {ACTIONS}")
+    limits = {"exit": (0, 255), "sleep": (0, 86400), "hold": (0, 2**20), "truncate": (0, 100)}
+    if action in ("nan", "truncate") and words["site"] not in {"nan": ("step",), "truncate": ("ckpt.write", "shard.write")}[action]:
+        raise InputError(f"{VARIABLE}: action={action} does nothing at site={words['site']}: nan is for step, truncate for ckpt.write and shard.write")
     try:
+        if needs_argument and not limits[action][0] <= float(argument) <= limits[action][1]:
+            raise InputError(f"{VARIABLE}: action={words['action']}: what follows lies between {limits[action][0]} and {limits[action][1]}")
         filters = {name: int(words[name]) for name in FILTERS if name in words}
         return Fault(words["site"], action, float(argument or 0), words.get("stage"), filters)
     except ValueError:
@@ -80,7 +85,7 @@ def _from_environment() -> list[Fault]:
     try:
         return parse(os.environ.get(VARIABLE, ""))
     except InputError as error:  # at import: nobody is there yet to catch it
-        print(error, file=sys.stderr)
+        print(f"medgen: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 SEAL = "seal.json"
+LOCK_SECONDS = 5.0
 CHUNK_BYTES = 64 * 2**20  # one os.write stops at 2,147,479,552 bytes; hashing and copying use the same block
 
 
@@ -72,11 +75,25 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def _lock_for_a_moment(descriptor: int) -> None:
+    """Over NFS two appending clients could write to the same place. Released with the file; without locks the line is written as well."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.005)
+        except OSError:
+            return
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line in a single write, so that lines of several processes never mix; a line cut by a crash is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        _lock_for_a_moment(descriptor)
         size_bytes = os.fstat(descriptor).st_size
         cut = size_bytes > 0 and os.pread(descriptor, 1, size_bytes - 1) != b"\n"
         content = (("\n" if cut else "") + line + "\n").encode()

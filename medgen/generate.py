@@ -156,9 +156,27 @@ def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, n
     if settings.condition in SPLITS:
         rows = store.select(settings.condition, data.positive_only)
         return {index: _real_condition(store, names, int(rows[_spread(index, settings.count, len(rows))])) for index in indices}
-    dataset = work.run.dataset(settings.condition)
-    table = pd.read_csv(dataset / "index.csv", dtype=str, keep_default_na=False)  # row i is image i: collect wrote them in order
-    return {index: _collected_mask(dataset, table.iloc[index]) for index in indices}
+    try:
+        return _collected_conditions(work.run.dataset(settings.condition), indices)
+    except MedgenError as error:  # it counts as not done: the next submit collects it anew, also where that compares sizes only
+        name = planning.collect_name(settings.condition)
+        work.run.outcome_file(name, 0).unlink(missing_ok=True)
+        work.run.event("dataset_damaged", stage=name, cause=str(error))
+        raise
+
+
+def _collected_conditions(dataset: Path, indices: range) -> dict[int, Condition]:
+    """Row i of the index is mask i: collect wrote them in order. Raises MedgenError if anything is not what it published."""
+    index = dataset / "index.csv"
+    try:
+        promised = files.read_json(dataset / "manifest.json")["index_sha256"]
+        table = pd.read_csv(index, dtype=str, keep_default_na=False)
+        whole = files.sha256_file(index) == promised
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise MedgenError(f"{index}: is missing or not what was collected; submit the spec again, it is collected anew")
+    return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
 
 
 def _real_condition(store: SliceStore, names: tuple[str, ...], row: int) -> Condition:

@@ -141,7 +141,8 @@ def from_json(record: dict[str, Any], source: str) -> Plan:
     if not isinstance(record, dict) or "version" not in record:
         raise DamagedPlan(f"{source}: not a plan; submit the spec again, it is written anew")
     if record["version"] != PLAN_VERSION:
-        raise InputError(f"{source}: made by another version of medgen (plan version {record['version']}, here {PLAN_VERSION})")
+        raise InputError(f"{source}: made by another version of medgen (plan version {record['version']}, here {PLAN_VERSION}); "
+                         "the run carries its own: python CODE VERB RUN with the folder code/ beside this file, or submit the spec with it")
     try:
         stages = []
         for stage in record["stages"]:

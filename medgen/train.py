@@ -366,7 +366,11 @@ def _resume(training: Training) -> None:
 
 def _newest_alone(training: Training) -> Checkpoint | None:
     """On rank 0, for all: each file is verified once, and all ranks resume from the same step whatever their node sees yet."""
-    found = checkpoint.newest(training.folder, training.work.say)
+    skipped: list[str] = []
+    found = checkpoint.newest(training.folder, skipped.append)
+    for line in skipped:
+        training.work.say(line)
+        training.work.run.event("checkpoint_skipped", stage=training.work.stage.name, cause=line)
     if found is not None:
         check_identity(found, found.state(), _identity(training))
         checkpoint.set_aside_newer(training.folder, found)

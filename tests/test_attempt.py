@@ -266,12 +266,13 @@ def test_sigkill_without_a_word_is_a_crash_and_asks_for_nothing(tmp_path: Path, 
     assert end(run, 0, 137) == REQUEUE
     assert not capsys.readouterr().out and run.read_relief("train", 0).mem_mebibytes is None
     saved(run, 5)
-    assert end(run, 1, 137) == Exit.FAILED, "a crash counts as one, whatever is most often behind it, and also where it has saved meanwhile"
+    assert end(run, 1, 137) == REQUEUE, "the first since the newest checkpoint"
+    assert end(run, 2, 137) == Exit.FAILED, "a crash counts as one, whatever is most often behind it"
     submit_again(run)
-    assert end(run, 2, 137) == REQUEUE
-    said(run, 3, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=3.0")
+    assert end(run, 3, 137) == REQUEUE
+    said(run, 4, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=3.0")
     saved(run, 6)
-    assert end(run, 3, 137) == REQUEUE, "the first time that it is known to be too little memory"
+    assert end(run, 4, 137) == REQUEUE, "the first time that it is known to be too little memory"
 
 
 def test_a_full_disk_is_not_tried_again(tmp_path: Path) -> None:
@@ -361,3 +362,34 @@ def test_a_chain_that_was_given_up_is_not_taken_up_by_its_next_job(tmp_path: Pat
     assert end(run, 0, Exit.BAD_INPUT) == Exit.FAILED
     monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, 2)))
     assert attempt.begin(run, "train", 0, 1) == Exit.FAILED
+
+
+def test_crashes_count_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    """A crash on Monday and one on Friday do not end a week."""
+    run, _ = build(tmp_path, TRAIN)
+    submit_again(run)
+    for number in range(5):
+        attempt.begin(run, "train", 0, number)
+        saved(run, number + 1)
+        assert attempt.end(run, "train", 0, number, 1, time.time(), "") == REQUEUE
+    assert [end(run, 5, 1), end(run, 6, 1)] == [REQUEUE, Exit.FAILED], "no newer one"
+
+
+def test_people_are_told_when_a_training_is_given_up_without_having_failed(tmp_path: Path) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    told = tmp_path / "told"
+    notify = {"mail": None, "webhook": None, "command": f'echo "$MEDGEN_TEXT" >> {told}', "on": ["fail"]}
+    files.write_json(run.plan, plan.to_json(dataclasses.replace(planned, place=dataclasses.replace(planned.place, notify=notify))))
+    submit_again(run)
+    for number in range(3):
+        assert not told.exists()
+        end(run, number, Exit.INTERRUPTED)
+    assert "train interrupted" in told.read_text() and "no progress in 3 attempts" in told.read_text()
+
+
+def test_a_node_that_cannot_be_remembered_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, planned = build(tmp_path, TRAIN)
+    submit_again(run)
+    monkeypatch.setenv("SLURMD_NODENAME", "a name with spaces")
+    outcome(run, planned, 0, "failed", "no GPU can be used on it, although the job was given 0: the node or its driver is broken")
+    assert end(run, 0, 1) == REQUEUE

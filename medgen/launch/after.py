@@ -115,6 +115,11 @@ class Past:
         return sum(item.kind in kinds and item.certain for item in self.earlier)
 
     @property
+    def since_progress(self) -> list[Try]:
+        """Earlier attempts whose failures still count: of a training those since its newest checkpoint was made, else all."""
+        return self.earlier[len(self.earlier) + 1 - max(1, self.without_progress) :] if self.stage.kind == "train" else self.earlier
+
+    @property
     def without_progress(self) -> int:
         """Attempts in a row, this one included, after which no newer checkpoint was there."""
         if self.stage.kind != "train":
@@ -177,7 +182,7 @@ def _after_failure(past: Past, cause: str | None, found: Cause, relief: Relief, 
         return _stop("refused", cause, found, "not tried again: the disk is full; free some space and submit again")
     if status == "refused":
         return _stop("refused", cause, found, "not tried again: the input is wrong")
-    if found.kind == "NODE_FAIL" and stage.kind != "command":
+    if found.kind == "NODE_FAIL" and stage.kind != "command" and past.on_slurm:
         again = past.count("NODE_FAIL") < TRIES_ON_BAD_NODES - 1
         return Verdict("failed", cause, found.kind, again, f"{AGAIN} on another node" if again else f"not tried again: {TRIES_ON_BAD_NODES} nodes failed", elsewhere=True)
     if past.without_progress >= WITHOUT_PROGRESS:
@@ -185,7 +190,7 @@ def _after_failure(past: Past, cause: str | None, found: Cause, relief: Relief, 
     if found.kind == "OOM" and found.certain:
         return _after_too_little_memory(past, cause, found, relief)
     tries = TRIES[stage.kind] if spoke else max(TRIES[stage.kind], TRIES_WITHOUT_A_WORD)
-    crashes = 1 + sum(item.status == "failed" for item in past.earlier) - past.count("OOM", "NODE_FAIL")
+    crashes = 1 + sum(item.status == "failed" and not (item.certain and item.kind in ("OOM", "NODE_FAIL")) for item in past.since_progress)
     return Verdict("failed", cause, found.kind, crashes < tries, AGAIN if crashes < tries else "not tried again", certain=found.certain)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import time
 
 from medgen import plan as planning
@@ -74,12 +75,13 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     verdict = after.judge(run, plan, stage, task, attempt, exit_code, seconds, around)
     after.tell(run, stage, shard, attempt, verdict, exit_code, seconds, job_id=job_id(), node=node())
     if verdict.elsewhere:
-        nodes.remember(run.cache, nodes.guilty(run, stage_name, shard, attempt, node()), str(verdict.cause), run.run_id)
+        _remember_node(run, nodes.guilty(run, stage_name, shard, attempt, node()), str(verdict.cause))
     if verdict.again:
         for change in _changes(run, verdict, facts):
             print(change)
         return Exit.FAILED if taken is not None else REQUEUE
-    tell_people(run, plan, stage, shard, verdict.status, verdict.cause)
+    if verdict.kind != "CANCELLED" and not around.later_segments:  # else a person has done it, or the next job of its chain goes on
+        tell_people(run, plan, stage, shard, verdict)
     return Exit.DONE if verdict.status == "done" else Exit.FAILED
 
 
@@ -87,6 +89,14 @@ def _saved_at_limit(run: RunDir, task: Task, attempt: int) -> bool:
     """It had saved when Slurm ended it at its time limit, by Slurm's own words."""
     outcome = fresh_outcome(run, task, attempt)
     return outcome is not None and outcome.status == "interrupted" and TIME_LIMIT.search(batch_section(run, task.stage, task.shard, attempt)) is not None
+
+
+def _remember_node(run: RunDir, name: str, cause: str) -> None:
+    """A courtesy to later jobs: what was decided about this one is told already, and must happen."""
+    try:
+        nodes.remember(run.cache, name, cause, run.run_id)
+    except (OSError, InputError) as error:
+        print(f"medgen: {name} could not be remembered as broken: {error}", file=sys.stderr)
 
 
 def _changes(run: RunDir, verdict: Verdict, facts: dict[str, str]) -> list[str]:

@@ -190,12 +190,12 @@ def _interrupted(records: Records) -> Cause | None:
         return None
     detail = item.cause or (outcome.cause if outcome is not None else None) or "stopped from outside"
     evidence = (Evidence("outcome" if outcome is not None and outcome.cause == detail else "event task_ended", detail),)
-    if records.cancelled or item.next.startswith(("cancelled", "stopped")):
+    if records.cancelled or item.kind == "CANCELLED":
         return Cause("CANCELLED", detail, evidence)
     slurms = _batch_log(records) or _accounting(records)
     if slurms is not None:
         return Cause(slurms.kind, f"{detail}; {slurms.detail}", (*slurms.evidence, *evidence), where=slurms.where)
-    if "time limit" in item.next:
+    if item.kind == "TIMEOUT":
         return Cause("TIMEOUT", detail, (Evidence("event task_ended", item.next),))
     if item.ended is not None and item.ended - item.started >= records.limit_seconds - records.grace_seconds - SLACK_SECONDS > 0:
         return Cause("TIMEOUT", detail, evidence, certain=False)

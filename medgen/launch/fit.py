@@ -96,6 +96,9 @@ def fit_to_cluster(plan: Plan, site: Site, limits: Limits, today: datetime.date,
     if excluded or bad_nodes:
         option = f"--exclude={','.join(dict.fromkeys([*(item.nodes for item in excluded), *(entry.node for entry in bad_nodes)]))}"
         stages = [_with_directive(stage, option) for stage in stages]
+    if site.restart == "chain":
+        notes += [f"{stage.name}: restart: chain queues one job, because segments: says no number; with segments: 4 four jobs wait one behind the other"
+                  for stage in plan.stages if stage.kind == "train" and stage.segments is None]  # fmt: skip
     if limits.version is not None and limits.version < NATIVE_PREFER:
         version = f"{limits.version[0]}.{limits.version[1]:02}"
         for number, stage in enumerate(stages):

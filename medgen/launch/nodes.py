@@ -12,6 +12,8 @@ from pathlib import Path
 
 from medgen import files
 from medgen.errors import InputError
+from medgen.launch import slurm
+from medgen.launch.slurm import SlurmError
 from medgen.rundir import RunDir
 
 FILE = "nodes.jsonl"
@@ -69,6 +71,14 @@ def _parse(line: str) -> Entry | None:
         return None
     sound = all(isinstance(text, str) for text in (entry.node, entry.reason, entry.run_id)) and isinstance(entry.time, int | float)
     return entry if sound and NODE_NAME.fullmatch(entry.node) else None
+
+
+def is_known(node: str) -> bool:
+    """False only where Slurm answers and has no such node: the list may be older than the cluster, or of another one."""
+    try:
+        return not slurm.node_names() or node in slurm.node_names()
+    except SlurmError:
+        return True
 
 
 def guilty(run: RunDir, stage: str, shard: int, attempt: int, here: str) -> str:

@@ -10,19 +10,20 @@ import os
 import subprocess
 import urllib.request
 
+from medgen.launch.after import Verdict
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
 PATIENCE_SECONDS = 20
 
 
-def tell_people(run: RunDir, plan: Plan, stage: PlannedStage, shard: int, status: str, cause: str | None) -> None:
-    """After a task that is not started again: `fail` if it failed, `end` if it was the last one of the run."""
+def tell_people(run: RunDir, plan: Plan, stage: PlannedStage, shard: int, verdict: Verdict) -> None:
+    """After a task that is not started again: `fail` if it is not done, `end` if it was the last one of the run."""
     kinds: list[str] = plan.place.notify["on"]
     where = stage.name if len(stage.tasks) == 1 else f"{stage.name} shard {shard}"
-    if status in ("failed", "refused") and "fail" in kinds:
-        _send(run, plan, "fail", f"{plan.run_id}: {where} failed: {cause}")
-    if status == "done" and "end" in kinds and _is_last(run, plan, stage):
+    if verdict.status != "done" and "fail" in kinds:
+        _send(run, plan, "fail", f"{plan.run_id}: {where} {verdict.status}: {verdict.cause}; {verdict.words}")
+    if verdict.status == "done" and "end" in kinds and _is_last(run, plan, stage):
         _send(run, plan, "end", f"{plan.run_id}: everything is done")
 
 

@@ -442,6 +442,11 @@ def write_batch_script(job_id: int) -> str:
 # --- the cluster -----------------------------------------------------------------------------------------------------
 
 
+def node_names() -> set[str]:
+    """Every node of the cluster. Raises SlurmError if Slurm does not answer."""
+    return set(query(["sinfo", "--noheader", "--Node", "--format=%N"]).split())
+
+
 def config() -> dict[str, str]:
     """slurm.conf as the controller has it, and what it knows beside it. Raises SlurmError."""
     return parse_config(query(["scontrol", "show", "config"]))

@@ -67,7 +67,7 @@ def _prepare_point(point: spec.Point, profile: site.Site, limits: Limits, spec_p
         planned = planning.make_plan(checked, profile)
         if profile.scheduler == "slurm":
             checked, notes = fit_shards(checked, planned, limits)
-            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today(), nodes.believed(rundir.cache_root(runs_root.absolute())))
+            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today(), [entry for entry in nodes.believed(rundir.cache_root(runs_root.absolute())) if nodes.is_known(entry.node)])
         else:
             fitted, more = fit_to_machine(planned, profile)
     except planning.Unplannable as problem:

@@ -159,11 +159,15 @@ def cancel(run: RunDir) -> str:
 def nodes(avoid: str | None, reason: str | None, forget: str | None, as_json: bool) -> None:
     """Change what is remembered of nodes, then print it. Raises InputError for a node without a reason, or a reason without a node."""
     cache = rundir.cache_root(rundir.runs_root())
+    if avoid is not None and forget is not None:
+        raise InputError("--avoid and --forget: one at a time")
     if (avoid is None) != (reason is None):
         raise InputError("--avoid NODE and --reason TEXT go together: whoever reads it in a week wants to know why")
     if avoid is not None and reason is not None:
         if not reason.strip():
             raise InputError("--reason: say why in a few words")
+        if not bad_nodes.is_known(avoid):
+            raise InputError(f"--avoid {avoid}: Slurm knows no such node; one at a time, as `sinfo -N` calls it")
         bad_nodes.remember(cache, avoid, reason, "")
     if forget is not None:
         bad_nodes.forget(cache, forget)
