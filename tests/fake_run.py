@@ -35,7 +35,7 @@ def planned(name: str, kind: str, needs: list[str], settings: dict[str, Any], im
     task = Task(name, 0, f"{name}-hash", None if images is None else Shard(0, images))
     return PlannedStage(
         name=name, kind=kind, needs=needs, nodes=1, ranks_per_node=1, gpus_per_node=0, threads=1, time_minutes=60,
-        mem_mebibytes=None, parallel=1, segments=1, launcher="srun", setup=[], command_setup=[], directives=[], left_out=[], settings={"kind": kind, **settings}, tasks=[task],
+        mem_mebibytes=None, parallel=1, segments=1, chain=1, launcher="srun", setup=[], command_setup=[], directives=[], left_out=[], settings={"kind": kind, **settings}, tasks=[task],
     )
 
 

@@ -64,7 +64,7 @@ def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, recor
 def test_no_good_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path, said.append) is None
     (save(tmp_path, 1).folder / "modules.network.pt").write_bytes(b"")
-    with pytest.raises(MedgenError, match="none of them verifies; move them away to start from zero"):
+    with pytest.raises(MedgenError, match="none of them verifies; to start from zero: mv "):
         checkpoint.newest(tmp_path, said.append)
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: l
         done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         assert (done.stdout.splitlines() or [""])[-1] == "1 ['step-000001']", done.stdout + done.stderr
         record_property("fired", done.stdout.splitlines()[0])
-        assert "the last checkpoint is intact" in done.stdout
+        assert "what was saved before is intact" in done.stdout
 
 
 class Recorder(io.BytesIO):
@@ -229,7 +229,7 @@ def test_a_training_that_cannot_save_ends_at_once_and_is_not_tried_again(
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events].count("task_started") == 1, "another try would write to the same full disk"
     [ended] = [event for event in events if event["event"] == "task_ended"]
-    assert ended["status"] == "refused" and "the disk is full; free some space and submit again, the last checkpoint is intact" in ended["cause"]
+    assert ended["status"] == "refused" and "the disk is full; free some space and submit again; what was saved before is intact" in ended["cause"]
     assert "DISK_FULL" in medgen("why", "saves", expect=1).stdout
     folder = run / "train" / "ckpt"
     left = sorted(path.name for path in folder.iterdir())

@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_for_one_rank_is_one_error_on_all(three: Path, tmp_p
     assert [code for code, _ in ended] == [2, 2], ended
     told = [[line for line in text.splitlines() if line.startswith("told: ")] for _, text in ended]
     assert told[0] == told[1] and len(told[0]) == 1
-    assert "step-000004: the disk is full; free some space and submit again, the last checkpoint is intact" in told[0][0]
+    assert "step-000004: the disk is full; free some space and submit again; what was saved before is intact" in told[0][0]
     assert names(three) == ["step-000001", "step-000002", "step-000003"]
     found = checkpoint.newest(three, said.append)
     assert found is not None and found.step == 3

@@ -126,6 +126,7 @@ def test_garbage_in_a_run_never_breaks_watch_or_ls(masks_run: tuple[Path, Path],
         medgen("ls")
 
 
+@pytest.mark.slow
 def test_three_processes_stopped_and_resumed_give_the_same_bits(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str]) -> None:
     """With three ranks the order of a sum matters: it must not depend on how often the processes were started."""
     config = {**TRAIN_ONLY, "batch_size": 6}

@@ -119,7 +119,7 @@ def test_every_damage_is_found_and_submit_does_what_fsck_says(run: Path, tmp_pat
     assert "0 tasks to run" in again.stderr + again.stdout
 
 
-@pytest.mark.parametrize("content", ['{"version": 2, "stages": 3}', '{"version": 2, "sta', "[]", ""])
+@pytest.mark.parametrize("content", ['{"version": 3, "stages": 3}', '{"version": 2, "sta', "[]", ""])
 def test_a_half_written_plan_is_written_anew(run: Path, medgen: Medgen, content: str) -> None:
     before = (run / "plan.json").read_bytes()
     (run / "plan.json").write_text(content)
@@ -281,14 +281,18 @@ KILLED = ";".join(
 )
 
 
+@pytest.mark.slow
 def test_after_every_kill_the_same_submit_goes_on(whole: Path, tmp_path: Path, medgen: Medgen, environment: dict[str, str]) -> None:
     """Killed at every place where something is written: no flag, no cleaning, the same images; and fsck calls none of it damage."""
     spec = _spec()
     spec["stages"]["masks"]["shards"] = 1
     (tmp_path / SPEC).write_text(yaml.safe_dump(spec, sort_keys=False))
     environment |= {"MEDGEN_FAULT": KILLED, "MEDGEN_FAULT_LOG": str(tmp_path / "faults")}
-    for _ in range(4):  # two tries each
-        medgen("submit", SPEC, "--local", expect=1)
+    for _ in range(8):  # each takes the next ones, as far as its tries go
+        code = subprocess.run([sys.executable, "-m", "medgen", "submit", SPEC, "--local"], cwd=tmp_path, env=environment, capture_output=True, timeout=300).returncode
+        assert code in (0, 1)
+        if code == 0:
+            break
         assert all(part["state"] in ("whole", UNFINISHED) for part in examine(medgen, only_run(tmp_path), expect=0)["parts"].values())
     fired = [line.split()[0] for line in (tmp_path / "faults").read_text().splitlines()]
     assert fired == ["start", "step", "ckpt.write", "ckpt.commit", "ckpt.load", "outcome.write", "shard.write", "shard.commit"]
@@ -339,7 +343,7 @@ def test_what_may_not_be_read_is_not_called_changed(run: Path, tmp_path: Path, e
         path.chmod(0)
     as_another = ["setpriv", "--reuid", "65534", "--clear-groups"] if os.geteuid() == 0 else []
     if as_another:
-        for folder in (tmp_path, *tmp_path.parents[:3]):
+        for folder in (run, run.parent, tmp_path, *tmp_path.parents[:3]):
             folder.chmod(0o755)
     command = [*as_another, sys.executable, "-m", "medgen", "fsck", str(run), "--json"]
     shown = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True, timeout=120)

@@ -23,13 +23,13 @@ from launch_stub import build
 
 from medgen import document, files, names, planning, redact, sbatch_options, site, spec, units
 from medgen.errors import InputError, MedgenError
-from medgen.launch import history, slurm
+from medgen.launch import history, slurm, tries
 from medgen.launch.importing.verb import run_import
 from medgen.launch.script import parse_job_name, render_script
 from medgen.launch.slurm_backend import chunks
 from medgen.rundir import RunDir
 from medgen.site import Site
-from medgen.watch import poll, slurm_jobs, state, tries, usage, view, why
+from medgen.watch import poll, slurm_jobs, state, usage, view, why
 from medgen.watch.events import EventLog
 
 WANTED = os.environ.get("MEDGEN_FUZZ")

@@ -74,19 +74,19 @@ SHARDED = {"train_seg", "masks", "train_bravo", "images"}
 
 
 def test_any_number_of_shards_gives_the_same_bytes(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str]) -> None:
-    """1, 3 and 7 shards, one of them killed and made again: the dataset is the same, byte for byte."""
+    """1, 2 and 5 shards, one of them killed and made again: the dataset is the same, byte for byte."""
     full = tiny_spec()
     spec = write_spec({**full, "stages": {name: stage for name, stage in full["stages"].items() if name in SHARDED}})
     medgen("submit", spec, "--local")
     run = only_run(tmp_path)
     expected = {stage: tree(run / stage / "dataset") for stage in ("masks", "images")}
-    for shards in (3, 7):
+    for shards in (2, 5):
         for stage in ("masks", "images"):
             shutil.rmtree(run / stage)
             for path in [*(run / "outcome").glob(f"*{stage}.*"), *(run / "hb").glob(f"{stage}.*")]:
                 path.unlink()
         override = [f"-ostages.masks.shards={shards}", f"-ostages.images.shards={shards}"]
-        if shards == 3:
+        if shards == 2:
             medgen("submit", spec, *override, "--local")
         else:
             _submit_and_kill_one_shard(tmp_path, spec, override, environment, run)
@@ -273,6 +273,7 @@ def test_a_runs_folder_that_cannot_be_written_is_told(medgen: Medgen, write_spec
     assert "/proc/medgen" in done.stderr and "MEDGEN_RUNS" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F33")
 def test_a_full_disk_stops_with_its_name_and_the_run_goes_on_when_there_is_room(tmp_path: Path, write_spec: WriteSpec, environment: dict[str, str], private_mounts: list[str], record_property: Callable[[str, object], None]) -> None:
     spec, disk = write_spec(tiny_spec()), tmp_path / "disk"

@@ -74,7 +74,7 @@ def test_a_quota_that_leaves_less_than_the_disk(tmp_path: Path, kernel: Path) ->
             "print(sorted(path.name for path in folder.iterdir()))\n")
     told = run(save, tmp_path, kernel, QUOTA="1").splitlines()
     assert told[-1] == "['step-000001']"
-    assert f"the disk quota is used up (quota of user {os.getuid()}): a checkpoint needs 8 MiB, 5 MiB are free" in told[0]
+    assert f"the disk quota is used up (quota of user {os.getuid()}): a checkpoint needs 8 MiB with its reserve, 5 MiB are free" in told[0]
 
 
 @pytest.mark.parametrize(("number", "told"), [(122, "the disk quota is used up"), (28, "the disk is full"), (95, "")])

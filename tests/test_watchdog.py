@@ -285,6 +285,7 @@ def events_of(run: RunDir, kind: str) -> list[dict[str, Any]]:
     return [event for event in run.events() if event["event"] == kind]
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_given_up_and_the_training_goes_on_from_what_was_saved(
     tmp_path: Path, medgen: Medgen, environment: dict[str, str], write_spec: WriteSpec
 ) -> None:

@@ -66,7 +66,7 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     plan = planning.read(run)
     stage, task = _find(plan, stage_name, shard)
     seconds = max(0.0, time.time() - started)  # the clock may have been set back
-    facts = dict(reversed(re.findall(r"(\w+)=(\S*)", job)))  # the first of a name: a job's own words come later
+    facts = job_facts(job)
     later_segments = _later_segments(stage)
     taken = _taken_by_slurm(run, facts, seconds >= stage.time_minutes * 60 - LIMIT_SECONDS, later_segments)
     if taken is not None and taken.kind == "TIMEOUT" and not later_segments and _saved_at_limit(run, task, attempt):
@@ -89,6 +89,11 @@ def _saved_at_limit(run: RunDir, task: Task, attempt: int) -> bool:
     """It had saved when Slurm ended it at its time limit, by Slurm's own words."""
     outcome = fresh_outcome(run, task, attempt)
     return outcome is not None and outcome.status == "interrupted" and TIME_LIMIT.search(batch_section(run, task.stage, task.shard, attempt)) is not None
+
+
+def job_facts(line: str) -> dict[str, str]:
+    """One line of `scontrol show job`; the first of a name counts: the job's own words (folder, comment) come later."""
+    return dict(reversed(re.findall(r"(\w+)=(\S*)", line)))
 
 
 def _remember_node(run: RunDir, name: str, cause: str) -> None:

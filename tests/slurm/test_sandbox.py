@@ -54,6 +54,7 @@ def test_two_jobs_on_one_node_see_different_gpus(lab: Slurm, name: str, tmp_path
     assert not seen[0] & seen[1]
 
 
+@pytest.mark.slow
 def test_a_low_job_makes_room_and_runs_again(lab: Slurm, name: str, tmp_path: Path) -> None:
     """TERM comes to the step at once; after the grace time Slurm itself requeues the job."""
     (tmp_path / "step.sh").write_text("trap 'touch got_term; exit 0' TERM; touch ready; while true; do sleep 0.1; done\n")
