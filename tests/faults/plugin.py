@@ -4,6 +4,7 @@ The page is written at the end of a run of all of them (`make test-faults`), fro
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import pytest
 
 from .matrix import ROWS
 
+SEEN = Path(__file__).parent / ".seen.jsonl"  # what the tests of this run saw so far: an interrupted run loses none of it
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 WRITE_VARIABLE = "MEDGEN_WRITE_RELIABILITY"  # set by `make test-faults`
 BEGIN, END = "<!-- the table below is written by `make test-faults` -->", "<!-- end of the table -->"
@@ -45,13 +47,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     facts = dict(report.user_properties)
     if report.when == "call" and "fault" in facts:
-        for number in str(facts["fault"]).split(","):
-            results[number].append({"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, **facts})
+        entry = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, **facts}
+        if os.environ.get(WRITE_VARIABLE) == "1":
+            with SEEN.open("a") as lines:
+                lines.write(json.dumps(entry, default=str) + "\n")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.environ.get(WRITE_VARIABLE) == "1" and not hasattr(session.config, "workerinput"):
+        SEEN.unlink(missing_ok=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if os.environ.get(WRITE_VARIABLE) != "1" or hasattr(session.config, "workerinput") or not results:
-        return
+    if os.environ.get(WRITE_VARIABLE) == "1" and not hasattr(session.config, "workerinput") and SEEN.exists():
+        write_page()
+
+
+def write_page() -> None:
+    """The table of docs/reliability.md, from what the last run saw."""
+    for line in SEEN.read_text().splitlines():
+        entry = json.loads(line)
+        for number in entry["fault"].split(","):
+            results[number].append(entry)
     text = PAGE.read_text()
     PAGE.write_text(text[: text.index(BEGIN) + len(BEGIN)] + "\n\n" + table() + "\n" + text[text.index(END) :])
 
@@ -71,7 +88,7 @@ def table() -> str:
 def _result(number: str, promise: str, not_here: str | None) -> str:
     seen = results.get(number, [])
     if not seen:
-        return f"no test here: {not_here}" if not_here else "not run"
+        return f"no test here: {not_here}" if not_here else "not in this run"
     failed = [entry["test"] for entry in seen if entry["outcome"] != "passed"]
     return f"**failed**: {', '.join(failed)}" if failed else f"{promise} ({len(seen)} {'test' if len(seen) == 1 else 'tests'})"
 
