@@ -65,8 +65,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def write_page() -> None:
     """The table of docs/reliability.md, from what the last run saw."""
-    for line in SEEN.read_text().splitlines():
-        entry = json.loads(line)
+    entries = [json.loads(line) for line in SEEN.read_text().splitlines()]
+    for entry in {entry["test"]: entry for entry in entries}.values():  # a worker and its controller both tell
         for number in entry["fault"].split(","):
             results[number].append(entry)
     text = PAGE.read_text()
@@ -96,12 +96,12 @@ def _result(number: str, promise: str, not_here: str | None) -> str:
 def _recovery(number: str) -> str:
     """From the fault to the moment that all was well again, where a test measured it."""
     seconds = [float(entry["recovery_seconds"]) for entry in results.get(number, []) if "recovery_seconds" in entry]
-    return "" if not seconds else f"{seconds[0]:.0f} s" if len(seconds) == 1 else f"{min(seconds):.0f}-{max(seconds):.0f} s"
+    return "" if not seconds else f"{seconds[0]:.0f} s" if len(seconds) == 1 else f"{min(seconds):.0f} to {max(seconds):.0f} s"
 
 
 def _slurm() -> str:
     try:
-        answer = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=10).stdout
+        answer = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, timeout=10).stdout
     except OSError:
         return "no Slurm"
     return re.sub(r"slurm(-wlm)?", "Slurm", answer.strip()) or "no Slurm"

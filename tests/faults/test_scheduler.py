@@ -177,7 +177,7 @@ def rank_pid(run: RunDir, rank: int, attempt: int) -> int:
 @pytest.mark.fault("F2", "F11")
 def test_two_signals_in_one_epoch_and_a_kill_while_restoring(lab: Lab, reference: Undisturbed, record_property: Callable[[str, object], None]) -> None:  # noqa: F811
     job = Disturbed(lab, "signals", training(), [
-        "site=step,attempt=0,rank=0,step=3,action=sleep:5", "site=step,attempt=1,rank=0,step=7,action=sleep:5", "site=ckpt.load,attempt=2,rank=1,action=kill9",
+        "site=step,attempt=0,rank=0,step=3,action=sleep:5", "site=step,attempt=1,rank=0,step=7,action=sleep:5", "site=ckpt.load,attempt=2,rank=0,action=kill9",
     ])  # fmt: skip
     job.submit()
     for attempt, step in ((0, 3), (1, 7)):
