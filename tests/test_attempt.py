@@ -393,3 +393,21 @@ def test_a_node_that_cannot_be_remembered_changes_nothing(tmp_path: Path, monkey
     monkeypatch.setenv("SLURMD_NODENAME", "a name with spaces")
     outcome(run, planned, 0, "failed", "no GPU can be used on it, although the job was given 0: the node or its driver is broken")
     assert end(run, 0, 1) == REQUEUE
+
+
+def test_people_are_told_of_a_chain_that_is_given_up_and_not_of_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medgen.launch.script import Chunk, job_name
+
+    run, planned = build(tmp_path, TRAIN)
+    told = tmp_path / "told"
+    notify = {"mail": None, "webhook": None, "command": f'echo "$MEDGEN_TEXT" >> {told}', "on": ["fail"]}
+    planned = with_stage(run, dataclasses.replace(planned, place=dataclasses.replace(planned.place, notify=notify)), segments=3, chain=3)
+    monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, 1)))
+    attempt.begin(run, "train", 0, 0)
+    saved(run, 5)
+    attempt.end(run, "train", 0, 0, Exit.INTERRUPTED, time.time() - planned.stages[0].time_minutes * 60, "")
+    assert not told.exists(), "the next job goes on"
+    monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, 2)))
+    outcome(run, planned, 1, "failed", "no such file")
+    assert end(run, 1, Exit.BAD_INPUT) == Exit.FAILED
+    assert "no such file" in told.read_text()

@@ -80,7 +80,8 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
         for change in _changes(run, verdict, facts):
             print(change)
         return Exit.FAILED if taken is not None else REQUEUE
-    if verdict.kind != "CANCELLED" and not around.later_segments:  # else a person has done it, or the next job of its chain goes on
+    handed_on = verdict.kind == "TIMEOUT" and later_segments > 0  # to the next job of its chain
+    if verdict.kind != "CANCELLED" and not handed_on:
         tell_people(run, plan, stage, shard, verdict)
     return Exit.DONE if verdict.status == "done" else Exit.FAILED
 
