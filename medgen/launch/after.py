@@ -150,7 +150,7 @@ def _stop(status: Ending, cause: str | None, found: Cause, words: str) -> Verdic
 
 def _after_interruption(past: Past, cause: str | None, found: Cause, around: Circumstances) -> Verdict:
     """It was stopped from outside: at its limit, for another job, or by hand."""
-    stage, status = past.stage, "interrupted"
+    stage = past.stage
     if past.without_progress >= WITHOUT_PROGRESS:
         return _stop("interrupted", cause, found, f"not tried again: no progress in {past.without_progress} attempts, its checkpoints stand at step {past.saved_step}; "
                                                  "it may need a longer time:, or more grace to save")  # fmt: skip
@@ -158,7 +158,7 @@ def _after_interruption(past: Past, cause: str | None, found: Cause, around: Cir
         return Verdict("interrupted", f"{cause}; Slurm gave its place to another job", "PREEMPTED", True, GOES_ON)
     if past.met_limit(past.now):
         return _at_limit(past, cause, around.later_segments)
-    if stage.kind != "train" and sum(item.status == status for item in past.earlier) >= INTERRUPTIONS:
+    if stage.kind != "train" and sum(item.status == "interrupted" for item in past.earlier) >= INTERRUPTIONS:
         return _stop("interrupted", cause, found, f"not tried again: stopped {INTERRUPTIONS + 1} times; submit again to go on")
     return Verdict("interrupted", cause, found.kind, True, GOES_ON)
 

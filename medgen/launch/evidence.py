@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from medgen import room
 from medgen.launch.backend import guilty_log, last_lines
 from medgen.launch.causes import Records
 from medgen.launch.slurm import AccountingRow
@@ -43,10 +43,10 @@ def gather(run: RunDir, plan: Plan, stage: PlannedStage, item: Try, rank_causes:
 def _without_room(folder: Path) -> str | None:
     """The folder, if its disk has no room to write down how something ended."""
     try:
-        free = os.statvfs(folder)
+        free = room.on_disk(folder)
     except OSError:
         return None
-    return str(folder) if free.f_bavail * free.f_frsize < RECORD_BYTES or (free.f_files and not free.f_favail) else None
+    return str(folder) if free.bytes < RECORD_BYTES or free.files == 0 else None
 
 
 def rank_causes(events: Iterable[dict[str, Any]]) -> dict[tuple[Any, Any, Any], list[str]]:

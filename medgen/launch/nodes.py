@@ -73,12 +73,19 @@ def _parse(line: str) -> Entry | None:
     return entry if sound and NODE_NAME.fullmatch(entry.node) else None
 
 
-def is_known(node: str) -> bool:
-    """False only where Slurm answers and has no such node: the list may be older than the cluster, or of another one."""
+def believed_here(cache: Path) -> list[Entry]:
+    """`believed`, without nodes that this cluster does not have: the list may be older, or of another one."""
+    entries = believed(cache)
+    known = known_to_slurm({entry.node for entry in entries})
+    return [entry for entry in entries if entry.node in known]
+
+
+def known_to_slurm(names: set[str]) -> set[str]:
+    """Those of the names that Slurm has as nodes; all of them where it does not answer."""
     try:
-        return not slurm.node_names() or node in slurm.node_names()
+        return names & (slurm.node_names() or names) if names else names
     except SlurmError:
-        return True
+        return names
 
 
 def guilty(run: RunDir, stage: str, shard: int, attempt: int, here: str) -> str:

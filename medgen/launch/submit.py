@@ -57,17 +57,20 @@ def prepare(spec_path: Path, overrides: Sequence[str], site_name: str | None, ru
     points = spec.load_points(spec_path, site.spec_overrides(overrides))
     profile = site.load(site_name, overrides, local)
     limits, notes = read_limits(profile) if profile.scheduler == "slurm" else (Limits(), [])
-    prepared = [_prepare_point(point, profile, limits, spec_path, runs_root) for point in points]
+    bad_nodes = nodes.believed_here(rundir.cache_root(runs_root.absolute())) if profile.scheduler == "slurm" else []
+    prepared = [_prepare_point(point, profile, limits, bad_nodes, spec_path, runs_root) for point in points]
     return [dataclasses.replace(item, notes=[*notes, *item.notes]) for item in prepared]
 
 
-def _prepare_point(point: spec.Point, profile: site.Site, limits: Limits, spec_path: Path, runs_root: Path) -> Prepared:
+def _prepare_point(
+    point: spec.Point, profile: site.Site, limits: Limits, bad_nodes: list[nodes.Entry], spec_path: Path, runs_root: Path
+) -> Prepared:  # fmt: skip
     try:
         checked, notes = point.spec, list[str]()
         planned = planning.make_plan(checked, profile)
         if profile.scheduler == "slurm":
             checked, notes = fit_shards(checked, planned, limits)
-            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today(), [entry for entry in nodes.believed(rundir.cache_root(runs_root.absolute())) if nodes.is_known(entry.node)])
+            fitted, more = fit_to_cluster(planning.make_plan(checked, profile), profile, limits, datetime.date.today(), bad_nodes)
         else:
             fitted, more = fit_to_machine(planned, profile)
     except planning.Unplannable as problem:

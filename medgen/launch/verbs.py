@@ -166,7 +166,7 @@ def nodes(avoid: str | None, reason: str | None, forget: str | None, as_json: bo
     if avoid is not None and reason is not None:
         if not reason.strip():
             raise InputError("--reason: say why in a few words")
-        if not bad_nodes.is_known(avoid):
+        if avoid not in bad_nodes.known_to_slurm({avoid}):
             raise InputError(f"--avoid {avoid}: Slurm knows no such node; one at a time, as `sinfo -N` calls it")
         bad_nodes.remember(cache, avoid, reason, "")
     if forget is not None:
