@@ -18,6 +18,7 @@ from medgen.errors import InputError
 
 RUNS_VARIABLE = "MEDGEN_RUNS"
 CACHE_VARIABLE = "MEDGEN_CACHE"
+CLOCK_SLACK_SECONDS = 60  # by which the clocks of two machines may differ without a word
 Status = Literal["done", "interrupted", "failed"]
 
 
@@ -59,7 +60,8 @@ class Heartbeat:
     """Rewritten by rank 0 while a task runs. `step` of `total` in units of `unit` (steps, images, files).
 
     `advanced`: unix seconds of the last progress; None in those that an older medgen wrote. `doing`: a word of activity.py.
-    `slow`: ranks that keep the others waiting, and how many times slower they are."""
+    `slow`: ranks that keep the others waiting, and how many times slower they are.
+    `heard`: when it came, for whoever asks how old it is; `time` and `advanced` are by the clock of its node, which may be wrong."""
 
     stage: str
     shard: int
@@ -74,6 +76,12 @@ class Heartbeat:
     advanced: float | None = None
     doing: str = ""
     slow: list[tuple[int, float]] = field(default_factory=list)
+    heard: float = 0.0  # set by reading, not written
+
+    @property
+    def last_advance(self) -> float | None:
+        """`advanced` on the scale of `heard`."""
+        return None if self.advanced is None else self.heard - (self.time - self.advanced)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,12 @@ class RankBeat:
     time: float
     host: str
     pid: int
+    heard: float = 0.0  # as in Heartbeat
+
+    @property
+    def last_advance(self) -> float:
+        """`advanced` on the scale of `heard`."""
+        return self.heard - (self.time - self.advanced)
 
     @property
     def name(self) -> str:
@@ -293,7 +307,7 @@ class RunDir:
 
     def read_heartbeat(self, stage: str, shard: int) -> Heartbeat | None:
         try:
-            beat = Heartbeat(**files.read_json(self.heartbeat_file(stage, shard)))
+            beat = Heartbeat(**_read_beat(self.heartbeat_file(stage, shard)))
         except (OSError, ValueError, TypeError):
             return None
         numbers = (beat.step, beat.total, beat.time, beat.attempt, beat.time if beat.advanced is None else beat.advanced)
@@ -306,7 +320,7 @@ class RunDir:
             first = self.read_heartbeat(stage, shard)
             return _as_rank_beat(first) if first is not None else None
         try:
-            beat = RankBeat(**files.read_json(self.rank_beat_file(stage, shard, rank)))
+            beat = RankBeat(**_read_beat(self.rank_beat_file(stage, shard, rank)))
         except (OSError, ValueError, TypeError):
             return None
         numbers, texts = (beat.rank, beat.attempt, beat.step, beat.advanced, beat.time), (beat.doing, beat.host)
@@ -373,6 +387,7 @@ def _write_beat(target: Path, record: dict[str, Any]) -> None:
     """Rename without fsync: a heartbeat lost in a power cut is no loss, and it is written every few seconds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    del record["heard"]
     try:
         temporary.write_text(json.dumps(record))
         os.replace(temporary, target)
@@ -380,8 +395,18 @@ def _write_beat(target: Path, record: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _read_beat(path: Path) -> dict[str, Any]:
+    """`heard` is the later of what the clocks of storage and node say, but a node that is ahead of this machine is not believed:
+    its heartbeats would seem new long after its death."""
+    with open(path, "rb") as handle:
+        record: dict[str, Any] = json.load(handle)
+        stored = os.fstat(handle.fileno()).st_mtime
+    told = float(record.get("time", 0.0))
+    return {**record, "heard": max(stored, told) if told <= time.time() + CLOCK_SLACK_SECONDS else stored}
+
+
 def _as_rank_beat(beat: Heartbeat) -> RankBeat:
-    return RankBeat(0, beat.attempt, beat.step, beat.time if beat.advanced is None else beat.advanced, beat.doing, beat.time, beat.host, beat.pid)
+    return RankBeat(0, beat.attempt, beat.step, beat.time if beat.advanced is None else beat.advanced, beat.doing, beat.time, beat.host, beat.pid, beat.heard)
 
 
 def _is_rank_and_factor(item: Any) -> bool:

@@ -1,13 +1,14 @@
-"""Run folders as failures leave them, and a Slurm that answers from files. Used by test_logs, test_why and test_usage."""
+"""Run folders as failures leave them, and a Slurm that answers from files. Used by the tests of logs, why, usage and watch."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from medgen.rundir import Heartbeat, Outcome, RunDir
+from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir
 
 STAGES = [
     {"name": "train", "kind": "train", "ranks": 2},
@@ -64,7 +65,19 @@ def outcome(run: RunDir, status: Any = "failed", cause: str | None = None, stage
 
 
 def beat(run: RunDir, step: int, seconds_ago: float = 0, total: int = 1000, attempt: int = 0, stage: str = "train", shard: int = 0) -> None:
-    run.write_heartbeat(Heartbeat(stage, shard, attempt, step, total, "steps", 0.5, time.time() - seconds_ago, "vm", 1))
+    write_beat(run, Heartbeat(stage, shard, attempt, step, total, "steps", 0.5, time.time() - seconds_ago, "vm", 1))
+
+
+def write_beat(run: RunDir, beat: Heartbeat) -> None:
+    """As if its node had written it when it says it did, by a clock that is right."""
+    run.write_heartbeat(beat)
+    os.utime(run.heartbeat_file(beat.stage, beat.shard), (beat.time, beat.time))
+
+
+def write_rank_beat(run: RunDir, beat: RankBeat) -> None:
+    """The same of another rank of the first task of `train`."""
+    run.write_rank_beat("train", 0, beat)
+    os.utime(run.rank_beat_file("train", 0, beat.rank), (beat.time, beat.time))
 
 
 def queued(run: RunDir, job: int, stage: str = "train", shards: tuple[int, ...] = (0,), submission: int = 1, seconds_ago: float = 200) -> str:

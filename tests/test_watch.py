@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import launch_stub
 import pytest
 from launch_stub import REPOSITORY, build, wait_until
 from rich.console import Console
+from seeing import write_beat, write_rank_beat
 
 from medgen import plan
 from medgen.errors import Exit
@@ -57,7 +59,7 @@ def ended(run: RunDir, status: str, seconds: float, stage: str = "train", shard:
 
 
 def beat(run: RunDir, step: int, seconds_ago: float = 0, stage: str = "train", shard: int = 0, attempt: int = 0) -> None:
-    run.write_heartbeat(Heartbeat(stage, shard, attempt, step, 100, "steps", 0.25, time.time() - seconds_ago, "here", 1))
+    write_beat(run, Heartbeat(stage, shard, attempt, step, 100, "steps", 0.25, time.time() - seconds_ago, "here", 1))
 
 
 def outcome(run: RunDir, status: Any, stage: str = "train", shard: int = 0, attempt: int = 0, task_hash: str | None = None, cause: str | None = None) -> None:
@@ -355,9 +357,9 @@ def ranks(tmp_path: Path) -> RunDir:
 def rank_beats(run: RunDir, doing: tuple[str, str, str], seconds_ago: tuple[float, float, float] = (2, 2, 2), still_seconds: float = 2, slow: list[tuple[int, float]] | None = None) -> None:
     now = time.time()
     advanced = now - still_seconds
-    run.write_heartbeat(Heartbeat("train", 0, 0, 512, 900, "steps", 0.25, now - seconds_ago[0], "n0", 10, advanced, doing[0], slow or []))
+    write_beat(run, Heartbeat("train", 0, 0, 512, 900, "steps", 0.25, now - seconds_ago[0], "n0", 10, advanced, doing[0], slow or []))
     for rank in (1, 2):
-        run.write_rank_beat("train", 0, RankBeat(rank, 0, 512, advanced, doing[rank], now - seconds_ago[rank], f"n{rank}", 10 + rank))
+        write_rank_beat(run, RankBeat(rank, 0, 512, advanced, doing[rank], now - seconds_ago[rank], f"n{rank}", 10 + rank))
 
 
 def test_ranks_that_are_well_are_listed_and_not_spoken_of(ranks: RunDir) -> None:
@@ -419,6 +421,19 @@ def test_beats_of_an_earlier_attempt_or_damaged_ones_count_for_nothing(ranks: Ru
     ranks.write_rank_beat("train", 0, RankBeat(2, 7, 512, 0.0, "reading data", 0.0, "n2", 12))
     task = stage_of(ranks).tasks[0]
     assert task.word == "running" and [item["rank"] for item in task.ranks] == [0]
+
+
+def test_a_task_that_was_killed_with_its_supervisor_is_seen_at_once(tmp_path: Path) -> None:
+    """Its last heartbeat is a moment old, and its process is gone: no minute in which it is said to run."""
+    run, _ = build(tmp_path, [{"name": "train", "kind": "train"}])
+    started(run, 60)
+    living = subprocess.Popen(["sleep", "60"])
+    write_beat(run, Heartbeat("train", 0, 0, 5, 100, "steps", 0.25, time.time(), socket.gethostname(), living.pid))
+    assert stage_of(run).tasks[0].word == "running", "started by hand: no supervisor is needed"
+    living.kill()
+    living.wait()
+    assert stage_of(run).tasks[0].word == "interrupted"
+    assert "interrupted" in read_state(run).verdict
 
 
 def test_what_happens_to_ranks_has_words() -> None:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch_stub import REPOSITORY, build, wait_until
 from rich.console import Console
+from seeing import write_beat, write_rank_beat
 
 from medgen.errors import Exit
 from medgen.launch.slurm import AccountingRow, parse_accounting
@@ -94,7 +95,7 @@ class Lab:
     def beat(self, seconds_ago: float, step: int = 40, stage: str = "train", shard: int = 0, attempt: int = 0, still_seconds: float | None = 0) -> None:
         now = time.time()
         advanced = None if still_seconds is None else now - seconds_ago - still_seconds
-        self.run.write_heartbeat(Heartbeat(stage, shard, attempt, step, 100, "steps", 0.5, now - seconds_ago, "n1", 1, advanced))
+        write_beat(self.run, Heartbeat(stage, shard, attempt, step, 100, "steps", 0.5, now - seconds_ago, "n1", 1, advanced))
 
     def outcome(self, status: str, seconds_ago: float = 0, stage: str = "train", shard: int = 0, cause: str | None = None) -> Path:
         made = self.run.shard(stage, shard) / "made.bin"
@@ -225,8 +226,8 @@ def test_a_silent_rank_and_one_that_keeps_the_others_are_named(lab: Lab) -> None
         (5, 5, "running", None), (120, 115, "stalled", "nothing was heard of rank 1 on n2 for 2m"), (400, 395, "lost", "nothing was heard of rank 1 on n2 for 6m 40s"),
         (5, 2000, "stalled", "rank 1 on n2 stands at reading data, and the others wait for it"),
     ):  # fmt: skip
-        lab.run.write_heartbeat(Heartbeat("train", 0, 0, 40, 100, "steps", 0.5, now - 2, "n1", 1, now - still_seconds, "waiting for the others"))
-        lab.run.write_rank_beat("train", 0, RankBeat(1, 0, 40, now - still_seconds, "reading data", now - seconds_ago, "n2", 2))
+        write_beat(lab.run, Heartbeat("train", 0, 0, 40, 100, "steps", 0.5, now - 2, "n1", 1, now - still_seconds, "waiting for the others"))
+        write_rank_beat(lab.run, RankBeat(1, 0, 40, now - still_seconds, "reading data", now - seconds_ago, "n2", 2))
         task = lab.task()
         assert task.word == word
         if told is not None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgen.launch.processes import marked, start_ticks
+from medgen.launch.life import may_live
+from medgen.launch.processes import marked
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.slurm import SlurmError
 from medgen.launch.supervisor import living_supervisor
 from medgen.plan import Plan
 from medgen.rundir import RunDir
-
-SILENT_SECONDS = 90.0  # a task on another machine that has said nothing for so long is taken for dead
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,7 @@ def is_held(lock: Path) -> bool:
 def _beats(run: RunDir, stage: str, shard: int) -> bool:
     """True if a task may live on another machine, where its lock may not be seen from here."""
     beat = run.read_heartbeat(stage, shard)
-    if beat is None or time.time() - beat.time > SILENT_SECONDS:
+    if beat is None or not may_live(beat, time.time()):
         return False
     outcome = run.read_outcome(stage, shard)
-    if outcome is not None and outcome.attempt == beat.attempt and outcome.ended >= beat.time:
-        return False
-    return beat.host != socket.gethostname() or start_ticks(beat.pid) is not None
+    return outcome is None or outcome.attempt != beat.attempt or outcome.ended < beat.time

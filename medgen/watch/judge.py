@@ -35,7 +35,8 @@ Judgement = tuple[Word, str | None]  # and why
 class Facts:
     """What the run folder tells of a task that is not done. `stuck`: something it needs has failed.
 
-    `ranks`: the beats of this attempt, where it runs and has several ranks."""
+    `ranks`: the beats of this attempt, where it runs and has several ranks; `gone`: the process that beat was on this machine, and is
+    there no more."""
 
     left: Left | None
     last: Attempt | None
@@ -43,6 +44,7 @@ class Facts:
     stuck: bool
     now: float
     ranks: tuple[RankBeat, ...] = ()
+    gone: bool = False
 
     @property
     def ended(self) -> bool:
@@ -72,11 +74,11 @@ class Seen:
 def on_this_machine(facts: Facts, supervised: bool) -> Judgement:
     """For runs that a supervisor on this machine runs, or nobody."""
     last, beat, now = facts.last, facts.beat, facts.now
-    beats = beat is not None and now - beat.time <= STALE_SECONDS
+    beats = beat is not None and not facts.gone and now - beat.heard <= STALE_SECONDS
     if supervised and last is not None and not facts.ended:
         if beat is None or beats:  # before its first heartbeat a task imports and reads data
             return _by_ranks(facts, STALE_SECONDS, "; to give it up: `medgen cancel`, then submit again")
-        return "stalled", f"no heartbeat for {now - beat.time:.0f} s{_of_rank_0(facts, STALE_SECONDS)}"
+        return "stalled", f"no heartbeat for {now - beat.heard:.0f} s{_of_rank_0(facts, STALE_SECONDS)}"
     if beats and not facts.ended and not facts.told:  # started by hand, or on another machine
         return "running", None
     if last is not None and last.comes_back and supervised:
@@ -107,17 +109,17 @@ def on_slurm(facts: Facts, seen: Seen) -> Judgement:
 
 def _beats(facts: Facts, seen: Seen) -> bool:
     """It was heard of lately, and Slurm has not said since that it does not run."""
-    if facts.beat is None or facts.now - facts.beat.time > SLURM_STALE_SECONDS:
+    if facts.beat is None or facts.gone or facts.now - facts.beat.heard > SLURM_STALE_SECONDS:
         return False
     runs = seen.row is not None and seen.row.state not in (*WAITING_STATES, *SUSPENDED_STATES)
-    return runs or seen.asked is None or seen.asked <= facts.beat.time + BEAT_SECONDS
+    return runs or seen.asked is None or seen.asked <= facts.beat.heard + BEAT_SECONDS
 
 
 def _by_ranks(facts: Facts, stale_seconds: float, way_out: str) -> Judgement:
     """Rank 0 is heard of: what of the others, and of the step they make together?"""
     quiet = silent(facts.ranks, facts.now, stale_seconds)
     if quiet:
-        is_lost = facts.now - min(beat.time for beat in quiet) > LOST_SECONDS
+        is_lost = facts.now - min(beat.heard for beat in quiet) > LOST_SECONDS
         return ("lost" if is_lost else "stalled"), silence_in_words(quiet, facts.ranks, facts.now) + way_out
     stuck = _step_is_stuck(facts)
     return ("stalled", stuck + way_out) if stuck else ("running", None)
@@ -151,9 +153,9 @@ def _started(facts: Facts, seen: Seen, row: QueueRow) -> Judgement:
         return ("requeued", last.cause) if last.comes_back else _of_ending(last, facts.left)
     if facts.told or row.state != "RUNNING":  # COMPLETING and its like
         return "running", None
-    since = max(started, last.started if last else 0.0, beat.time if beat else 0.0)
+    since = max(started, last.started if last else 0.0, beat.heard if beat else 0.0)
     node = f" on {row.nodes}" if row.nodes else ""
-    if beat is None or beat.time < started:
+    if beat is None or beat.heard < started:
         if now - since <= START_SECONDS:
             return "running", None
         return "lost", f"Slurm says it has been running{node} for {duration(now - since)}, but nothing was heard of it{_way_out(seen)}"
@@ -194,7 +196,7 @@ def _unknown(facts: Facts, seen: Seen) -> Judgement:
             return "queued", None
         return ("requeued", last.cause) if last.comes_back else _of_ending(last, facts.left)
     if last is not None:
-        quiet_seconds = now - (beat.time if beat is not None else last.started)
+        quiet_seconds = now - (beat.heard if beat is not None else last.started)
         if quiet_seconds <= (SLURM_STALE_SECONDS if beat is not None else START_SECONDS):
             return "running", None
         return "stalled", f"no heartbeat for {duration(quiet_seconds)}" + (f", and {seen.silence}" if seen.silence else "")
@@ -217,7 +219,7 @@ def proof_of_absence(facts: Facts, asked: float | None, submitted: float | None)
     if asked is None:
         return False
     ended = facts.last.ended + RESTART_SECONDS if facts.last is not None and facts.last.ended is not None and facts.last.comes_back else 0.0
-    signs = (submitted, facts.last.started if facts.last else None, facts.beat.time if facts.beat else None, ended)
+    signs = (submitted, facts.last.started if facts.last else None, facts.beat.heard if facts.beat else None, ended)
     return asked > max(sign or 0.0 for sign in signs)
 
 
@@ -236,9 +238,9 @@ def _not_started(facts: Facts) -> Judgement:
 def _step_is_stuck(facts: Facts) -> str | None:
     """It lives, but its step does not advance: in words, None if all is well or it does not tell its steps."""
     beat, last = facts.beat, facts.last
-    if beat is None or beat.advanced is None or not beat.total:
+    if beat is None or beat.advanced is None or beat.last_advance is None or not beat.total:
         return None
-    still_seconds = facts.now - beat.advanced
+    still_seconds = facts.now - beat.last_advance
     steps = beat.step - (last.from_step if last is not None else 0)
     if last is None or steps <= 0:
         limit_seconds: float = FIRST_STEP_SECONDS

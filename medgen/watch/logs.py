@@ -14,6 +14,7 @@ from medgen import plan as planning
 from medgen import redact
 from medgen.errors import Exit, InputError
 from medgen.launch.backend import CONTROL, TAIL_BYTES, guilty_log, last_lines, next_attempt
+from medgen.launch.life import may_live
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.slurm import SlurmError
 from medgen.launch.supervisor import living_supervisor
@@ -25,7 +26,6 @@ LINES = 50
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between two looks at events and the supervisor
 QUEUE_SECONDS = 30.0  # between two looks at Slurm's queue
-ALIVE_SECONDS = 60.0  # a heartbeat is written every few seconds
 SHOWN_TASKS = 20
 FAILED = ("failed", "refused")
 BLOCK_BYTES = 64 * 1024
@@ -331,7 +331,7 @@ class _Watcher:
 
     def _beats(self, key: Key) -> bool:
         beat = self.run.read_heartbeat(*key)
-        return beat is not None and time.time() - beat.time <= ALIVE_SECONDS
+        return may_live(beat, time.time())
 
     def _ask_slurm(self) -> None:
         if time.monotonic() < self.next_queue:

@@ -14,15 +14,15 @@ STEP_SLACK_SECONDS = 10  # two beats: a step may end just after a rank was last 
 
 def silent(ranks: Sequence[RankBeat], now: float, limit_seconds: float) -> list[RankBeat]:
     """Those not heard of for so long. Ranks step together: a step that another has made since proves that all live."""
-    last_step = max((beat.advanced for beat in ranks), default=0.0)
-    return [beat for beat in ranks if now - beat.time > limit_seconds and beat.doing not in LEAVING and last_step <= beat.time + STEP_SLACK_SECONDS]
+    last_step = max((beat.last_advance for beat in ranks), default=0.0)
+    return [beat for beat in ranks if now - beat.heard > limit_seconds and beat.doing not in LEAVING and last_step <= beat.heard + STEP_SLACK_SECONDS]
 
 
 def silence_in_words(quiet: Sequence[RankBeat], ranks: Sequence[RankBeat], now: float) -> str:
     """`nothing was heard of rank 3 on n2 for 2m 10s; ...`"""
-    first = min(quiet, key=lambda beat: beat.time)
+    first = min(quiet, key=lambda beat: beat.heard)
     others = "the others live" if len(quiet) < len(ranks) else "nor of any other rank"
-    return f"nothing was heard of {_names(quiet)} for {duration(now - first.time)}; last heard of at step {first.step}, {first.doing}; {others}"
+    return f"nothing was heard of {_names(quiet)} for {duration(now - first.heard)}; last heard of at step {first.step}, {first.doing}; {others}"
 
 
 def guilty_in_words(ranks: Sequence[RankBeat]) -> str | None:
@@ -51,8 +51,8 @@ def to_json(ranks: Sequence[RankBeat], beat: Heartbeat | None, now: float) -> li
     factors = dict(beat.slow) if beat is not None else {}
     return [
         {
-            "rank": item.rank, "host": item.host, "pid": item.pid, "step": item.step, "doing": item.doing, "silent_seconds": round(now - item.time, 1),
-            "still_seconds": round(now - item.advanced, 1), "times_slower": factors.get(item.rank),
+            "rank": item.rank, "host": item.host, "pid": item.pid, "step": item.step, "doing": item.doing, "silent_seconds": round(now - item.heard, 1),
+            "still_seconds": round(now - item.last_advance, 1), "times_slower": factors.get(item.rank),
         }
         for item in ranks
     ]  # fmt: skip

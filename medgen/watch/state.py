@@ -15,6 +15,7 @@ from typing import Any, Literal
 from medgen import plan
 from medgen.launch.backend import guilty_log, tail
 from medgen.launch.history import Attempt, History, close_lost, read_history, seconds_busy
+from medgen.launch.life import is_gone
 from medgen.launch.supervisor import Supervisor, living_supervisor
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import Heartbeat, RankBeat, RunDir
@@ -310,7 +311,8 @@ def _task(reading: _Reading, stage: PlannedStage, shard: int, task_hash: str, st
     beat = reading.outcomes.beat(stage.name, shard)
     if beat is not None and last is not None and beat.attempt < last.attempt:
         beat = None  # of an earlier attempt
-    facts = Facts(reading.outcomes.of(stage.name, shard, task_hash), last, beat, stuck, reading.now, _rank_beats(reading, stage, shard, beat, last))
+    ranks = _rank_beats(reading, stage, shard, beat, last)
+    facts = Facts(reading.outcomes.of(stage.name, shard, task_hash), last, beat, stuck, reading.now, ranks, beat is not None and is_gone(beat))
     if reading.view is None:
         word, cause = on_this_machine(facts, reading.supervisor is not None)
         job: dict[str, Any] = {}
@@ -332,7 +334,7 @@ def _task(reading: _Reading, stage: PlannedStage, shard: int, task_hash: str, st
         unit=beat.unit if beat else "",
         loss=beat.loss if beat else None,
         seconds=last.seconds(reading.now) if last else 0.0,
-        age_seconds=reading.now - beat.time if beat else None,
+        age_seconds=reading.now - beat.heard if beat else None,
         eta_seconds=_task_eta(beat, last, reading.now) if word == "running" else None,
         cause=cause,
         log=log,
@@ -355,7 +357,7 @@ def _task_eta(beat: Heartbeat | None, last: Attempt | None, now: float) -> float
     if beat is None or last is None or beat.step <= last.from_step or beat.time <= last.started:
         return None
     seconds_per_step = (beat.time - last.started) / (beat.step - last.from_step)
-    return max(0.0, (beat.total - beat.step) * seconds_per_step - (now - beat.time))
+    return max(0.0, (beat.total - beat.step) * seconds_per_step - (now - beat.heard))
 
 
 def _stage_eta(tasks: list[TaskState]) -> float | None:

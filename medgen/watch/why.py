@@ -23,6 +23,7 @@ from medgen.errors import Exit
 from medgen.launch.backend import guilty_log, last_lines
 from medgen.launch.causes import STATES, Cause, Evidence, Kind, Records, classify
 from medgen.launch.evidence import gather, rank_causes
+from medgen.launch.life import may_live
 from medgen.launch.queued import QueuedTask, queued_tasks, was_queued
 from medgen.launch.slurm import AccountingRow, SlurmError, element_text
 from medgen.launch.supervisor import Supervisor, living_supervisor
@@ -43,7 +44,6 @@ from medgen.watch.advice import Case, advise, submit_command
 from medgen.watch.reasons import reason_in_words
 
 LAST_LINES = 30
-ALIVE_SECONDS = 60.0  # a heartbeat is written every few seconds
 NUMBER = re.compile(r"\d+")
 GIBIBYTE = 2**30
 # reasons of waiting jobs that no time will mend; keys as Slurm's, without spaces and underscores, in small letters
@@ -258,7 +258,7 @@ def _last_ended(inquiry: Inquiry, task: Task) -> Try | None:
 
 def beats(inquiry: Inquiry, item: Try) -> bool:
     beat = inquiry.run.read_heartbeat(item.stage, item.shard)
-    return beat is not None and beat.attempt >= item.attempt and inquiry.now - beat.time <= ALIVE_SECONDS
+    return beat is not None and beat.attempt >= item.attempt and may_live(beat, inquiry.now)
 
 
 def _not_started(inquiry: Inquiry, stage: PlannedStage, stuck: set[str]) -> tuple[Cause, None] | None:
