@@ -154,14 +154,7 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             step_ended = time.monotonic()
             validated = step_in_phase % validate_steps == 0 or clock.step == phase_end
             if validated and len(training.val_rows):
-                activity.now("validating")
-                values = _validate(training)
-                clock.val = values["val_loss"]
-                if log:
-                    log.record(clock.step, epoch, values)
-                    if not work.stop.is_set:
-                        activity.now("validating")
-                        _preview(training, log)
+                _validate_and_show(training, epoch, log)
 
             due = validated or (loop.checkpoint_steps is not None and clock.step % loop.checkpoint_steps == 0)
             overdue = loop.checkpoint_minutes > 0 and time.monotonic() - last_save > loop.checkpoint_minutes * 60
@@ -275,10 +268,22 @@ def _validate(training: Training) -> dict[str, float]:
     return {f"val_{name}": value for name, value in averages.means(ranks).items()}
 
 
-def _preview(training: Training, log: TrainingLog) -> None:
-    """A few samples into TensorBoard, from the same noise and conditions each time."""
+def _validate_and_show(training: Training, epoch: float, log: TrainingLog | None) -> None:
+    """On all ranks; rank 0 alone draws previews, for which the others wait longer than for a step."""
+    clock, activity = training.clock, training.work.activity
+    activity.now("validating")
+    values = _validate(training)
+    clock.val = values["val_loss"]
+    if log:
+        log.record(clock.step, epoch, values)
+        activity.now("validating")
+    dist.on_main(lambda: _preview(training, log), training.ranks)
+
+
+def _preview(training: Training, log: TrainingLog | None) -> None:
+    """A few samples into TensorBoard, from the same noise and conditions each time; none if the training is to stop."""
     count = min(training.config.loop.preview_images, len(training.val_rows))
-    if count == 0:
+    if log is None or count == 0 or training.work.stop.is_set:
         return
     rows = _evenly(training.val_rows, count)
     condition = {name: load_channel(training.store, name, rows, training.ranks.device) for name in training.config.condition_channels}

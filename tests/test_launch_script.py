@@ -93,7 +93,7 @@ def test_a_rank_that_was_killed_because_of_another_does_not_hide_its_code(tmp_pa
 
 
 def test_stopped_after_saving_is_not_a_bad_exit(tmp_path: Path) -> None:
-    ended = srun(tmp_path, 2, '[ "$SLURM_PROCID" = 1 ] && exit 3; sleep 2; echo saved', "--kill-on-bad-exit=1", "--wait=60")
+    ended = srun(tmp_path, 2, '[ "$SLURM_PROCID" = 1 ] && exit 3; sleep 2; echo saved', "--kill-on-bad-exit=1", "--wait=600")
     assert ended.returncode == 3
     assert (tmp_path / "r0.log").read_text() == "saved\n"
 

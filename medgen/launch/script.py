@@ -247,7 +247,7 @@ def _srun(stage: PlannedStage, run: RunDir, interpreter: str) -> list[str]:
         "trap - ERR",
         "trap : TERM  # wait for srun, whose ranks are saving, and keep its exit code",
         "set +e",
-        f'srun {exported}--kill-on-bad-exit=1 --wait=60 --output="${{logs//%/%%}}/r%t.a$attempt.log" \\',
+        f'srun {exported}--kill-on-bad-exit=1 --wait=600 --output="${{logs//%/%%}}/r%t.a$attempt.log" \\',
         *work,
         "rc=$?",
     ]
