@@ -333,4 +333,4 @@ def test_every_rank_tells_what_it_does_and_a_slow_one_is_found(tmp_path: Path, m
     beat = run.read_rank_beat("train", 0, 1)
     assert beat is not None and beat.doing == "ended"
     first = run.read_heartbeat("train", 0)
-    assert first is not None and first.slow == [], "it has recovered"
+    assert first is not None and 1 not in [rank for rank, _ in first.slow], "it has recovered"
