@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 pytest_plugins = ["faults.plugin"]
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: what tests start would not hear Ctrl-C either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_NET: dict[str, Any] = {
     "model": "diffusion", "epochs": 1, "batch_size": 8, "channels": [8, 16], "attention": [False, True], "head_channels": 8,
