@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY_NET
 
-from medgen import checkpoint, files
+from medgen import checkpoint, commits, files
 from medgen.errors import InputError, MedgenError
 
 said: list[str] = []
@@ -36,7 +36,7 @@ def test_round_trip_with_plain_tensors(tmp_path: Path) -> None:
     assert torch.equal(found.tensors("modules.network")["weight"], weights["weight"])
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "uncommit", "garble commit"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "uncommit", "garble commit", "lead outside"])
 @pytest.mark.fault("F35")
 def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, record_property: Callable[[str, object], None]) -> None:
     save(tmp_path, 1)
@@ -52,11 +52,14 @@ def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, recor
         weights.unlink()
     elif damage == "uncommit":
         (bad / "commit.json").unlink()
-    else:
+    elif damage == "garble commit":
         (bad / "commit.json").write_text("{")
+    else:
+        found = commits.read(bad)
+        commits.write(bad, 2, {**found.files, "../step-000001/modules.network.pt": found.files["modules.network.pt"]}, {})
     messages: list[str] = []
-    found = checkpoint.newest(tmp_path, messages.append)
-    assert found is not None and found.step == 1
+    newest = checkpoint.newest(tmp_path, messages.append)
+    assert newest is not None and newest.step == 1
     record_property("fired", str(messages))
     assert len(messages) == 1 and "step-000002" in messages[0]
 
@@ -66,6 +69,12 @@ def test_no_good_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> Non
     (save(tmp_path, 1).folder / "modules.network.pt").write_bytes(b"")
     with pytest.raises(MedgenError, match="none of them verifies; to start from zero: mv "):
         checkpoint.newest(tmp_path, said.append)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "ckpt").symlink_to("ckpt")
+    with pytest.raises(OSError, match="Too many levels"):
+        checkpoint.newest(tmp_path / "ckpt", said.append)
 
 
 def test_selectors(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from conftest import tiny_spec
 from test_damage import flip_last_byte
 from test_pipeline import Medgen, only_run, tree
 
-from medgen import files
+from medgen import checkpoint, files
 
 SPEC = "fscked.yaml"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
@@ -186,16 +186,29 @@ def test_a_damaged_checkpoint_that_nothing_uses_is_safe_only_beside_whole_ones(r
     assert examine(medgen, run, expect=1)["safe"] == []
 
 
+def add_checkpoint(run: Path, step: int) -> Path:
+    """A copy of the newest that says it is of another step, and has no metric."""
+    extra: Path = shutil.copytree(steps(run)[-1], steps(run)[-1].with_name(f"step-{step:06d}"))
+    commit = json.loads((extra / "commit.json").read_text())
+    (extra / "commit.json").write_text(json.dumps(files.with_own_hash({**commit, "step": step, "metrics": {}})))
+    return extra
+
+
 def test_more_checkpoints_than_the_policy_keeps(run: Path, medgen: Medgen) -> None:
     """One that is older than all, whole, and not the best: what `prune` would have deleted. The spare stays."""
-    newest = steps(run)[-1]
-    extra = shutil.copytree(newest, newest.with_name("step-000001"))
-    commit = json.loads((extra / "commit.json").read_text())
-    (extra / "commit.json").write_text(json.dumps(files.with_own_hash({**commit, "step": 1, "metrics": {}})))
+    extra = add_checkpoint(run, 1)
     (item,) = examine(medgen, run, expect=0)["safe"]
     assert item["path"] == "train_seg/ckpt/step-000001" and "nothing selects it" in item["why"]
     medgen("fsck", run, "--clean")
     assert extra not in steps(run) and len(steps(run)) == 2
+
+
+def test_one_too_many_is_what_the_training_would_delete(run: Path, medgen: Medgen) -> None:
+    """It counts its newest by their commits: one whose weights are damaged takes the place of an older one."""
+    older = steps(run)[0]
+    flip_last_byte(add_checkpoint(run, 9) / "modules.ema.pt")
+    found = [item["path"] for item in examine(medgen, run, expect=1)["safe"] if "nothing selects it" in item["why"]]
+    assert [run / path for path in found] == checkpoint.prune(older.parent, keep=2) == [older]
 
 
 def test_on_slurm_it_says_what_a_submit_cannot_see(run: Path, medgen: Medgen) -> None:

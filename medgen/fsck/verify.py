@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from medgen import document, planning, rundir, spec
+from medgen import commits, document, planning, rundir, spec
 from medgen.errors import MedgenError
 from medgen.fsck import checkpoints
 from medgen.fsck.at_work import AtWork
@@ -64,11 +64,8 @@ def listed_bytes(run: RunDir, plan: Plan | None) -> int:
     for stage in plan.stages if plan is not None else []:
         outcomes = [run.read_outcome(task.stage, task.shard) for task in stage.tasks]
         named = {item.path: item.size_bytes for outcome in outcomes if outcome is not None and stage.kind != "collect" for item in outcome.files}
-        for folder in run.checkpoints(stage.name).glob("step-*") if stage.kind == "train" else ():
-            try:
-                named |= {str((folder / name).relative_to(run.root)): size_bytes for name, (size_bytes, _) in checkpoints.listed(folder).items()}
-            except (OSError, ValueError):
-                continue
+        for commit in commits.committed(run.checkpoints(stage.name)) if stage.kind == "train" else ():
+            named |= {str((commit.folder / name).relative_to(run.root)): facts["size_bytes"] for name, facts in commit.files.items()}
         total += sum(named.values())
     return total
 
@@ -303,15 +300,15 @@ def _training(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, w
 
 def _checkpoint_problem(item: Saved, good: list[Saved], found: list[Saved], state: _TaskState, root: Path) -> Problem:
     what = f"{item.folder.relative_to(root)}: {item.problem}"
-    aside = shlex.join(["mv", str(item.folder), str(item.folder.with_name(f"bad-{item.folder.name}"))])
+    aside = shlex.join(["mv", str(item.folder), str(commits.set_aside(item.folder))])
     if item.command is not None:
         return Problem(what, STOPS, item.command)
     if state.state == "whole":
         return Problem(what, "it is left alone: the training is done and nothing uses this checkpoint")
-    lost = [selector for selector, chosen in checkpoints.best(found).items() if chosen is item]
+    lost = [f"best-{metric}" for metric, chosen in commits.best(checkpoints.readable_commits(found)).items() if chosen is item.commit]
     newest = good[0] if good else None
     if newest is not None and item.step > newest.step:
-        return Problem(what, f"training goes on from step {newest.step} and makes it again; the damaged one is kept as bad-{item.folder.name}")
+        return Problem(what, f"training goes on from step {newest.step} and makes it again; the damaged one is kept as {commits.set_aside(item.folder).name}")
     if lost:
         return Problem(what, f"training stops at its end: {', '.join(lost)} was this one, and cannot be made again. "
                              "After the command below the best of the others takes its place", aside)  # fmt: skip
@@ -329,4 +326,4 @@ def _training_problem(run: RunDir, plan: Plan, stage: PlannedStage, state: _Task
 def _nothing_left(folder: Path, bad: list[Saved]) -> Problem:
     listing = "; ".join(f"{item.folder.name}: {item.problem}" for item in bad)
     return Problem(f"none of {len(bad)} checkpoints verifies ({listing})", "training refuses to start: it never begins again from zero unasked. The command below allows it",
-                   shlex.join(["mv", str(folder), str(folder.with_name(f"bad-{folder.name}"))]))  # fmt: skip
+                   shlex.join(["mv", str(folder), str(commits.set_aside(folder))]))  # fmt: skip
