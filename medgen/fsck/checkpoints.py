@@ -40,7 +40,7 @@ def _look(folder: Path, step: int, hasher: Hasher) -> Saved | None:
     except FileNotFoundError:
         return Saved(folder, step, commits.UNCOMMITTED, None) if folder.exists() else None
     except OSError as error:
-        return Saved(folder, step, f"{commits.COMMIT} cannot be read: {error.strerror or error}", None, unreadable(folder / commits.COMMIT, error))
+        return Saved(folder, step, f"{commits.COMMIT} cannot be read: {error.strerror or error}", None, unreadable(folder / commits.COMMIT, folder, error))
     except ValueError:
         return Saved(folder, step, commits.UNREADABLE, None)
     for name, facts in commit.files.items():

@@ -96,7 +96,7 @@ def _of_training(run: RunDir, stage: PlannedStage, part: Part, hasher: Hasher) -
         return {}
     found = dict.fromkeys(folder.glob(commits.SET_ASIDE), "a damaged checkpoint that was set aside; the training is done and verifies")
     found |= dict.fromkeys(folder.parent.glob(commits.set_aside(folder).name), "damaged checkpoints that were set aside; the training is done and verifies")
-    found |= {item.folder: "a damaged checkpoint that nothing uses; the training is done and verifies" for item in saved if item.problem is not None}
+    found |= {item.folder: "a damaged checkpoint that nothing uses; the training is done and verifies" for item in saved if item.problem is not None and item.command is None}
     outcome = run.read_outcome(stage.name, 0)
     used = {run.root / Path(item.path).parent for item in outcome.files} if outcome is not None else set()
     beyond = commits.beyond_policy(checkpoints.readable_commits(saved), stage.settings["config"]["loop"]["keep"])
