@@ -26,7 +26,7 @@ WORKER = """
 import json, os, resource, sys, time
 from pathlib import Path
 import torch
-from medgen import checkpoint, dist, files
+from medgen import checkpoint, commits, dist, files
 what, folder, columns, *rows = sys.argv[1], Path(sys.argv[2]), *(int(word) for word in sys.argv[3:])
 
 def whole_tensors():
@@ -74,8 +74,8 @@ with dist.joined_ranks(threads=1) as ranks:
     elif what == "verify":
         assert checkpoint.problem_with(folder / "step-000001") is None
     else:
-        commit = files.read_json(folder / "step-000001" / "commit.json")
-        loaded = checkpoint.Checkpoint(folder / "step-000001", 1, commit).tensors("network", like=value)
+        saved = commits.read(folder / "step-000001")
+        loaded = checkpoint.Checkpoint(**vars(saved)).tensors("network", like=value)
     seconds = time.perf_counter() - started
     if what == "load":
         locals_ = [tensor.to_local() if value else tensor for tensor in loaded.values()]

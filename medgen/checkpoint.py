@@ -1,13 +1,12 @@
 """Checkpoints: one folder per step, commit.json with the hashes written last, the newest that verifies is used.
 
 train.py saves and resumes; generate.py selects. Files hold plain tensors and load with weights_only=True; what is
-sharded over ranks is written by all of them, see sharded.py."""
+sharded over ranks is written by all of them, see sharded.py; the form of commit.json is that of commits.py."""
 
 from __future__ import annotations
 
 import contextlib
 import pickle
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,38 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from medgen import dist, fault, files, room
+from medgen import commits, dist, fault, files, room
+from medgen.commits import STATE, Commit
 from medgen.dist import ALONE, Ranks
 from medgen.errors import InputError, MedgenError
 
-FORMAT_VERSION = 2
-STEP_FOLDER = re.compile(r"step-(\d{6,})")
 SPACE_RESERVE_BYTES = 16 * 2**20  # what must stay free beside the checkpoint itself
-STATE = "state.json"
 FINITE_BLOCK = 2**24  # values looked at together
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint. `metrics`: name -> {"value": float, "better": "lower" | "higher"}."""
-
-    folder: Path
-    step: int
-    commit: dict[str, Any]
-
-    @property
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        metrics: dict[str, dict[str, Any]] = self.commit["metrics"]
-        return metrics
-
-    @property
-    def sha256(self) -> str:
-        """One hash over all weights and optimizer states; what was logged on the way is not part of it."""
-        return files.sha256_json({name: facts["sha256"] for name, facts in self.commit["files"].items() if name != STATE})
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(facts["size_bytes"] for facts in self.commit["files"].values())
+class Checkpoint(Commit):
+    """A committed checkpoint, and what its files hold."""
 
     def tensors(self, name: str, like: Any = None) -> Any:
         """The object saved under `name`: whole tensors on the CPU, whoever wrote them, except where `like` has a sharded
@@ -81,23 +60,23 @@ def save(
 
     Rank 0 writes plain tensors, every rank its part of sharded ones. Raises on all ranks alike, InputError if the disk is full
     and MedgenError if a weight is not finite; what was there before stays untouched, and nothing half-written stays."""
-    target = folder / f"step-{step:06d}"
-    commit: dict[str, Any] = {"version": FORMAT_VERSION, "step": step, "metrics": metrics, "files": {}}
+    target = folder / commits.folder_name(step)
+    written: dict[str, dict[str, Any]] = {}
     dist.agree(_not_finite(objects, step, ranks), ranks)
     dist.on_main(lambda: _prepare(target, objects), ranks)
     problem: Exception | None = None
     try:
         with contextlib.ExitStack() as of_main:
             temporary = dist.on_main(lambda: of_main.enter_context(files.folder_in_one_move(target)), ranks)
-            commit["files"] |= _write(temporary, objects, state, ranks)
+            written |= _write(temporary, objects, state, ranks)
             if ranks.is_main:
                 if fault.ARMED:
                     fault.at("ckpt.commit")
-                files.write_json(temporary / "commit.json", files.with_own_hash(commit))
+                commits.write(temporary, step, written, metrics)
     except Exception as error:
         problem = _explained(error, target)
     dist.agree(problem, ranks)
-    return Checkpoint(target, step, commit)
+    return Checkpoint(target, step, written, metrics)
 
 
 def _explained(error: Exception, target: Path) -> Exception:
@@ -201,7 +180,7 @@ def _prepare(target: Path, objects: dict[str, Any]) -> None:
     needed_bytes = sum(_size_bytes(value) for value in objects.values()) + SPACE_RESERVE_BYTES
     needed_files = 2 * len(objects) + 4  # without the parts of other ranks: few, too
     if _short_of(folder, needed_bytes, needed_files) is not None:
-        for path in folder.glob("bad-step-*"):  # set aside for a look; the training that goes on is worth more
+        for path in folder.glob(commits.SET_ASIDE):  # set aside for a look; the training that goes on is worth more
             shutil.rmtree(path, ignore_errors=True)
     short = _short_of(folder, needed_bytes, needed_files)
     if short is not None:
@@ -228,12 +207,12 @@ def layout_of(optimizer: Optimizer) -> dict[str, dict[int, nn.Parameter]]:
 def problem_with(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, in words; None if every file matches its commit."""
     try:
-        commit = _read_commit(folder)
+        commit = commits.read(folder)
     except FileNotFoundError:
-        return "it was never committed (no commit.json)"
+        return commits.UNCOMMITTED
     except (OSError, ValueError):
-        return "commit.json is not readable"
-    for name, facts in commit["files"].items():
+        return commits.UNREADABLE
+    for name, facts in commit.files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -244,74 +223,35 @@ def problem_with(folder: Path) -> str | None:
     return None
 
 
-def _read_commit(folder: Path) -> dict[str, Any]:
-    """commit.json in the form that `save` writes. Raises ValueError if it has any other, OSError if it cannot be read."""
-    try:
-        commit: dict[str, Any] = files.read_json(folder / "commit.json")
-        well_formed = (
-            commit["version"] == FORMAT_VERSION
-            and files.own_hash_holds(commit)
-            and folder.name == f"step-{commit['step']:06d}"
-            and STATE in commit["files"]
-            and all(isinstance(facts["size_bytes"], int) and isinstance(facts["sha256"], str) for facts in commit["files"].values())
-            and all(isinstance(facts["value"], int | float) and facts["better"] in ("lower", "higher") for facts in commit["metrics"].values())
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: not a commit: {error}") from None
-    if not well_formed:
-        raise ValueError(f"{folder}: not a commit of this checkpoint")
-    return commit
-
-
-def _step_folders(folder: Path) -> list[tuple[int, Path]]:
-    found = [(match, path) for path in folder.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
-    return sorted(((int(match.group(1)), path) for match, path in found), reverse=True)
-
-
-def _committed(folder: Path) -> list[Checkpoint]:
-    """Checkpoints with a readable commit, newest first; contents not verified."""
-    checkpoints = []
-    for step, path in _step_folders(folder):
-        try:
-            checkpoints.append(Checkpoint(path, step, _read_commit(path)))
-        except (OSError, ValueError):
-            continue
-    return checkpoints
+def _open(folder: Path) -> Checkpoint:
+    """One that `problem_with` has nothing to say against."""
+    return Checkpoint(**vars(commits.read(folder)))
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies; bad ones are reported and skipped. None if there never was one.
 
     Raises MedgenError if checkpoints exist but none verifies: training never silently starts over."""
-    found = _step_folders(folder)
+    found = commits.step_folders(folder)
     for step, path in found:
         if fault.ARMED:
             fault.at("ckpt.load", step=step)
         problem = problem_with(path)
         if problem is None:
-            return Checkpoint(path, step, _read_commit(path))
+            return _open(path)
         say(f"skipping checkpoint {path}: {problem}")
     if found:
-        raise MedgenError(f"{folder}: {len(found)} checkpoints, none of them verifies; to start from zero: mv {folder} {folder.with_name(f'bad-{folder.name}')}")
+        raise MedgenError(f"{folder}: {len(found)} checkpoints, none of them verifies; to start from zero: mv {folder} {commits.set_aside(folder)}")
     return None
 
 
 def set_aside_newer(folder: Path, good: Checkpoint) -> None:
     """Rename what `newest` skipped to bad-step-..., so that it neither counts as kept nor as progress; clear half-written ones."""
     files.sweep_temporaries(folder, "step-*")
-    for step, path in _step_folders(folder):
+    for step, path in commits.step_folders(folder):
         if step > good.step:
-            target = folder / f"bad-{path.name}"
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
-
-
-def _best(checkpoints: list[Checkpoint], metric: str) -> Checkpoint | None:
-    scored = [item for item in checkpoints if metric in item.metrics]
-    if not scored:
-        return None
-    sign = -1 if scored[0].metrics[metric]["better"] == "higher" else 1
-    return min(scored, key=lambda item: (sign * item.metrics[metric]["value"], item.step))
+            shutil.rmtree(commits.set_aside(path), ignore_errors=True)
+            path.rename(commits.set_aside(path))
 
 
 def select(folder: Path, selector: str, say: Callable[[str], None]) -> Checkpoint:
@@ -322,30 +262,26 @@ def select(folder: Path, selector: str, say: Callable[[str], None]) -> Checkpoin
             raise MedgenError(f"{folder}: no checkpoint yet; train first")
         return chosen
     metric = selector.removeprefix("best-")
-    checkpoints = _committed(folder)
-    chosen = _best(checkpoints, metric)
-    if chosen is None:
-        known = sorted({f"best-{name}" for item in checkpoints for name in item.metrics})
+    best = commits.best(commits.committed(folder))
+    if metric not in best:
+        known = [f"best-{name}" for name in best]
         raise InputError(f"checkpoint: {selector}: no checkpoint has this metric; use one of: {', '.join(['last', *known])}")
-    problem = problem_with(chosen.folder)
+    path = best[metric].folder
+    problem = problem_with(path)
     if problem is not None:
-        raise MedgenError(f"{chosen.folder}: the {selector} checkpoint cannot be used: {problem}; choose another with checkpoint: last")
-    return chosen
+        raise MedgenError(f"{path}: the {selector} checkpoint cannot be used: {problem}; choose another with checkpoint: last")
+    return _open(path)
 
 
 def selectable(folder: Path, say: Callable[[str], None]) -> dict[str, Checkpoint]:
     """What every selector stands for now: `last`, and `best-<metric>` for every metric there is."""
-    metrics = sorted({name for item in _committed(folder) for name in item.metrics})
+    metrics = commits.best(commits.committed(folder))
     return {selector: select(folder, selector, say) for selector in ["last", *(f"best-{name}" for name in metrics)]}
 
 
 def prune(folder: Path, keep: int) -> list[Path]:
     """Delete all but the `keep` newest and the best of every metric; returns what was deleted."""
-    checkpoints = _committed(folder)
-    metrics = {name for item in checkpoints for name in item.metrics}
-    protected = {item.folder for item in checkpoints[:keep]}
-    protected |= {best.folder for name in metrics if (best := _best(checkpoints, name)) is not None}
-    doomed = [item.folder for item in checkpoints if item.folder not in protected]
+    doomed = [item.folder for item in commits.beyond_policy(commits.committed(folder), keep)]
     for path in doomed:
         shutil.rmtree(path, ignore_errors=True)
     return doomed

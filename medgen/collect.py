@@ -12,13 +12,11 @@ from typing import Any
 import pandas as pd
 
 from medgen import files
+from medgen.collected import INDEX, MANIFEST
 from medgen.errors import MedgenError
 from medgen.generate import read_manifest, set_aside, shard_problem
 from medgen.plan import PlannedStage
 from medgen.task import Done, Work
-
-INDEX = "index.csv"
-DATASET_MANIFEST = "manifest.json"
 
 
 def collect(work: Work) -> Done:
@@ -41,7 +39,7 @@ def collect(work: Work) -> Done:
         for task, manifest in zip(source.tasks, manifests, strict=True):
             _link_images(work.run.shard(source.name, task.shard), folder, manifest)
         table.to_csv(folder / INDEX, index=False, lineterminator="\n")
-        files.write_json(folder / DATASET_MANIFEST, _dataset_manifest(work, source, table, manifests, files.sha256_file(folder / INDEX)))
+        files.write_json(folder / MANIFEST, _dataset_manifest(work, source, table, manifests, files.sha256_file(folder / INDEX)))
     work.say(f"{work.stage.name}: {len(table)} images in {target}")
     return _done(target, table, manifests)
 
@@ -110,7 +108,7 @@ def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, man
 
 def _dataset_problem(dataset: Path, table: pd.DataFrame) -> str | None:
     """Why a published dataset is not what the shards say; None if every file verifies."""
-    if not (dataset / INDEX).is_file() or not (dataset / DATASET_MANIFEST).is_file():
+    if not (dataset / INDEX).is_file() or not (dataset / MANIFEST).is_file():
         return f"{dataset}: index.csv or manifest.json is missing"
     expected = table.to_csv(index=False, lineterminator="\n")
     if (dataset / INDEX).read_text() != expected:
@@ -125,4 +123,4 @@ def _dataset_problem(dataset: Path, table: pd.DataFrame) -> str | None:
 def _done(dataset: Path, table: pd.DataFrame, manifests: list[dict[str, Any]]) -> Done:
     columns = [name for name in table.columns if f"{name}_sha256" in table.columns]
     images = [dataset / path for column in columns for path in table[column]]
-    return Done([dataset / INDEX, dataset / DATASET_MANIFEST, *images], {"images": len(table), **_counts(manifests)})
+    return Done([dataset / INDEX, dataset / MANIFEST, *images], {"images": len(table), **_counts(manifests)})

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medgen import checkpoint, dist, fault, files, rng, spec
+from medgen import checkpoint, collected, dist, fault, files, rng, spec
 from medgen import plan as planning
 from medgen.checkpoint import Checkpoint
 from medgen.data.image_files import read_slice, write_slice
@@ -156,27 +156,10 @@ def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, n
     if settings.condition in SPLITS:
         rows = store.select(settings.condition, data.positive_only)
         return {index: _real_condition(store, names, int(rows[_spread(index, settings.count, len(rows))])) for index in indices}
-    try:
-        return _collected_conditions(work.run.dataset(settings.condition), indices)
-    except MedgenError as error:  # it counts as not done: the next submit collects it anew, also where that compares sizes only
-        name = planning.collect_name(settings.condition)
-        work.run.outcome_file(name, 0).unlink(missing_ok=True)
-        work.run.event("dataset_damaged", stage=name, cause=str(error))
-        raise
-
-
-def _collected_conditions(dataset: Path, indices: range) -> dict[int, Condition]:
-    """Row i of the index is mask i: collect wrote them in order. Raises MedgenError if anything is not what it published."""
-    index = dataset / "index.csv"
-    try:
-        promised = files.read_json(dataset / "manifest.json")["index_sha256"]
-        table = pd.read_csv(index, dtype=str, keep_default_na=False)
-        whole = files.sha256_file(index) == promised
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise MedgenError(f"{index}: is missing or not what was collected; submit the spec again, it is collected anew")
-    return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
+    with collected.made_again_if_damaged(work.run, settings.condition):
+        dataset = work.run.dataset(settings.condition)
+        table, _ = collected.read(dataset)
+        return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
 
 
 def _real_condition(store: SliceStore, names: tuple[str, ...], row: int) -> Condition:
@@ -190,10 +173,7 @@ def _spread(index: int, count: int, available: int) -> int:
 
 
 def _collected_mask(dataset: Path, row: pd.Series) -> Condition:
-    path = dataset / row["seg"]
-    if not path.is_file() or files.sha256_file(path) != row["seg_sha256"]:
-        raise MedgenError(f"{path}: is missing or does not match the sha256 in index.csv; submit the spec again, it is collected anew")
-    found = read_slice(path)
+    found = read_slice(collected.verified_file(dataset, row, "seg"))
     spacing = [float(row["spacing_y_mm"]), float(row["spacing_x_mm"]), float(row["thickness_mm"])]
     affine = found.affine if found.affine is not None else np.diag([*spacing, 1.0])
     return Condition(row["id"], "synthetic", {"seg": (found.array > 0.5).astype(np.float32)}, affine)

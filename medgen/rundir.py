@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medgen import files, names, redact
+from medgen import commits, files, names, redact
 from medgen.errors import InputError
 
 RUNS_VARIABLE = "MEDGEN_RUNS"
@@ -201,8 +201,8 @@ class RunDir:
 
     def saved_step(self, stage: str) -> int:
         """The newest step with a committed checkpoint, where a training goes on; 0 if there is none. Contents are not verified here."""
-        steps = [path.parent.name.partition("-")[2] for path in self.checkpoints(stage).glob("step-*/commit.json")]
-        return max((int(step) for step in steps if step.isdecimal()), default=0)
+        newest = commits.newest(self.checkpoints(stage))
+        return newest[0] if newest is not None else 0
 
     def tensorboard(self, stage: str) -> Path:
         return self.root / stage / "tb"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgen import checkpoint, dist, fault, models, rng, spec
+from medgen import checkpoint, commits, dist, fault, models, rng, spec
 from medgen.activity import Stragglers
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
@@ -416,5 +416,5 @@ def _finish(training: Training) -> Done:
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
     }
     folders = {found.folder: found for found in chosen.values()}
-    produced = [folder / name for folder, found in folders.items() for name in (*found.commit["files"], "commit.json")]
+    produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]
     return Done([*produced, run.training_log(stage)] if training.ranks.is_main else [], facts)

@@ -92,7 +92,7 @@ def write_dataset(run: RunDir, stage: str, images: dict[str, np.ndarray], condit
         records.append(record | {"seed": SEED, "checkpoint_sha256": "c0ffee" * 10, "tries": 1})
     pd.DataFrame(records).to_csv(folder / "index.csv", index=False)
     marker = run.root / "fingerprint"  # left by full_run: of the data the set was made from
-    files.write_json(folder / "manifest.json", {"data_fingerprint": marker.read_text() if marker.exists() else ""})
+    files.write_json(folder / "manifest.json", {"data_fingerprint": marker.read_text() if marker.exists() else "", "index_sha256": files.sha256_file(folder / "index.csv")})
 
 
 def blurred(images: np.ndarray, sigma_pixels: float = 0.7) -> np.ndarray:

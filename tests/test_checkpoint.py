@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY_NET
 
-from medgen import checkpoint, files
+from medgen import checkpoint, commits, files
 from medgen.errors import InputError, MedgenError
 
 said: list[str] = []
@@ -36,7 +36,7 @@ def test_round_trip_with_plain_tensors(tmp_path: Path) -> None:
     assert torch.equal(found.tensors("modules.network")["weight"], weights["weight"])
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "uncommit", "garble commit"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "uncommit", "garble commit", "lead outside"])
 @pytest.mark.fault("F35")
 def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, record_property: Callable[[str, object], None]) -> None:
     save(tmp_path, 1)
@@ -52,11 +52,14 @@ def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, recor
         weights.unlink()
     elif damage == "uncommit":
         (bad / "commit.json").unlink()
-    else:
+    elif damage == "garble commit":
         (bad / "commit.json").write_text("{")
+    else:
+        found = commits.read(bad)
+        commits.write(bad, 2, {**found.files, "../step-000001/modules.network.pt": found.files["modules.network.pt"]}, {})
     messages: list[str] = []
-    found = checkpoint.newest(tmp_path, messages.append)
-    assert found is not None and found.step == 1
+    newest = checkpoint.newest(tmp_path, messages.append)
+    assert newest is not None and newest.step == 1
     record_property("fired", str(messages))
     assert len(messages) == 1 and "step-000002" in messages[0]
 
@@ -66,6 +69,12 @@ def test_no_good_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> Non
     (save(tmp_path, 1).folder / "modules.network.pt").write_bytes(b"")
     with pytest.raises(MedgenError, match="none of them verifies; to start from zero: mv "):
         checkpoint.newest(tmp_path, said.append)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "ckpt").symlink_to("ckpt")
+    with pytest.raises(OSError, match="Too many levels"):
+        checkpoint.newest(tmp_path / "ckpt", said.append)
 
 
 def test_selectors(tmp_path: Path) -> None:
@@ -123,6 +132,15 @@ def test_a_save_killed_at_any_moment_leaves_the_last_one(tmp_path: Path, record_
         assert torch.equal(found.tensors("modules.network")["weight"], torch.full((200_000,), float(found.step)))
 
 
+def on_a_small_disk(private_mounts: list[str], options: str, code: str, *arguments: object) -> str:
+    """What `code` prints, with the first of `arguments` a fresh disk; `options`: of tmpfs."""
+    command = f'mount -t tmpfs -o {options} none "$2" && "$0" -c "$@"'
+    words = [*private_mounts, "sh", "-c", command, sys.executable, code, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.fault("F33")
 def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: list[str], record_property: Callable[[str, object], None]) -> None:
     code = ("import sys, torch; from pathlib import Path; from medgen import checkpoint\n"
@@ -136,12 +154,9 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, private_mounts: l
             "    print(error)\n"
             "print(checkpoint.newest(folder, print).step, sorted(path.name for path in folder.iterdir()))\n")
     for reserve in (0, -10_000_000):  # told before writing; and, where the estimate was wrong, while writing
-        command = 'mount -t tmpfs -o size=3m none "$2" && "$0" -c "$1" "$2" "$3"'
-        arguments = [*private_mounts, "sh", "-c", command, sys.executable, code, str(tmp_path), str(reserve)]
-        done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        assert (done.stdout.splitlines() or [""])[-1] == "1 ['step-000001']", done.stdout + done.stderr
-        record_property("fired", done.stdout.splitlines()[0])
-        assert "what was saved before is intact" in done.stdout
+        told, *_, left = on_a_small_disk(private_mounts, "size=3m", code, tmp_path, reserve).splitlines()
+        record_property("fired", told)
+        assert "what was saved before is intact" in told and left == "1 ['step-000001']"
 
 
 class Recorder(io.BytesIO):
@@ -191,9 +206,7 @@ def test_a_half_written_one_and_what_was_set_aside_make_room(tmp_path: Path, pri
             "    (folder / name / 'part').write_bytes(bytes(1_400_000))\n"
             "checkpoint.save(folder, 3, {'network': {'weight': torch.ones(500_000)}}, {}, {})\n"
             "print(sorted(path.name for path in folder.iterdir()))\n")
-    command = 'mount -t tmpfs -o size=3m none "$2" && "$0" -c "$1" "$2"'
-    done = subprocess.run([*private_mounts, "sh", "-c", command, sys.executable, code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.stdout == "['step-000003']\n", done.stdout + done.stderr
+    assert on_a_small_disk(private_mounts, "size=3m", code, tmp_path) == "['step-000003']\n"
 
 
 def test_files_count_as_bytes_do(tmp_path: Path, private_mounts: list[str]) -> None:
@@ -203,9 +216,8 @@ def test_files_count_as_bytes_do(tmp_path: Path, private_mounts: list[str]) -> N
             "except checkpoint.InputError as error:\n"
             "    print(error)\n"
             "print([path.name for path in Path(sys.argv[1]).iterdir()])\n")
-    command = 'mount -t tmpfs -o size=100m,nr_inodes=5 none "$2" && "$0" -c "$1" "$2"'
-    done = subprocess.run([*private_mounts, "sh", "-c", command, sys.executable, code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert "the disk is full: a checkpoint needs 6 files, " in done.stdout and done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    told, left = on_a_small_disk(private_mounts, "size=100m,nr_inodes=5", code, tmp_path).splitlines()
+    assert "the disk is full: a checkpoint needs 6 files, " in told and left == "[]"
 
 
 def test_fewer_than_two_kept_is_refused(medgen: Callable[..., subprocess.CompletedProcess[str]], training: Path) -> None:

@@ -80,8 +80,8 @@ def test_every_rank_writes_its_part_and_the_commit_names_all_files(straight: Pat
     found = checkpoint.newest(straight / "ckpt", said.append)
     assert found is not None and found.step == 5
     parts = [f"{name}.dcp/{file}" for name in ("modules.network", "optimizers.network") for file in ("index.json", "rank-00000.bin", "rank-00001.bin")]
-    assert sorted(found.commit["files"]) == sorted([*parts, "modules.network.pt", "optimizers.network.pt", "state.json"])
-    assert {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()} == {*found.commit["files"], "commit.json"}
+    assert sorted(found.files) == sorted([*parts, "modules.network.pt", "optimizers.network.pt", "state.json"])
+    assert {str(path.relative_to(found.folder)) for path in found.folder.rglob("*") if path.is_file()} == {*found.files, "commit.json"}
     assert names(straight / "ckpt") == [f"step-{step:06d}" for step in range(1, 6)], "and no temporary"
 
 

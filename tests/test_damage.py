@@ -62,6 +62,25 @@ def test_altered_images_are_noticed_at_the_next_submit(masks_run: tuple[Path, Pa
     assert tree(run / "masks" / "dataset") == expected
 
 
+def test_what_was_altered_after_it_was_collected_is_not_scored(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
+    """And the next submit makes it again, also on Slurm, where it compares sizes only: the outcome is gone."""
+    stages = tiny_spec()["stages"]
+    scored = {"evaluate": {"kind": "evaluate", "of": "masks", "metrics": ["swd"]}}
+    spec = write_spec({**tiny_spec(), "stages": {"train_seg": stages["train_seg"], "masks": stages["masks"], **scored}})
+    medgen("submit", spec, "--local")
+    run = only_run(tmp_path)
+    dataset, metrics = run / "masks" / "dataset", run / "evaluate" / "metrics.json"
+    expected = tree(dataset), metrics.read_bytes()
+    for path in (dataset / "images" / "000003" / "seg.nii.gz", dataset / "index.csv"):
+        flip_last_byte(path)
+        refused = medgen("evaluate", run, "--again", expect=1).stderr
+        assert str(path) in refused
+        assert "since it was collected (sha256); submit the spec again, it is collected anew" in refused
+        assert not (run / "outcome" / "collect_masks.0.json").exists()
+        medgen("submit", spec, "--local")
+        assert (tree(dataset), metrics.read_bytes()) == expected
+
+
 def test_a_report_made_too_early_is_made_again(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
     stages = tiny_spec()["stages"]
     spec = write_spec({**tiny_spec(), "stages": {name: stages[name] for name in ("train_seg", "report")}})

@@ -140,7 +140,7 @@ def test_a_changed_image_is_named_and_not_scored(run: RunDir, cache: Path) -> No
 
 def test_a_missing_image_is_named(run: RunDir, cache: Path) -> None:
     (run.dataset("images") / "bravo" / "000005.nii.gz").unlink()
-    with pytest.raises(MedgenError, match=r"sample images-000005: .* cannot be read: .*collect images again"):
+    with pytest.raises(MedgenError, match=r"sample images-000005: .* cannot be read: .*submit the spec again, it is collected anew"):
         evaluated(run, "evaluate_images", cache)
 
 
@@ -153,6 +153,8 @@ def test_a_stage_that_was_not_collected_is_told(run: RunDir, cache: Path) -> Non
 def test_conditions_that_the_data_do_not_know_are_told(run: RunDir, cache: Path) -> None:
     index = run.dataset("pairs") / "index.csv"
     index.write_text(index.read_text().replace("real_", "someone_"))
+    manifest = run.dataset("pairs") / "manifest.json"
+    files.write_json(manifest, {**files.read_json(manifest), "index_sha256": files.sha256_file(index)})
     with pytest.raises(MedgenError, match=r"the condition someone_.* is no slice of the data"):
         evaluated(run, "evaluate_pairs", cache)
 

@@ -296,7 +296,7 @@ def _try_save(trial: Trial, model: Model) -> tuple[int, float]:
         problem = checkpoint.problem_with(saved.folder)
         if problem is not None:
             raise InputError(f"a checkpoint in {cache} does not read back: {problem}; is the disk in order?")
-        return sum(facts["size_bytes"] for facts in saved.commit["files"].values()), seconds
+        return saved.size_bytes, seconds
 
 
 # --- memory of a GPU -------------------------------------------------------------------------------------------------

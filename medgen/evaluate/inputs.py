@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from medgen import files, rng
+from medgen import collected, rng
+from medgen.collected import SHA_SUFFIX
 from medgen.data import image_files
 from medgen.errors import MedgenError
 from medgen.plan import Plan
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from medgen.data.store import SliceStore
 
 MASK = "seg"
-SHA_SUFFIX = "_sha256"
 MOST_IMAGES = 2048  # per side; more cost time and memory and no longer move the numbers
 ROUNDING = 1e-3  # stored images may leave [0,1] by the rounding of their file format
 
@@ -35,6 +35,8 @@ class Dataset:
     index: pd.DataFrame  # every column as text, one row per sample
     files: list[str]  # channels with a file: images and perhaps the mask
     outputs: list[str]
+    index_sha256: str
+    data_fingerprint: str  # of the data that the model was trained on
 
     @property
     def image_channels(self) -> list[str]:
@@ -49,13 +51,7 @@ class Dataset:
 
     def _read_one(self, channel: str, row: int) -> np.ndarray:
         record = self.index.iloc[row]
-        path = self.folder / record[channel]
-        try:
-            unchanged = files.sha256_file(path) == record[channel + SHA_SUFFIX]
-        except OSError as error:
-            raise MedgenError(f"sample {record['id']}: {path} cannot be read: {error}; collect {self.name} again") from None
-        if not unchanged:
-            raise MedgenError(f"sample {record['id']}: {path} has changed since it was collected (sha256); collect {self.name} again")
+        path = collected.verified_file(self.folder, record, channel)
         array = image_files.read_slice(path).array
         if channel == MASK:
             return (array > 0).astype(np.uint8)
@@ -66,21 +62,15 @@ class Dataset:
 
 
 def read_dataset(run: RunDir, stage: str) -> Dataset:
-    """The collected dataset of a generate stage. Raises MedgenError if it is not there or has no samples."""
+    """The collected dataset of a generate stage. Raises MedgenError if it is not there, is not what was collected, or has no samples."""
     folder = run.dataset(stage)
-    path = folder / "index.csv"
-    try:
-        index = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise MedgenError(f"{path}: no such file; {stage} has not been collected yet") from None
-    except (OSError, ValueError) as error:
-        raise MedgenError(f"{path}: cannot be read: {error}") from None
+    index, manifest = collected.read(folder)
     channels = [name.removesuffix(SHA_SUFFIX) for name in index.columns if name.endswith(SHA_SUFFIX)]
     channels = [name for name in channels if name in index.columns]
     if len(index) == 0 or not channels:
-        raise MedgenError(f"{path}: no samples in it; collect {stage} again")
+        raise MedgenError(f"{folder / collected.INDEX}: no samples in it; collect {stage} again")
     outputs = [name for name in channels if name != MASK or (index["condition_kind"] == "none").all()]
-    return Dataset(stage, folder, index, channels, outputs)
+    return Dataset(stage, folder, index, channels, outputs, manifest["index_sha256"], manifest["data_fingerprint"])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medgen import files, rng
+from medgen import collected, files, rng
 from medgen import plan as plans
 from medgen.data.store import open_store
 from medgen.errors import InputError
@@ -39,8 +39,10 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     progress(0, len(names), "metrics")
     data = DataSpec.model_validate(plan.data)
     store = open_store(data, plan.seed, cache_root, say)
-    sides = choose_sides(run, plan, stage.settings["of"], stage.settings["against"], store)
-    made_from = files.read_json(run.dataset(stage.settings["of"]) / "manifest.json")["data_fingerprint"]
+    with collected.made_again_if_damaged(run, stage.settings["of"]):
+        sides = choose_sides(run, plan, stage.settings["of"], stage.settings["against"], store)
+        images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
+    made_from = sides.dataset.data_fingerprint
     if made_from != store.fingerprint:
         raise InputError(
             f"the data have changed since {stage.settings['of']} was made from them (then {made_from[:12]}, now {store.fingerprint[:12]}): "
@@ -48,7 +50,7 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
         )
     say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
         f"({sides.against}{', with a lesion' if sides.positive_only else ''})")
-    found, skipped, details = _all_scores(sides, names, say, progress)
+    found, skipped, details = _all_scores(sides, images, names, say, progress)
     record = {
         "schema": scores.METRICS_SCHEMA,
         "stage": stage_name,
@@ -62,8 +64,8 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
         "details": details,
         "samples": _samples_to_show(sides),
         "inputs": {
-            "dataset": str((sides.dataset.folder / "index.csv").relative_to(run.root)),
-            "dataset_index_sha256": files.sha256_file(sides.dataset.folder / "index.csv"),
+            "dataset": str((sides.dataset.folder / collected.INDEX).relative_to(run.root)),
+            "dataset_index_sha256": sides.dataset.index_sha256,
             "data_fingerprint": store.fingerprint,
         },
     }
@@ -71,12 +73,13 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     return [run.metrics(stage_name)]
 
 
-def _all_scores(sides: Sides, names: list[str], say: Say, progress: Progress) -> tuple[list[Score], dict[str, str], dict[str, Any]]:
+def _all_scores(
+    sides: Sides, images: dict[str, np.ndarray], names: list[str], say: Say, progress: Progress
+) -> tuple[list[Score], dict[str, str], dict[str, Any]]:
     """Scores, the reason for every metric that was asked for and does not apply, and what the charts need."""
     found: list[Score] = []
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {"swd_levels": {}, "curves": {}}
-    images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
     for number, name in enumerate(names):
         if name in PAIRED:
             new, reason = paired.scores_of(name, sides, images)

@@ -84,7 +84,8 @@ def examine(run: RunDir) -> Examined:
     with progress(verify.listed_bytes(run, plan)) as advance:
         hasher = Hasher(advance)
         parts = verify.parts(run, plan, problem, working, hasher)
-    safe = leftovers.find(run, plan, parts, hasher) if plan is not None and working.words is None else []
+    is_seen = plan is not None and working.words is None and not any(part.name == verify.FOLDERS for part in parts)
+    safe = leftovers.find(run, plan, parts, hasher) if plan is not None and is_seen else []
     return Examined(run.run_id, str(run.root), parts, working.words, safe, leftovers.notes(run), hasher.files, hasher.bytes, round(hasher.seconds, 1))
 
 

@@ -40,14 +40,15 @@ def tasks(run: RunDir, plan: Plan | None) -> AtWork:
     words = []
     if (supervisor := living_supervisor(run)) is not None:
         words.append(f"it is supervised by {supervisor}")
-    if was_queued(run):
-        try:
-            queued = queued_tasks(run)
-        except SlurmError as error:
-            words.append(f"it was queued on Slurm, and whether jobs of it are left cannot be seen from here ({error})")
-        else:
-            busy |= {(task.stage, task.shard) for task in queued if not task.is_pending}
-            words += [f"{len(queued)} of its tasks are in Slurm's queue"] if queued else []
+    try:
+        queued = queued_tasks(run) if was_queued(run) else []
+    except SlurmError as error:
+        words.append(f"it was queued on Slurm, and whether jobs of it are left cannot be seen from here ({error})")
+    except OSError as error:
+        words.append(f"whether jobs of it are left in Slurm's queue cannot be told ({error.filename}: {error.strerror})")
+    else:
+        busy |= {(task.stage, task.shard) for task in queued if not task.is_pending}
+        words += [f"{len(queued)} of its tasks are in Slurm's queue"] if queued else []
     if busy and not words:
         words.append("a task of it runs: " + ", ".join(f"{stage} shard {shard}" for stage, shard in sorted(busy)[:3]))
     if not words and marked(run.root):

@@ -26,11 +26,13 @@ class FileProblem:
     command: str | None = None
 
 
-def unreadable(path: Path, error: OSError) -> str:
-    """The command that helps: a permission can be given; where the disk itself fails, a file that is gone is made again."""
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return shlex.join(["chmod", "-R", "u+rX", str(path.parent)])
-    return shlex.join(["mv", str(path), f"{path}.unreadable"])
+def unreadable(path: Path, folder: Path, error: OSError) -> str:
+    """The command that helps: a permission can be given to the `folder` and what is in it, or to the first above that lets nobody in; where the
+    disk itself fails, what is gone is made again."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return shlex.join(["mv", str(path), f"{path}.unreadable"])
+    closed = [above for above in (folder, *folder.parents) if not os.access(above, os.X_OK)]
+    return shlex.join(["chmod", "-R", "u+rX", str(closed[-1] if closed else folder)])
 
 
 class Hasher:
@@ -60,7 +62,7 @@ class Hasher:
         except OSError as error:
             if error.errno == errno.ELOOP:  # to every reader it is simply not there
                 return FileProblem("is a link that leads nowhere", "size")
-            return FileProblem(f"cannot be read: {error.strerror or error}", "unreadable", unreadable(path, error))
+            return FileProblem(f"cannot be read: {error.strerror or error}", "unreadable", unreadable(path, path.parent, error))
 
     def _digest(self, path: Path, facts: os.stat_result) -> str:
         key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)

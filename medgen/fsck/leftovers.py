@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from medgen import files
+from medgen import commits, files
 from medgen import plan as planning
 from medgen.errors import MedgenError
 from medgen.fsck import at_work, checkpoints
@@ -94,15 +94,14 @@ def _of_training(run: RunDir, stage: PlannedStage, part: Part, hasher: Hasher) -
     saved = checkpoints.saved(folder, hasher)
     if part.whole != [0] or not any(item.problem is None for item in saved):
         return {}
-    found = dict.fromkeys(folder.glob(checkpoints.SET_ASIDE), "a damaged checkpoint that was set aside; the training is done and verifies")
-    found |= dict.fromkeys(folder.parent.glob(f"bad-{folder.name}"), "damaged checkpoints that were set aside; the training is done and verifies")
-    found |= {item.folder: "a damaged checkpoint that nothing uses; the training is done and verifies" for item in saved if item.problem is not None}
+    found = dict.fromkeys(folder.glob(commits.SET_ASIDE), "a damaged checkpoint that was set aside; the training is done and verifies")
+    found |= dict.fromkeys(folder.parent.glob(commits.set_aside(folder).name), "damaged checkpoints that were set aside; the training is done and verifies")
+    found |= {item.folder: "a damaged checkpoint that nothing uses; the training is done and verifies" for item in saved if item.problem is not None and item.command is None}
     outcome = run.read_outcome(stage.name, 0)
     used = {run.root / Path(item.path).parent for item in outcome.files} if outcome is not None else set()
-    good = [item for item in saved if item.problem is None]
-    beyond = checkpoints.beyond_policy(good, stage.settings["config"]["loop"]["keep"])
-    found |= {item.folder: "a checkpoint beyond those that the training keeps; nothing selects it" for item in beyond if item.folder not in used}
-    return found
+    beyond = commits.beyond_policy(checkpoints.readable_commits(saved), stage.settings["config"]["loop"]["keep"])
+    more = dict.fromkeys((item.folder for item in beyond if item.folder not in used), "a checkpoint beyond those that the training keeps; nothing selects it")
+    return more | found
 
 
 def _stages_gone(run: RunDir, plan: Plan) -> dict[Path, str]:

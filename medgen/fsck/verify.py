@@ -4,6 +4,8 @@ What is not done is no damage: only what was finished and is not what it was, or
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shlex
@@ -11,16 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from medgen import document, planning, rundir, spec
+from medgen import commits, document, planning, rundir, spec
 from medgen.errors import MedgenError
 from medgen.fsck import checkpoints
 from medgen.fsck.at_work import AtWork
 from medgen.fsck.checkpoints import Saved
-from medgen.fsck.hashing import Hasher
+from medgen.fsck.hashing import Hasher, unreadable
 from medgen.launch import snapshot
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Outcome, RunDir
 
+FOLDERS = "folders"  # the part that is there only if one cannot be read
+DEEPEST_RECORDS = 3  # <stage>/ckpt/step-000123, <stage>/shards/00042, logs/<stage>/s0
+CLOSED = "what is in this folder counts as missing, or stops it; run the command below first"
 State = Literal["whole", "told", "working", "unfinished", "damaged"]  # told: in order, with something to know
 
 
@@ -45,7 +50,7 @@ class Part:
 
 
 def parts(run: RunDir, plan: Plan | None, plan_problem: str | None, working: AtWork, hasher: Hasher) -> list[Part]:
-    found = [_spec(run, plan), _plan(run, plan, plan_problem), _manifest(run), _code(run, plan), _events(run)]
+    found = [*_folders(run), _spec(run, plan), _plan(run, plan, plan_problem), _manifest(run), _code(run, plan), _events(run)]
     if plan is None and not _has_begun(run):
         files_of = {"spec": run.spec, "plan": run.plan, "manifest": run.manifest, "code": run.code, "events": run.events_file}
         missing = {name for name, path in files_of.items() if not path.exists()}
@@ -64,11 +69,9 @@ def listed_bytes(run: RunDir, plan: Plan | None) -> int:
     for stage in plan.stages if plan is not None else []:
         outcomes = [run.read_outcome(task.stage, task.shard) for task in stage.tasks]
         named = {item.path: item.size_bytes for outcome in outcomes if outcome is not None and stage.kind != "collect" for item in outcome.files}
-        for folder in run.checkpoints(stage.name).glob("step-*") if stage.kind == "train" else ():
-            try:
-                named |= {str((folder / name).relative_to(run.root)): size_bytes for name, (size_bytes, _) in checkpoints.listed(folder).items()}
-            except (OSError, ValueError):
-                continue
+        with contextlib.suppress(OSError):
+            for commit in commits.committed(run.checkpoints(stage.name)) if stage.kind == "train" else ():
+                named |= {str((commit.folder / name).relative_to(run.root)): facts["size_bytes"] for name, facts in commit.files.items()}
         total += sum(named.values())
     return total
 
@@ -78,6 +81,25 @@ def listed_bytes(run: RunDir, plan: Plan | None) -> int:
 
 def _damaged(name: str, what: str, next_: str, command: str | None = None) -> Part:
     return Part(name, "damaged", what, [Problem(what, next_, command)])
+
+
+def _folders(run: RunDir) -> list[Part]:
+    """Nothing, unless one cannot be read: what is in it looks as if it were not there."""
+    closed = [(Path(error.filename), error) for error in _closed_folders(run)]
+    problems = [Problem(f"{path.relative_to(run.root)}/ cannot be read: {error.strerror}", CLOSED, unreadable(path, path, error)) for path, error in closed]
+    return [Part(FOLDERS, "damaged", f"{_count(len(problems), 'folder')} of the run cannot be read", problems)] if problems else []
+
+
+def _closed_folders(run: RunDir) -> list[OSError]:
+    """As deep as records and checkpoints lie; below are only files that are listed, and looked at one by one."""
+    found: list[OSError] = []
+    for here, folders, _ in os.walk(run.root, onerror=found.append):
+        if os.access(here, os.R_OK) and not os.access(here, os.X_OK):
+            found.append(PermissionError(errno.EACCES, os.strerror(errno.EACCES), here))
+            folders.clear()
+        elif len(Path(here).relative_to(run.root).parts) == DEEPEST_RECORDS and run.code not in Path(here).parents:
+            folders.clear()
+    return [error for error in found if not isinstance(error, FileNotFoundError)]  # a training deletes what it no longer needs
 
 
 def _spec(run: RunDir, plan: Plan | None) -> Part:
@@ -215,8 +237,12 @@ def _bytes(path: Path) -> bytes | None:
 
 def _task_now(run: RunDir, task: Task, hasher: Hasher) -> _TaskState:
     file = run.outcome_file(task.stage, task.shard)
-    if not os.path.lexists(file):
+    try:
+        file.lstat()
+    except FileNotFoundError:
         return _TaskState("unfinished", "not done")
+    except OSError as error:
+        return _TaskState("unfinished", f"not known: {file.parent.name}/ cannot be read: {error.strerror}")
     outcome = run.read_outcome(task.stage, task.shard)
     if outcome is None:
         return _TaskState("damaged", f"{file.relative_to(run.root)} is not readable")
@@ -280,7 +306,10 @@ def _count(number: int, what: str) -> str:
 
 def _training(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, working: AtWork, hasher: Hasher) -> Part:
     folder = run.checkpoints(stage.name)
-    found = checkpoints.saved(folder, hasher)
+    try:
+        found = checkpoints.saved(folder, hasher)
+    except OSError as error:
+        return Part(stage.name, "unfinished", f"not known: {folder.relative_to(run.root)}/ cannot be read: {error.strerror}")
     if state.state == "working" or (working.words is not None and state.state != "whole"):
         bad: list[Saved] = []  # what is being replaced this moment is not judged
     else:
@@ -303,19 +332,21 @@ def _training(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, w
 
 def _checkpoint_problem(item: Saved, good: list[Saved], found: list[Saved], state: _TaskState, root: Path) -> Problem:
     what = f"{item.folder.relative_to(root)}: {item.problem}"
-    aside = shlex.join(["mv", str(item.folder), str(item.folder.with_name(f"bad-{item.folder.name}"))])
-    if item.command is not None:
-        return Problem(what, STOPS, item.command)
+    aside = shlex.join(["mv", str(item.folder), str(commits.set_aside(item.folder))])
     if state.state == "whole":
-        return Problem(what, "it is left alone: the training is done and nothing uses this checkpoint")
-    lost = [selector for selector, chosen in checkpoints.best(found).items() if chosen is item]
-    newest = good[0] if good else None
-    if newest is not None and item.step > newest.step:
-        return Problem(what, f"training goes on from step {newest.step} and makes it again; the damaged one is kept as bad-{item.folder.name}")
+        return Problem(what, "it is left alone: the training is done and nothing uses this checkpoint", item.command)
+    if item.command is not None and (item.commit is not None or state.command is not None):
+        return Problem(what, STOPS, item.command)
+    lost = [f"best-{metric}" for metric, chosen in commits.best(checkpoints.readable_commits(found)).items() if chosen is item.commit]
+    if not good:
+        return Problem(what, "training refuses to start while none of its checkpoints verifies", item.command)
+    if item.step > good[0].step:
+        return Problem(what, f"training goes on from step {good[0].step} and makes it again; the damaged one is kept as {commits.set_aside(item.folder).name}"
+                             + ("" if item.command is None else ", unless it is made readable first, with the command below"), item.command)  # fmt: skip
     if lost:
         return Problem(what, f"training stops at its end: {', '.join(lost)} was this one, and cannot be made again. "
                              "After the command below the best of the others takes its place", aside)  # fmt: skip
-    return Problem(what, "it is skipped: a newer one is whole")
+    return Problem(what, "it is skipped: a newer one is whole", item.command)
 
 
 def _training_problem(run: RunDir, plan: Plan, stage: PlannedStage, state: _TaskState, good: list[Saved]) -> Problem:
@@ -329,4 +360,4 @@ def _training_problem(run: RunDir, plan: Plan, stage: PlannedStage, state: _Task
 def _nothing_left(folder: Path, bad: list[Saved]) -> Problem:
     listing = "; ".join(f"{item.folder.name}: {item.problem}" for item in bad)
     return Problem(f"none of {len(bad)} checkpoints verifies ({listing})", "training refuses to start: it never begins again from zero unasked. The command below allows it",
-                   shlex.join(["mv", str(folder), str(folder.with_name(f"bad-{folder.name}"))]))  # fmt: skip
+                   shlex.join(["mv", str(folder), str(commits.set_aside(folder))]))  # fmt: skip

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medgen.fsck.leftovers import Leftover
-from medgen.fsck.verify import Part
+from medgen.fsck.verify import FOLDERS, Part
 from medgen.watch.why_view import console, write
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ def _show_safe(out: Console, found: Examined) -> None:
     out.print()
     if any(part.name == "plan" and part.state != "whole" for part in found.parts):
         out.print("Without its plan nothing of a run is called safe to delete.")
+        return
+    if any(part.name == FOLDERS for part in found.parts):
+        out.print("While a folder cannot be read nothing of a run is called safe to delete.")
         return
     if not found.safe:
         out.print("Nothing is left over that could be deleted.")

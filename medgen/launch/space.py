@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgen import files, spec
+from medgen import commits, files, spec
 from medgen.errors import InputError
 from medgen.launch import record
 from medgen.launch.findings import Finding, undone
@@ -149,9 +149,9 @@ def retention(prepared: Sequence[Prepared]) -> list[str]:
 
 def checkpoint_bytes(run: RunDir, stage: str) -> int | None:
     """Of the newest checkpoint there is, or as `medgen check` measured it; None if neither is there."""
-    newest = max(run.checkpoints(stage).glob("step-*/commit.json"), default=None)
+    newest = commits.newest(run.checkpoints(stage))
     if newest is not None:
-        return _bytes_in(newest.parent)
+        return _bytes_in(newest[1])
     known = record.read(run)
     return known.stages[stage].checkpoint_bytes if known is not None and stage in known.stages else None
 

@@ -79,6 +79,10 @@ def test_slurm_kills_for_memory_and_the_next_attempt_has_half_as_much_again(lab:
     assert any("resources.mem=" in line for line in finding[0]["advice"]), finding[0]["advice"]
 
 
+def two_epochs(name: str, resources: dict[str, int]) -> dict[str, Any]:
+    return {**tiny_spec(name=name), "stages": {"train": {"kind": "train", "config": {**NET, "epochs": 2}, "resources": resources}}}
+
+
 def steps_of(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of every step that was logged."""
     lines = [json.loads(line) for line in (run / "train" / "log.jsonl").read_text().splitlines()]
@@ -94,8 +98,7 @@ def test_a_step_that_finds_too_little_memory_goes_on_with_smaller_micro_batches(
     """The global batch stays the same: from the first step on that is bit for bit the run with such micro-batches. From a later
     step on the steps before were summed in another order: float32 sums of a few numbers differ by parts in 10^7, and Adam, which
     divides each gradient by its own size, passes that on; the losses of all steps stay equal to a part in a thousand."""
-    stages = {"train": {"kind": "train", "config": {**NET, "epochs": 2}, "resources": {"cpus": 1}}}
-    spec = write_spec({**tiny_spec(name="halved"), "stages": stages})
+    spec = write_spec(two_epochs("halved", {"cpus": 1}))
     medgen("submit", spec, "--local", "-o", "stages.train.config.loop.micro_batch=2")
     halved = only_run(tmp_path)
     expected, losses = _last_tensors(halved), steps_of(halved)
@@ -129,8 +132,7 @@ def test_a_step_that_finds_too_little_memory_goes_on_with_smaller_micro_batches(
 def test_nan_on_one_of_two_ranks_stops_both_and_is_never_saved(
     tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], record_property: Record
 ) -> None:
-    stages = {"train": {"kind": "train", "config": {**NET, "epochs": 2}, "resources": {"processes": 2, "cpus": 2}}}
-    spec = write_spec({**tiny_spec(name="nan"), "stages": stages})
+    spec = write_spec(two_epochs("nan", {"processes": 2, "cpus": 2}))
     medgen("submit", spec, "--local")
     expected = _last_tensors(only_run(tmp_path))
 

@@ -70,6 +70,15 @@ def go(lab: Lab, name: str) -> None:  # noqa: F811
     (lab.run(name) / "go").touch()
 
 
+def assert_completed_by_the_next(lab: Lab, spec: Path, record_property: Record) -> None:  # noqa: F811
+    killed_at = time.monotonic()
+    lab.submit(spec)
+    lab.wait("killed")
+    lab.assert_done("killed")
+    record_property("recovery_seconds", time.monotonic() - killed_at)
+    assert lab.tasks("killed") == EVERY_TASK_ONCE
+
+
 # --- killed submits --------------------------------------------------------------------------------------------------
 
 
@@ -84,12 +93,7 @@ def test_submits_that_are_killed_one_after_the_other_each_add_one_job(lab: Lab, 
         assert_nothing_runs(lab, "killed", jobs)
     assert all(line.startswith("submit.after_sbatch kill9") for line in fired)
     record_property("fired", "; ".join(fired))
-    killed_at = time.monotonic()
-    lab.submit(spec)
-    lab.wait("killed")
-    lab.assert_done("killed")
-    record_property("recovery_seconds", time.monotonic() - killed_at)
-    assert lab.tasks("killed") == EVERY_TASK_ONCE
+    assert_completed_by_the_next(lab, spec, record_property)
 
 
 @pytest.mark.fault("F20", "F22")
@@ -101,12 +105,7 @@ def test_a_submit_that_is_killed_at_any_sbatch_is_completed_by_the_next(lab: Lab
     record_property("fired", killed_submit(lab, spec, f"site={site},nth={call}"))
     assert_nothing_runs(lab, "killed", call)
     assert len(lab.events("killed", "job_submitted")) == call - 1
-    killed_at = time.monotonic()
-    lab.submit(spec)
-    lab.wait("killed")
-    lab.assert_done("killed")
-    record_property("recovery_seconds", time.monotonic() - killed_at)
-    assert lab.tasks("killed") == EVERY_TASK_ONCE
+    assert_completed_by_the_next(lab, spec, record_property)
 
 
 # --- a chain of jobs for one task ------------------------------------------------------------------------------------
