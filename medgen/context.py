@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medgen import dist
@@ -31,6 +31,8 @@ class Context:
         self.step = 0
         self.total_steps = 0
         self.steps_per_epoch = 1.0
+        self.phase = 0
+        self.phase_progress = 0.0
         self.use_bf16 = _use_bf16(ranks.device, precision)
         self._micro_batch, self._divisor = micro_batch, micro_batch_divisor
         self._wrapped: dict[int, nn.Module] = {}
@@ -69,6 +71,9 @@ class Context:
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
         self.activity.now("exchanging gradients")
         dist.average_gradients(parameters, self.ranks)
+
+    def mean(self, value: Tensor) -> Tensor:
+        return dist.sum_over_ranks(value.detach().clone(), self.ranks) / self.ranks.world_size
 
     def take_own_seconds(self) -> float:
         """Of reading and computing before the first exchange with other ranks, since the last call. Does not wait for the GPU: call it after what did."""

@@ -20,13 +20,13 @@ from medgen.checkpoint import Checkpoint
 from medgen.data.image_files import read_slice, write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError, Interrupted, MedgenError
-from medgen.models.base import DataShape, Model, SampleNoise
+from medgen.models.base import Given, Model, SampleNoise
 from medgen.models.settings import FamilyConfig, Settings
 from medgen.plan import PlannedStage, Task
 from medgen.rundir import RunDir
 from medgen.spec import SPLITS, Accept
 from medgen.task import Done, Work
-from medgen.train import build_model, check_identity, load_channel
+from medgen.train import build_model, check_identity, load_channel, shape_of
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
@@ -109,7 +109,7 @@ def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> 
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     chosen = _promised_checkpoint(work, source.name, settings.checkpoint)
     check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
-    model = build_model(source.settings["config"]["model"], config, DataShape(config.input_channels, store.size), work.plan.seed, source.name)
+    model = build_model(source.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, source.name)
     for name, module in model.modules().items():
         module.load_state_dict(chosen.tensors(f"modules.{name}"))
         module.to(device)
@@ -228,7 +228,7 @@ def _sample(generation: Generation, indices: list[int], attempt: int) -> list[di
     for name in generation.config.condition_channels:
         stacked = np.stack([generation.conditions[index].channels[name] for index in indices])
         condition[name] = torch.from_numpy(stacked).unsqueeze(1).to(generation.device)
-    images = generation.model.sample(noise, condition, generation.sampling)
+    images = generation.model.sample(noise, Given(condition), generation.sampling)
     arrays = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in images.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():

@@ -24,7 +24,7 @@ from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
 from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted, MedgenError
-from medgen.models.base import Batch, DataShape, Model, Phase, SampleNoise
+from medgen.models.base import Batch, DataShape, Given, Model, Phase, SampleNoise
 from medgen.models.settings import FamilyConfig
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
 from medgen.task import Done, Work
@@ -45,7 +45,6 @@ class Clock:
     phase_start_step: int = 0
     best_loss: float = math.inf  # of the logged windows; for the divergence stop
     steps_above: int = 0
-    val: float | None = None
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Training:
     work: Work
     ranks: Ranks
     config: FamilyConfig
-    store: SliceStore
+    stores: dict[int, SliceStore]  # by size in pixels; the same slices in each
     rows: np.ndarray
     val_rows: np.ndarray
     model: Model
@@ -71,10 +70,22 @@ class Training:
     def phase(self) -> Phase:
         return self.model.phases()[self.clock.phase]
 
+    @property
+    def store(self) -> SliceStore:
+        """The slices at full size."""
+        return self.stores[max(self.stores)]
+
     def batch(self, rows: np.ndarray, positions: list[int], stream: str) -> Batch:
-        """Slices by row number as one batch on the device; noise will be drawn by position and stream."""
-        channels = {name: load_channel(self.store, name, rows, self.ranks.device) for name in self.config.input_channels}
-        return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}")
+        """Slices by row number, of the phase's size, as one batch on the device; noise will be drawn by position and stream."""
+        store, device = self.stores[self.phase.size], self.ranks.device
+        channels = {name: load_channel(store, name, rows, device) for name in self.config.input_channels}
+        labels = torch.from_numpy(store.labels(rows)).to(device) if self.config.uses_labels else None
+        return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", labels)
+
+    def given(self, rows: np.ndarray) -> Given:
+        """What images like these slices are made from, of the phase's size."""
+        batch = self.batch(rows, [], "preview")
+        return Given({name: batch.channels[name] for name in self.config.condition_channels}, batch.labels)
 
 
 def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -122,7 +133,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
         validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
 
         while clock.step < phase_end:
-            context.step = clock.step
+            context.step, context.phase = clock.step, number
+            context.phase_progress = (clock.step - clock.phase_start_step) * phase.batch_size / (phase.epochs * samples)
             positions = _my_positions(clock.step - clock.phase_start_step, phase.batch_size, ranks)
             rows = training.rows[_sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
             activity.now("reading data")
@@ -153,8 +165,7 @@ def _run(training: Training, log: TrainingLog | None) -> None:
 
             step_ended = time.monotonic()
             validated = step_in_phase % validate_steps == 0 or clock.step == phase_end
-            if validated and len(training.val_rows):
-                _validate_and_show(training, epoch, log)
+            metrics = _validate_and_show(training, epoch, log) if validated and len(training.val_rows) else {}
 
             due = validated or (loop.checkpoint_steps is not None and clock.step % loop.checkpoint_steps == 0)
             overdue = loop.checkpoint_minutes > 0 and time.monotonic() - last_save > loop.checkpoint_minutes * 60
@@ -162,12 +173,13 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             decision = dist.largest(STOP if work.stop.is_set else SAVE if due or overdue else CONTINUE, ranks)
             if decision != CONTINUE and saved_step != clock.step:
                 activity.now("saving" if ranks.is_main else "waiting for the others")
-                _save(training, with_val=validated and clock.val is not None)
+                _save(training, metrics)
                 last_save, saved_step = time.monotonic(), clock.step
             if validated or decision != CONTINUE:
                 window_start += time.monotonic() - step_ended  # the pace of steps, not of what stands between them
             if decision == STOP:
                 raise Interrupted(f"stopped by {work.stop.signal_name or 'another rank'} after step {clock.step}; saved, run again to go on")
+        _go_back_to_best(training)
         clock.phase_start_step = phase_end
 
 
@@ -189,8 +201,8 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     val_rows = _evenly(_select_or_empty(store, "val", positive_only), config.loop.validate_samples)
     if len(val_rows) == 0:
         work.say("no validation slices: best-val will not exist; give the data a val split to have it")
-    shape = DataShape(config.input_channels, store.size)
-    model = build_model(work.stage.settings["config"]["model"], config, shape, work.plan.seed, work.stage.name)
+    model = build_model(work.stage.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, work.stage.name)
+    stores = {store.size: store, **{phase.size: _of_size(work, data, phase.size, store) for phase in model.phases() if phase.size != store.size}}
     for module in model.modules().values():
         module.to(ranks.device)
     relief = work.run.read_relief(work.stage.name, work.task.shard)
@@ -203,7 +215,19 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
         context.total_steps += math.ceil(phase.epochs * len(rows) / phase.batch_size)
     work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
              f"{'bf16 autocast' if context.use_bf16 else 'float32'}")
-    return Training(work, ranks, config, store, rows, val_rows, model, context)
+    return Training(work, ranks, config, stores, rows, val_rows, model, context)
+
+
+def shape_of(config: FamilyConfig, store: SliceStore) -> DataShape:
+    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else ())
+
+
+def _of_size(work: Work, data: spec.DataSpec, size: int, full: SliceStore) -> SliceStore:
+    """The same slices at another size. Raises InputError if other ones are left there."""
+    store = open_store(data.model_copy(update={"size": size}), work.plan.seed, work.run.cache, work.say)
+    if not store.rows["id"].equals(full.rows["id"]):
+        raise InputError(f"data: at {size} px not the same slices are left as at {full.size} px, because small lesions vanish; write positive_only: false")
+    return store
 
 
 def build_model(family: str, config: FamilyConfig, shape: DataShape, seed: int, stream: str) -> Model:
@@ -256,28 +280,64 @@ def _validate(training: Training) -> dict[str, float]:
     """Means over the validation slices, shared by all ranks; the same noise every time, so curves compare."""
     if fault.ARMED:
         fault.at("validate", step=training.clock.step)
-    averages, ranks = Averages(), training.ranks
+    averages, ranks, samples = Averages(), training.ranks, dict[int, dict[str, torch.Tensor]]()
     size = training.phase.batch_size // ranks.world_size
     everyone = np.arange(len(training.val_rows))
     mine = everyone[ranks.rank :: ranks.world_size] if len(everyone) >= ranks.world_size else everyone
     for start in range(0, len(mine), size):
         places = mine[start : start + size]
         batch = training.batch(training.val_rows[places], [int(place) for place in places], "val")
-        averages.add(training.model.validate(batch, training.context), weight=len(places))
+        report = training.model.validate(batch, training.context)
+        averages.add(report, weight=len(places))
+        samples |= {int(place): {name: values[row].cpu() for name, values in report.samples.items()} for row, place in enumerate(places)}
     training.work.activity.now("waiting for the others")
-    return {f"val_{name}": value for name, value in averages.means(ranks).items()}
+    return {f"val_{name}": value for name, value in {**averages.means(ranks), **_scores(training, samples)}.items()}
 
 
-def _validate_and_show(training: Training, epoch: float, log: TrainingLog | None) -> None:
-    """On all ranks; rank 0 alone draws previews, for which the others wait longer than for a step."""
+def _scores(training: Training, mine: dict[int, dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The selection metrics, from what all ranks have kept of the samples, by place in the split."""
+    if not training.model.selection_metrics:
+        return {}
+    every = {place: kept for part in dist.gathered(mine, training.ranks) for place, kept in part.items()}
+    kept = [every[place] for place in sorted(every)]
+    return training.model.scores({name: torch.stack([item[name] for item in kept]) for name in kept[0]})
+
+
+def _metrics(training: Training, values: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """What checkpoints may be selected by: the validation loss, and the model's own scores late enough in a phase.
+
+    Each under the phase's name if there are several: what is good at one size says nothing of another."""
+    phases, phase = training.model.phases(), training.phase
+    better = {"loss": "lower", **(training.model.selection_metrics if training.context.phase_progress >= phase.select_from else {})}
+    names = {name: f"{'val' if name == 'loss' else name}{f'_{phase.name}' if len(phases) > 1 else ''}" for name in better}
+    return {names[name]: {"value": values[f"val_{name}"], "better": better[name]} for name in better if f"val_{name}" in values}
+
+
+def _go_back_to_best(training: Training) -> None:
+    """What a phase that selects hands on is its best checkpoint, not its last. Doing it twice changes nothing."""
+    phase, phases, clock = training.phase, training.model.phases(), training.clock
+    if phase.select is None or not len(training.val_rows):
+        return
+    name = f"best-{phase.select}_{phase.name}" if len(phases) > 1 else f"best-{phase.select}"
+    found = dist.on_main(lambda: checkpoint.selectable(training.folder, training.work.say).get(name), training.ranks)
+    if found is None or found.step == clock.step:
+        return
+    training.work.say(f"{phase.name}: step {found.step} is the {name} of this phase; going on from there")
+    _load_weights(training, found)
+    if phase == phases[-1]:
+        _save(training, {})
+
+
+def _validate_and_show(training: Training, epoch: float, log: TrainingLog | None) -> dict[str, dict[str, Any]]:
+    """On all ranks; rank 0 alone draws previews, for which the others wait longer than for a step. Returns what to select by."""
     clock, activity = training.clock, training.work.activity
     activity.now("validating")
     values = _validate(training)
-    clock.val = values["val_loss"]
     if log:
         log.record(clock.step, epoch, values)
         activity.now("validating")
     dist.on_main(lambda: _preview(training, log), training.ranks)
+    return _metrics(training, values)
 
 
 def _preview(training: Training, log: TrainingLog | None) -> None:
@@ -286,11 +346,11 @@ def _preview(training: Training, log: TrainingLog | None) -> None:
     if log is None or count == 0 or training.work.stop.is_set:
         return
     rows = _evenly(training.val_rows, count)
-    condition = {name: load_channel(training.store, name, rows, training.ranks.device) for name in training.config.condition_channels}
+    given = training.given(rows)
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
-    images = training.model.sample(noise, condition, training.config.preview_sampling())
-    for name, channel in {**condition, **images}.items():
+    images = training.model.sample(noise, given, training.config.preview_sampling())
+    for name, channel in {**given.channels, **images}.items():
         log.images(name, channel, training.clock.step)
 
 
@@ -316,13 +376,12 @@ def _identity(training: Training) -> dict[str, Any]:
     return {"config": config, "seed": work.plan.seed, "data": training.store.fingerprint, "size": training.store.size}
 
 
-def _save(training: Training, with_val: bool) -> None:
-    """Write a checkpoint, all ranks together. What the retention policy does not keep goes first: its room may be needed."""
+def _save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
+    """Write a checkpoint, all ranks together; `metrics`: what it may be selected by. What the retention policy does not keep goes first: its room may be needed."""
     clock, model, ranks = training.clock, training.model, training.ranks
     started, keep = time.monotonic(), training.config.loop.keep
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
-    metrics = {"val": {"value": clock.val, "better": "lower"}} if with_val else {}
     state = {**_identity(training), "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
     if ranks.is_main:
         checkpoint.prune(training.folder, keep)
@@ -360,13 +419,18 @@ def _resume(training: Training) -> None:
             training.work.say(line)
         return
     state = found.state()
+    _load_weights(training, found)
+    best_loss = state["clock"]["best_loss"]
+    training.clock = Clock(**{**state["clock"], "best_loss": math.inf if best_loss is None else best_loss})
+    training.work.say(f"resuming from {found.folder} (step {found.step} of {training.context.total_steps})")
+
+
+def _load_weights(training: Training, found: Checkpoint) -> None:
+    """And what the optimizers remember."""
     for name, module in training.model.modules().items():
         module.load_state_dict(found.tensors(f"modules.{name}", like=module.state_dict()))
     for name, optimizer in training.model.optimizers().items():
         optimizer.load_state_dict(found.tensors(f"optimizers.{name}", like=checkpoint.layout_of(optimizer)))
-    best_loss = state["clock"]["best_loss"]
-    training.clock = Clock(**{**state["clock"], "best_loss": math.inf if best_loss is None else best_loss})
-    training.work.say(f"resuming from {found.folder} (step {found.step} of {training.context.total_steps})")
 
 
 def _newest_alone(training: Training) -> Checkpoint | None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_models import VARIANTS, batch_of, make, state_of
+from test_models import VARIANTS, batch_of, make, state_of, within_last_phase
 
 from medgen import dist
 from medgen.context import Context
@@ -17,10 +17,9 @@ def main(folder: Path) -> None:
         assert ranks.world_size == 2
         for family, name in VARIANTS:
             config, model = make(family, name)
-            context = Context(ranks, "fp32", micro_batch=1)
-            context.total_steps, context.steps_per_epoch = 20, 10.0
+            context = within_last_phase(Context(ranks, "fp32", micro_batch=2), len(model.phases()))
             for context.step in range(3):
-                model.step(batch_of(config, context.step, first=2 * ranks.rank, count=2), context)
+                model.step(batch_of(config, context.step, size=8, first=4 * ranks.rank, count=4), context)
             torch.save(state_of(model), folder / f"{family}-{name}-{ranks.rank}.pt")
         assert dist.largest(ranks.rank, ranks) == 1
 

@@ -10,7 +10,7 @@ import torch
 from medgen import models
 from medgen.context import Context
 from medgen.dist import Ranks
-from medgen.models.base import Batch, DataShape, Model, SampleNoise
+from medgen.models.base import Batch, DataShape, Given, Model, SampleNoise
 from medgen.train import build_model
 
 CPU = torch.device("cpu")
@@ -20,7 +20,8 @@ VARIANTS = [(family, name) for family in models.families() for name in models.co
 
 def make(family: str, name: str, seed: int = 1) -> tuple[Any, Model]:
     config = models.config_class(family).model_validate(models.config_class(family).examples()[name])
-    return config, build_model(family, config, DataShape(config.input_channels, SIZE), seed, "test")
+    classes = ("AD", "CN") if config.uses_labels else ()
+    return config, build_model(family, config, DataShape(config.input_channels, SIZE, classes), seed, "test")
 
 
 def batch_of(config: Any, step: int, size: int = 4, first: int = 0, count: int | None = None) -> Batch:
@@ -30,21 +31,28 @@ def batch_of(config: Any, step: int, size: int = 4, first: int = 0, count: int |
     for name in config.input_channels:
         smooth = torch.nn.functional.interpolate(torch.rand(size, 1, 4, 4, generator=generator), SIZE, mode="bilinear")
         channels[name] = (smooth > 0.6).float() if name == "seg" else smooth
+    labels = torch.randint(2, (size,), generator=generator) if config.uses_labels else None
     part = slice(first, first + (count or size))
-    return Batch({name: tensor[part] for name, tensor in channels.items()}, list(range(step * size, (step + 1) * size))[part], seed=1)
+    positions = list(range(step * size, (step + 1) * size))[part]
+    return Batch({name: tensor[part] for name, tensor in channels.items()}, positions, seed=1, labels=labels[part] if labels is not None else None)
 
 
-def context(micro_batch: int | None = None) -> Context:
-    made = Context(Ranks(0, 1, 0, CPU), "fp32", micro_batch)
+def within_last_phase(made: Context, phases: int) -> Context:
+    """Where everything of a model takes part: a family that grows is not grown before."""
     made.total_steps, made.steps_per_epoch = 20, 10.0
+    made.phase, made.phase_progress = phases - 1, 0.25
     return made
 
 
-def train(model: Model, config: Any, steps: range, where: Context | None = None) -> list[float]:
-    where = where or context()
+def context(phases: int = 1, micro_batch: int | None = None) -> Context:
+    return within_last_phase(Context(Ranks(0, 1, 0, CPU), "fp32", micro_batch), phases)
+
+
+def train(model: Model, config: Any, steps: range, where: Context | None = None, size: int = 4) -> list[float]:
+    where = where or context(len(model.phases()))
     losses = []
     for where.step in steps:
-        losses.append(float(model.step(batch_of(config, where.step), where).scalars["loss"]))
+        losses.append(float(model.step(batch_of(config, where.step, size), where).scalars["loss"]))
     return losses
 
 
@@ -62,10 +70,12 @@ def load_into(model: Model, state: dict[str, Any]) -> None:
 
 def sample(model: Model, config: Any, indices: list[int]) -> dict[str, torch.Tensor]:
     names = [name for name in config.input_channels if name not in config.output_channels]
-    whole = batch_of(config, 0, size=8).channels
-    condition = {name: whole[name][indices] for name in names}
-    settings = config.preview_sampling().model_copy(update={"steps": 3})
-    return model.sample(SampleNoise(1, "test", [(index,) for index in indices], CPU), condition, settings)
+    whole = batch_of(config, 0, size=8)
+    given = Given({name: whole.channels[name][indices] for name in names}, whole.labels[indices] if whole.labels is not None else None)
+    settings = config.preview_sampling()
+    if "steps" in type(settings).model_fields:
+        settings = settings.model_copy(update={"steps": 3})
+    return model.sample(SampleNoise(1, "test", [(index,) for index in indices], CPU), given, settings)
 
 
 def assert_same(left: Any, right: Any, path: str = "") -> None:
@@ -98,15 +108,15 @@ def test_config_is_frozen_and_complete(family: str, name: str) -> None:
 @pytest.mark.parametrize(("family", "name"), VARIANTS)
 def test_training_lowers_the_loss_on_one_batch(family: str, name: str) -> None:
     config, model = make(family, name)
-    where = context()
+    where = context(len(model.phases()))
     where.steps_per_epoch = 100.0
-    held_out = [float(model.validate(batch_of(config, 0), where).scalars["loss"])]
+    held_out = [model.validate(batch_of(config, 0), where).scalars["loss"].item()]
     for where.step in range(30):
         report = model.step(batch_of(config, 0), where)
         assert all(tensor.dim() == 0 and bool(torch.isfinite(tensor)) for tensor in report.scalars.values())
         for bins, values in report.binned.values():
             assert bins.shape == values.shape == (4,) and bool(((bins >= 0) & (bins < 10)).all())
-    held_out.append(float(model.validate(batch_of(config, 0), where).scalars["loss"]))
+    held_out.append(model.validate(batch_of(config, 0), where).scalars["loss"].item())
     assert held_out[1] < held_out[0]
 
 
@@ -127,8 +137,8 @@ def test_stopped_and_resumed_is_uninterrupted(family: str, name: str, tmp_path: 
 def test_accumulated_micro_batches_are_the_whole_batch(family: str, name: str) -> None:
     config, whole = make(family, name)
     _, parts = make(family, name)
-    whole_losses = train(whole, config, range(2))
-    part_losses = train(parts, config, range(2), context(micro_batch=3))
+    whole_losses = train(whole, config, range(2), size=8)
+    part_losses = train(parts, config, range(2), context(len(parts.phases()), micro_batch=6), size=8)
     assert part_losses == pytest.approx(whole_losses, rel=1e-5)
 
 
@@ -168,7 +178,7 @@ def test_what_is_sampled_and_validated_are_the_averaged_weights(family: str, nam
         pytest.skip("this variant averages nothing")
 
     def outputs() -> list[float]:
-        loss = float(model.validate(batch_of(config, 9), context()).scalars["loss"])
+        loss = float(model.validate(batch_of(config, 9), context(len(model.phases()))).scalars["loss"])
         pixels = torch.cat([tensor.flatten() for tensor in sample(model, config, [0, 1]).values()])
         return [loss, float(pixels.sum()), float(pixels.square().sum())]
 

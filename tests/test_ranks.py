@@ -60,7 +60,7 @@ def test_two_ranks_train_the_same_model_as_one(trained_by_two: Path, family: str
     states = [torch.load(trained_by_two / f"{family}-{name}-{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(states[0], states[1])
     config, alone = make(family, name)
-    train(alone, config, range(3))
+    train(alone, config, range(3), size=8)
     for key, module in state_of(alone).items():
         if key.startswith("modules."):
             for parameter, tensor in module.items():

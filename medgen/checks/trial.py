@@ -23,7 +23,7 @@ from medgen.spec import Spec, TrainStage
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore
-    from medgen.models.base import Batch, Model
+    from medgen.models.base import Model
 
 TRIAL_SAMPLES = 2
 TRIAL_SECONDS = 180.0  # longer ones are tried in shape only
@@ -147,12 +147,10 @@ def _build(trial: Trial, device: str) -> Model:
     """`meta` builds shapes without numbers: no memory, no time."""
     import torch
 
-    from medgen.models.base import DataShape
-    from medgen.train import build_model
-
+    from medgen.train import build_model, shape_of
     config = trial.config
     with torch.device(device):
-        return build_model(trial.stage.config["model"], config, DataShape(config.input_channels, trial.store.size), trial.item.spec.seed, trial.name)
+        return build_model(trial.stage.config["model"], config, shape_of(config, trial.store), trial.item.spec.seed, trial.name)
 
 
 def _measure_shapes(trial: Trial) -> Size:
@@ -258,22 +256,23 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     """Step, validate, sample and save on a few slices: what was measured, and the bytes kept per sample for the backward pass."""
     import torch
 
-    from medgen.models.base import Batch, SampleNoise
+    from medgen.models.base import Batch, Given, SampleNoise
     from medgen.train import load_channel
 
     model, config, cpu = _build(trial, "cpu"), trial.config, torch.device("cpu")
     chosen = rows[:TRIAL_SAMPLES]
     channels = {channel: load_channel(trial.store, channel, chosen, cpu) for channel in config.input_channels}
-    batch: Batch = Batch(channels, list(range(len(chosen))), trial.item.spec.seed)
+    labels = torch.from_numpy(trial.store.labels(chosen)) if config.uses_labels else None
+    batch = Batch(channels, list(range(len(chosen))), trial.item.spec.seed, labels=labels)
     kept, context, started = _Kept(model), _context(len(rows) / model.phases()[0].batch_size), time.monotonic()
     with kept.counting():
         loss = float(model.step(batch, context).scalars["loss"])
     step_seconds = time.monotonic() - started
     with torch.no_grad():
         model.validate(batch, context)
-    conditions = {channel: channels[channel] for channel in config.condition_channels}
+    given = Given({channel: channels[channel] for channel in config.condition_channels}, labels)
     settings = config.preview_sampling().model_copy(update={"steps": 2})
-    images = model.sample(SampleNoise(trial.item.spec.seed, "check", [(number,) for number in range(len(batch))], cpu), conditions, settings)
+    images = model.sample(SampleNoise(trial.item.spec.seed, "check", [(number,) for number in range(len(batch))], cpu), given, settings)
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in images.values()):
         raise InputError(f"the first step gives a loss of {loss}; look at the data with `medgen data`")
     checkpoint_bytes, save_seconds = _try_save(trial, model)

@@ -4,6 +4,7 @@ Called by train, generate and evaluate through open_store; submit calls index.ch
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,18 @@ class SliceStore:
         self._require_masks()
         return build.mapped(self.folder, index.MASK)[rows]
 
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The labels there are, in order; a class is known by its place. Raises InputError if a slice has no label."""
+        bare = self.rows.index[self.rows["label"].isna()]
+        if len(bare):
+            raise InputError(f"{len(bare)} of {len(self.rows)} slices have no label, the first is {self.rows['id'][bare[0]]}; give each line of the data a label")
+        return tuple(sorted(set(self.rows["label"]), key=_numbers_first))
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n], the number of each slice's class."""
+        return np.array([self.classes.index(label) for label in self.rows["label"].to_numpy()[rows]], dtype=np.int64)
+
     def affine(self, row: int) -> np.ndarray:
         """4x4 float64: (row, column, 0) of a [size, size, 1] image to the patient's millimetres (RAS)."""
         return build.mapped(self.folder, build.AFFINES)[row].copy()
@@ -82,6 +95,14 @@ class SliceStore:
     def _require_masks(self) -> None:
         if not self.has_masks:
             raise InputError("the data have no masks; add mask: <label file> to data in the spec")
+
+
+def _numbers_first(label: str) -> tuple[float, str]:
+    """0, 1, 2, 10, AD, CN: labels that count are in the order of what they count."""
+    try:
+        return float(label), label
+    except ValueError:
+        return math.inf, label
 
 
 def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None] = print) -> SliceStore:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ BINS = 10  # of every binned quantity in a StepReport: deciles of the diffusion 
 
 @dataclass(frozen=True)
 class DataShape:
-    """What the data decide for a model: channel names, pixels per side, number of classes."""
+    """What the data decide for a model: channel names, pixels per side, and the classes by name (empty unless it uses labels)."""
 
     channels: tuple[str, ...]
     size: int
-    classes: int = 0
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,23 @@ class Phase:
     epochs: float
     batch_size: int  # global: over all ranks and accumulation steps
     size: int
+    select: str | None = None  # a metric of `selection_metrics`: the next phase starts from the checkpoint that is best by it
+    select_from: float = 0.0  # checkpoints count for that from this share of the phase on
 
 
 @dataclass
 class Batch:
     """One rank's share of a global batch.
 
-    channels: name -> [B, 1, H, W] float32 in [0, 1] ("seg": 0 or 1) on the training device.
-    positions: the place of each sample in the whole run's order; noise is drawn by position (see `normal`)."""
+    channels: name -> [B, 1, H, W] float32 in [0, 1] ("seg": 0 or 1) on the training device, H = W = the phase's size.
+    positions: the place of each sample in the whole run's order; noise is drawn by position (see `normal`).
+    labels: int64 [B], the number of each sample's class; None unless the family's config says that it uses labels."""
 
     channels: dict[str, Tensor]
     positions: list[int]
     seed: int
     stream: str = "train"
+    labels: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +75,8 @@ class Batch:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             channels = {name: tensor[part] for name, tensor in self.channels.items()}
-            yield Batch(channels, self.positions[part], self.seed, self.stream)
+            labels = self.labels[part] if self.labels is not None else None
+            yield Batch(channels, self.positions[part], self.seed, self.stream, labels)
 
 
 @dataclass
@@ -79,18 +84,24 @@ class StepReport:
     """What a step or a validation tells the loop. Tensors stay on the device: reading them is the loop's choice.
 
     scalars: 0-dim tensors; must have "loss".
-    binned: name -> (bin number of each sample [B] int64 in range(BINS), value of each sample [B]); averaged per bin."""
+    binned: name -> (bin number of each sample [B] int64 in range(BINS), value of each sample [B]); averaged per bin.
+    samples: of a validation: name -> a row per sample [B, ...]; brought together over the whole split for `Model.scores`."""
 
     scalars: dict[str, Tensor]
     binned: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
 
 class StepContext(Protocol):
-    """What the loop offers a model's `step`. `step` counts finished optimizer updates of the main network."""
+    """What the loop offers a model's `step`. `step` counts finished optimizer updates of the main network.
+
+    `phase`: its number; `phase_progress`: the share of it that is finished, in [0, 1)."""
 
     step: int
     total_steps: int
     steps_per_epoch: float
+    phase: int
+    phase_progress: float
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for a forward pass; second derivatives belong outside of it."""
@@ -108,6 +119,10 @@ class StepContext(Protocol):
 
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Average .grad over ranks: for families whose losses DDP's wrapper cannot carry."""
+        ...
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a 0-dim tensor over ranks, for what every rank must know alike."""
         ...
 
 
@@ -129,11 +144,21 @@ class SampleNoise:
         return rows.to(self.device)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What images are made from. channels: name -> [N, 1, H, W] in [0, 1], empty for unconditional models.
+
+    labels: int64 [N], the number of each image's class; None unless the family's config says that it uses labels."""
+
+    channels: dict[str, Tensor]
+    labels: Tensor | None = None
+
+
 class Model(ABC):
     """A model family. Built from (config, shape); the loop moves `modules()` to the device before training."""
 
-    # metric name -> "lower" or "higher": what checkpoints may be selected by besides "val"
-    selection_metrics: ClassVar[dict[str, str]] = {}
+    # what `scores` returns, name -> "lower" or "higher": checkpoints may be selected by these besides "val"
+    selection_metrics: ClassVar[dict[str, Literal["lower", "higher"]]] = {}
 
     @abstractmethod
     def __init__(self, config: Any, shape: DataShape): ...
@@ -157,11 +182,15 @@ class Model(ABC):
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         """Per-sample means on held-out data, with the weights that will be sampled. Runs without gradients."""
 
-    @abstractmethod
-    def sample(self, noise: SampleNoise, condition: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-        """Images by channel name, [N, 1, H, W] float32 in [0, 1] (masks exactly 0 or 1), from averaged weights.
+    def scores(self, samples: dict[str, Tensor]) -> dict[str, float]:
+        """The selection metrics of a whole validation split, from all its samples in the order of the split, on the CPU.
 
-        condition: channel name -> [N, 1, H, W] in [0, 1]; empty for unconditional models."""
+        One that cannot be computed from these samples is left out."""
+        return {}
+
+    @abstractmethod
+    def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
+        """Images by channel name, [N, 1, H, W] float32 in [0, 1] (masks exactly 0 or 1), from averaged weights."""
 
     @abstractmethod
     def describe(self, total_steps: int) -> list[str]:

@@ -58,6 +58,11 @@ class FamilyConfig(Settings):
         """What sampling needs: the inputs that are not outputs. Empty for unconditional models."""
         return tuple(name for name in self.input_channels if name not in self.output_channels)
 
+    @property
+    def uses_labels(self) -> bool:
+        """True if each training image needs the label of its class, and each generated one is made for a class."""
+        return False
+
     def trains_positive_only(self, data: DataSpec) -> bool:
         """True if training uses only slices whose mask is not empty."""
         return data.positive_only

@@ -10,7 +10,17 @@ from ema_pytorch import EMA
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
-from medgen.models.base import BINS, Batch, DataShape, Phase, SampleNoise, StepContext, StepReport, count_parameters
+from medgen.models.base import (
+    BINS,
+    Batch,
+    DataShape,
+    Given,
+    Phase,
+    SampleNoise,
+    StepContext,
+    StepReport,
+    count_parameters,
+)
 from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.strategies import make_strategy
@@ -114,12 +124,12 @@ class Model(Family):
         return torch.cat([noisy, self._joined(channels, self.mode.conditions)], dim=1)
 
     @torch.no_grad()
-    def sample(self, noise: SampleNoise, condition: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
         assert isinstance(settings, SamplingSettings)
         network = self.ema.ema_model.eval()
 
         def predict(images: Tensor, time: Tensor) -> Tensor:
-            prediction: Tensor = network(self._network_input(images, condition), time)
+            prediction: Tensor = network(self._network_input(images, given.channels), time)
             return prediction
 
         images = self.strategy.sample(predict, noise, self.image_shape, settings)
