@@ -5,8 +5,10 @@ Called by `medgen generate` through task.perform; collect.py reads the shard fol
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,17 @@ class Counts:
     rejected_large: int = 0
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Of which class each image is. `ends`: the number of the first image after each class; images are sorted by class."""
+
+    names: tuple[str, ...]
+    ends: tuple[int, ...]
+
+    def of(self, index: int) -> int:
+        return bisect_right(self.ends, index)
+
+
 @dataclass
 class Generation:
     """The parts that a shard needs."""
@@ -64,7 +77,9 @@ class Generation:
     checkpoint: Checkpoint
     accept: Accept | None
     conditions: dict[int, Condition]
-    affine: np.ndarray  # of images without a condition
+    classes: Classes | None
+    affine: np.ndarray  # of images without a condition, at the full size
+    full_size: int  # pixels
     device: torch.device
     data_fingerprint: str
     counts: Counts
@@ -118,8 +133,23 @@ def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> 
     indices = range(work.task.images.first, work.task.images.stop)
     conditions = _conditions(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
-    return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions,
-                      _plain_affine(store), device, store.fingerprint, Counts())
+    classes = _classes(settings, store) if config.uses_labels else None
+    return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
+                      _plain_affine(store), store.size, device, store.fingerprint, Counts())
+
+
+def _classes(settings: spec.GenerateStage, store: SliceStore) -> Classes:
+    """Raises InputError if per_class does not count the classes of the data."""
+    names = store.classes
+    counts = settings.per_class or [_share(number, settings.count, len(names)) for number in range(len(names))]
+    if len(counts) != len(names):
+        raise InputError(f"per_class: {counts} counts {len(counts)} classes, the data have {len(names)}: {', '.join(names)}")
+    return Classes(names, tuple(accumulate(counts)))
+
+
+def _share(number: int, count: int, shares: int) -> int:
+    """Of `count` things in shares as equal as can be, the larger ones first."""
+    return count // shares + (number < count % shares)
 
 
 def _promised_checkpoint(work: Work, source: str, selector: str) -> Checkpoint:
@@ -228,7 +258,9 @@ def _sample(generation: Generation, indices: list[int], attempt: int) -> list[di
     for name in generation.config.condition_channels:
         stacked = np.stack([generation.conditions[index].channels[name] for index in indices])
         condition[name] = torch.from_numpy(stacked).unsqueeze(1).to(generation.device)
-    images = generation.model.sample(noise, Given(condition), generation.sampling)
+    classes = generation.classes
+    labels = torch.tensor([classes.of(index) for index in indices], device=generation.device) if classes is not None else None
+    images = generation.model.sample(noise, Given(condition, labels), generation.sampling)
     arrays = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in images.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -255,7 +287,7 @@ def _write_image(generation: Generation, folder: Path, index: int, tries: int, c
     """Write one image's channels (and the mask it was made from) and return its manifest entry."""
     name = f"{index:06d}"
     condition = generation.conditions.get(index)
-    affine = condition.affine if condition else generation.affine
+    affine = condition.affine if condition else _of_pixels(generation.affine, generation.full_size, next(iter(channels.values())).shape[0])
     mask = {"seg": condition.channels["seg"]} if condition and "seg" in condition.channels else {}
     written = {}
     for channel, array in {**channels, **mask}.items():
@@ -270,11 +302,17 @@ def _write_image(generation: Generation, folder: Path, index: int, tries: int, c
         "tries": tries,
         "condition": condition.id if condition else "",
         "condition_kind": condition.kind if condition else "none",
+        **({"label": generation.classes.names[generation.classes.of(index)]} if generation.classes is not None else {}),
         "spacing_x_mm": round(float(spacing[1]), 6),  # between columns
         "spacing_y_mm": round(float(spacing[0]), 6),  # between rows
         "thickness_mm": round(float(spacing[2]), 6),
         "files": written,
     }
+
+
+def _of_pixels(affine: np.ndarray, full_size: int, size: int) -> np.ndarray:
+    """The same field of view in fewer pixels."""
+    return affine @ np.diag([full_size / size, full_size / size, 1.0, 1.0])
 
 
 def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str, Any]:

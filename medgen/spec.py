@@ -241,6 +241,7 @@ class GenerateStage(StageSpec):
     kind: Literal["generate"]
     source: StageName = Field(alias="from")
     count: int = Field(ge=1)
+    per_class: list[int] | None = None  # images of each class, in the order of the classes; default: as equal as count allows
     condition: str | None = None  # a generate stage of masks, or a split of the real data
     checkpoint: str = "last"  # last | best-val | best-<metric>
     sampling: dict[str, Any] = {}  # checked by the model family
@@ -256,6 +257,18 @@ class GenerateStage(StageSpec):
         if value == "last" or re.fullmatch(r"best-[a-z0-9_]+", value):
             return value
         raise ValueError(f"write last, best-val or best-<metric>, got {value!r}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes_make_the_count(cls, value: Any) -> Any:
+        counts = value.get("per_class") if isinstance(value, dict) else None
+        if not isinstance(counts, list) or not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+            return value  # what it is instead is told field by field
+        if not counts or min(counts) < 0 or sum(counts) == 0:
+            raise ValueError(f"per_class: give how many images of each class, such as [100, 100], got {counts}")
+        if value.get("count", sum(counts)) != sum(counts):
+            raise ValueError(f"per_class makes {sum(counts)} images, but count is {value['count']}; remove count")
+        return {**value, "count": sum(counts)}
 
     @model_validator(mode="after")
     def _no_empty_shard(self) -> GenerateStage:
@@ -518,6 +531,8 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error(path, f"the model of {stage.source} is conditioned on {needed}; add condition: test or a generate stage of masks")
     if not config.condition_channels and stage.condition is not None:
         raise spec_document.error((*path, "condition"), f"the model of {stage.source} takes no condition; remove it")
+    if stage.per_class is not None and not config.uses_labels:
+        raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
     if stage.accept is not None and config.output_kind != "mask":
         raise spec_document.error((*path, "accept"), f"accept judges masks; the model of {stage.source} makes images")
     if stage.condition in spec.stages:
