@@ -18,7 +18,7 @@ from medgen.launch.backend import fresh_outcome
 from medgen.launch.causes import TIME_LIMIT
 from medgen.launch.notify import tell_people
 from medgen.launch.script import ENOUGH, REQUEUE, parse_job_name
-from medgen.launch.tries import Try, batch_section, read_tries
+from medgen.launch.tries import Try, batch_section, last_seen, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 
@@ -49,9 +49,7 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
 
 
 def _end_lost(run: RunDir, stage: PlannedStage, shard: int, lost: Try) -> None:
-    beat = run.read_heartbeat(stage.name, shard)
-    seen = beat.time if beat is not None and beat.attempt == lost.attempt else lost.started
-    seconds = max(0.0, seen - lost.started)
+    seconds = last_seen(run, lost) - lost.started
     verdict = Verdict("interrupted", "Slurm took the job away: preempted, or its node failed", "PREEMPTED", True, GOES_ON)
     if seconds >= stage.time_minutes * 60 - LIMIT_SECONDS:
         cause = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"

@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medgen.launch.history import Attempt
 from medgen.launch.slurm import QueueRow
+from medgen.launch.tries import Try
 from medgen.rundir import Heartbeat, RankBeat
 from medgen.watch.outcomes import Left
 from medgen.watch.ranks import guilty_in_words, silence_in_words, silent
@@ -38,7 +38,7 @@ class Facts:
     `ranks`: the beats of this attempt, where it runs and has several ranks."""
 
     left: Left | None
-    last: Attempt | None
+    last: Try | None
     beat: Heartbeat | None
     stuck: bool
     now: float
@@ -221,7 +221,7 @@ def proof_of_absence(facts: Facts, asked: float | None, submitted: float | None)
     return asked > max(sign or 0.0 for sign in signs)
 
 
-def _of_ending(last: Attempt, left: Left | None) -> Judgement:
+def _of_ending(last: Try, left: Left | None) -> Judgement:
     if last.status == "interrupted":
         return "interrupted", last.cause
     if last.status == "done":

@@ -26,7 +26,7 @@ from medgen.launch.evidence import gather, rank_causes
 from medgen.launch.queued import QueuedTask, queued_tasks, was_queued
 from medgen.launch.slurm import AccountingRow, SlurmError, element_text
 from medgen.launch.supervisor import Supervisor, living_supervisor
-from medgen.launch.tries import Key, Try, all_tries, read_end, read_tries
+from medgen.launch.tries import Key, Tries, Try, all_tries, read_end, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 from medgen.watch.accounted import (
@@ -95,7 +95,7 @@ class Inquiry:
     run: RunDir
     plan: Plan
     events: list[dict[str, Any]]
-    tries: dict[Key, list[Try]]
+    tries: Tries
     supervisor: Supervisor | None
     on_slurm: bool
     now: float
