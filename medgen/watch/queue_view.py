@@ -125,7 +125,7 @@ def read_queue_view(
     wanted = _unexplained(view, plan, told, outcomes)
     if not wanted:
         return view
-    accounting = source.accounting(run.run_id, wanted, (submitted.first or since) - 60)
+    accounting = source.accounting(run.run_id, wanted, min([since, *(job.time for job in submitted.jobs.values())]) - 60)
     return QueueView(answer, submitted, jobs, accounting, keys, tries)
 
 

@@ -265,7 +265,7 @@ def _stage(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> StageUs
 
 def _wait_seconds(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> float | None:
     """The last submit of the stage that has started: from when nothing but Slurm held it back until its first task began."""
-    jobs = [job for job in inquiry.jobs if job.stage == stage.name]
+    jobs = [job for job in inquiry.submitted.jobs.values() if job.stage == stage.name and job.numbers]
     released = [event["time"] for event in inquiry.events if event["event"] == "jobs_released"]
     for job in reversed(jobs):
         starts = [item.started for item in spent if item.started >= job.time - 1]
