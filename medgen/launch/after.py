@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medgen.launch.backend import ending_of, fresh_outcome, guilty_log
-from medgen.launch.causes import Cause, Kind, classify
+from medgen.launch.causes import Cause, Kind, classify, was_warned
 from medgen.launch.evidence import gather, rank_causes
 from medgen.launch.queue import Ending
 from medgen.launch.tries import Try, read_tries
@@ -24,7 +24,6 @@ TRIES_ON_BAD_NODES = 3  # each on another node
 INTERRUPTIONS = 5  # of what cannot show progress, where Slurm did not say that it was preempted
 WITHOUT_PROGRESS = 3  # attempts in a row that have saved nothing new: then a training is not started again
 MORE_MEMORY = 1.5
-LIMIT_SLACK_SECONDS = 60  # the warning may come that much early
 
 GOES_ON = "goes on from what it saved"
 AGAIN = "will be tried again"
@@ -131,8 +130,7 @@ class Past:
         return count
 
     def met_limit(self, item: Try) -> bool:
-        limit_seconds = self.stage.time_minutes * 60 - self.plan.place.grace_seconds - LIMIT_SLACK_SECONDS
-        return item.ended is not None and item.ended - item.started >= max(limit_seconds, self.stage.time_minutes * 30)
+        return item.ended is not None and was_warned(item.ended - item.started, self.stage.limit_seconds, self.plan.place.grace_seconds)
 
     @property
     def limits(self) -> int:

@@ -15,7 +15,7 @@ from medgen.errors import Exit, InputError
 from medgen.launch import after, nodes
 from medgen.launch.after import GOES_ON, Circumstances, Taken, Verdict
 from medgen.launch.backend import fresh_outcome
-from medgen.launch.causes import TIME_LIMIT
+from medgen.launch.causes import TIME_LIMIT, was_ended
 from medgen.launch.notify import tell_people
 from medgen.launch.script import ENOUGH, REQUEUE, parse_job_name
 from medgen.launch.tries import Try, batch_section, last_seen, read_tries
@@ -23,7 +23,6 @@ from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 
 CANCELLED = "submit again to go on"
-LIMIT_SECONDS = 30  # Slurm may end a job a little before or after its limit
 
 
 def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
@@ -51,7 +50,7 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
 def _end_lost(run: RunDir, stage: PlannedStage, shard: int, lost: Try) -> None:
     seconds = last_seen(run, lost) - lost.started
     verdict = Verdict("interrupted", "Slurm took the job away: preempted, or its node failed", "PREEMPTED", True, GOES_ON)
-    if seconds >= stage.time_minutes * 60 - LIMIT_SECONDS:
+    if was_ended(seconds, stage.limit_seconds):
         cause = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"
         verdict = Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
     after.tell(run, stage, shard, lost.attempt, verdict, None, seconds, job_id=job_id(), node=node())
@@ -66,7 +65,7 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     seconds = max(0.0, time.time() - started)  # the clock may have been set back
     facts = job_facts(job)
     later_segments = _later_segments(stage)
-    taken = _taken_by_slurm(run, facts, seconds >= stage.time_minutes * 60 - LIMIT_SECONDS, later_segments)
+    taken = _taken_by_slurm(run, facts, was_ended(seconds, stage.limit_seconds), later_segments)
     if taken is not None and taken.kind == "TIMEOUT" and not later_segments and _saved_at_limit(run, task, attempt):
         taken = None  # for as long as its script lives, Slurm takes back a job that has met its limit
     around = Circumstances(True, _is_preempted(facts), later_segments, taken)
