@@ -13,7 +13,7 @@ from medgen.launch.backend import ending_of, fresh_outcome, guilty_log
 from medgen.launch.causes import Cause, Kind, classify, was_warned
 from medgen.launch.evidence import gather, rank_causes
 from medgen.launch.queue import Ending
-from medgen.launch.tries import Try, read_tries
+from medgen.launch.tries import Event, Try, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Relief, RunDir
 
@@ -71,29 +71,32 @@ class Verdict:
 
 def judge(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, attempt: int, exit_code: int, seconds: float, around: Circumstances) -> Verdict:
     """Reads the run folder; writes nothing."""
-    status, cause = ending_of(run, task, attempt, exit_code)
+    events = run.events()
+    status, cause = ending_of(run, task, attempt, exit_code, events)
     if status == "done":
         return Verdict("done", None, None, False, "done")
     taken = around.taken
     if taken is not None:
         return Verdict("interrupted", taken.cause or cause, taken.kind, taken.comes_back, taken.words)
-    events = run.events()
-    known = read_tries(events[_last_submit(events) :]).get((stage.name, task.shard), [])
-    begun = next((item for item in read_tries(events).get((stage.name, task.shard), []) if item.attempt == attempt), None)
+    tries = read_tries(events).get((stage.name, task.shard), [])
+    begun = next((item for item in tries if item.attempt == attempt), None)
     now = begun or Try(stage.name, task.shard, attempt, time.time() - seconds, stage.devices, 0)
     now = replace(now, ended=now.started + seconds, status=status, exit_code=exit_code, cause=cause)
     told = rank_causes(events).get((stage.name, task.shard, attempt), [])
     found = classify(gather(run, plan, stage, now, told, None, around.on_slurm, cancelled=False))
-    past = Past(plan, stage, around.on_slurm, [item for item in known if item.attempt != attempt], now, run.saved_step(stage.name))
+    earlier = [item for item in tries[_before_last_submit(events, now) :] if item.attempt != attempt]
+    past = Past(plan, stage, around.on_slurm, earlier, now, run.saved_step(stage.name))
     if status == "interrupted":
         return _after_interruption(past, cause, found, around)
     spoke = fresh_outcome(run, task, attempt) is not None
     return _after_failure(past, cause, found, run.read_relief(stage.name, task.shard), spoke)
 
 
-def _last_submit(events: Sequence[dict[str, Any]]) -> int:
-    """Each submit brings new budgets. By place in the events, not by time: the clocks of login node and nodes may differ."""
-    return max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+def _before_last_submit(events: Sequence[Event], item: Try) -> int:
+    """How many starts of a task do not count: each submit brings new budgets. By place in the events, not by time: the clocks of
+    login node and nodes may differ."""
+    last_submit = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+    return sum(event["event"] == "task_started" and (event["stage"], event["shard"]) == (item.stage, item.shard) for event in events[:last_submit])
 
 
 @dataclass(frozen=True)
