@@ -163,6 +163,24 @@ def test_an_attempt_that_nobody_saw_the_end_of_is_ended_by_the_next(tmp_path: Pa
     assert "met its time limit before it could save" in last(run)["cause"] and last(run)["cause_kind"] == "TIMEOUT"
 
 
+def test_a_job_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """A training that brings down its node would be started again for ever; another submit may try anew."""
+    run, _ = build(tmp_path, [*TRAIN, *ONE_OF_TWO])
+    submit_again(run)
+    assert [attempt.begin(run, "train", 0, number) for number in range(4)] == [0, 0, 0, Exit.FAILED]
+    assert "no progress in 3 attempts" in last(run)["next"] and not last(run)["again"]
+    submit_again(run)
+    assert attempt.begin(run, "train", 0, 3) == 0
+    assert [attempt.begin(run, "images", 0, number) for number in range(7)] == [0] * 6 + [Exit.FAILED]
+    for number in range(7):
+        assert attempt.begin(run, "images", 1, number) == 0, "Slurm says that it was preempted, and that has no budget"
+        log = run.batch_log("images", 1)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as lines:
+            lines.write(f"medgen: images shard 1 attempt {number} on n1 at 2026-11-21T18:20:53+0000\nslurmstepd: error: *** JOB 58 ON n1 CANCELLED AT 2026-11-21T18:24:12 DUE TO PREEMPTION ***\n")
+    assert len(events(run, "task_started")) == 3 + 1 + 6 + 7
+
+
 class Inbox(http.server.BaseHTTPRequestHandler):
     received: list[dict[str, Any]]
 

@@ -28,7 +28,7 @@ CANCELLED = "submit again to go on"
 def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     """Tell that an attempt begins; an earlier one that nobody saw the end of is ended first.
 
-    Returns ENOUGH if the task is done already (an earlier job of its chain did it), FAILED if its chain was given up, else 0."""
+    Returns ENOUGH if the task is done already (an earlier job of its chain did it), FAILED if it was given up, else 0."""
     plan = planning.read(run)
     stage, task = _find(plan, stage_name, shard)
     tries = read_tries(run.events()).get((stage_name, shard), [])
@@ -37,8 +37,8 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     if tries and tries[-1].gave_up_before(segment()):
         print(f"medgen: {stage_name}: the chain was given up after attempt {tries[-1].attempt}: {tries[-1].next}")
         return Exit.FAILED
-    if tries and tries[-1].status is None:
-        _end_lost(run, stage, shard, tries[-1])
+    if tries and tries[-1].status is None and not _goes_on_after(run, plan, stage, task, tries[-1]):
+        return Exit.FAILED
     run.event(
         "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task.hash, devices=stage.devices,
         from_step=run.saved_step(stage_name) if stage.kind == "train" else 0, job_id=job_id(), node=node(), segment=segment(),
@@ -47,13 +47,15 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     return Exit.DONE
 
 
-def _end_lost(run: RunDir, stage: PlannedStage, shard: int, lost: Try) -> None:
-    seconds = last_seen(run, lost) - lost.started
-    verdict = Verdict("interrupted", "Slurm took the job away: preempted, or its node failed", "PREEMPTED", True, GOES_ON)
-    if was_ended(seconds, stage.limit_seconds):
-        cause = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"
-        verdict = Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
-    after.tell(run, stage, shard, lost.attempt, verdict, None, seconds, job_id=job_id(), node=node())
+def _goes_on_after(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, lost: Try) -> bool:
+    """Tell of an attempt that nobody saw the end of. False if this very job, which Slurm starts again and again, is given up."""
+    verdict = after.judge_lost(run, plan, stage, task, lost)
+    after.tell(run, stage, task.shard, lost.attempt, verdict, None, last_seen(run, lost) - lost.started, job_id=lost.job_id, node=lost.node)
+    if verdict.status == "done" or verdict.again or lost.job_id != job_id():
+        return True
+    print(f"medgen: {stage.name}: given up after attempt {lost.attempt}: {verdict.words}")
+    tell_people(run, plan, stage, task.shard, verdict)
+    return False
 
 
 def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, started: float, job: str) -> int:
