@@ -27,7 +27,6 @@ MORE_MEMORY = 1.5
 
 GOES_ON = "goes on from what it saved"
 AGAIN = "will be tried again"
-OVER_TIME = "not tried again: write more segments: or a longer time:, and submit again"
 LOST = "Slurm took the job away: preempted, or its node failed"
 LOST_AT_LIMIT = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"
 OVER_TIME_AT_ONCE = "not tried again: it cannot save in the middle; write a longer time: or more shards:, and submit again"
@@ -161,6 +160,11 @@ class Past:
         return sum(self.met_limit(item) for item in [*self.earlier, self.now])
 
 
+def over_time(stage: PlannedStage) -> str:
+    used_up = f"its {stage.segments} segments are used up; " if stage.segments is not None and stage.segments > 1 else ""
+    return f"not tried again: {used_up}write more segments: or a longer time:, and submit again"
+
+
 def goes_on_in_chain(later_segments: int) -> str:
     return f"the next job of its chain {GOES_ON} ({later_segments} left)"
 
@@ -202,8 +206,8 @@ def _at_limit(past: Past, cause: str | None, later_segments: int) -> Verdict:
         return Verdict("interrupted", cause, "TIMEOUT", False, OVER_TIME_AT_ONCE)
     if later_segments:
         return Verdict("interrupted", cause, "TIMEOUT", False, goes_on_in_chain(later_segments))
-    if stage.segments is not None and past.limits >= stage.segments:
-        return Verdict("interrupted", cause, "TIMEOUT", False, f"{OVER_TIME} (it met its limit {past.limits} times)")
+    if stage.segments is not None and (past.limits >= stage.segments or (past.on_slurm and stage.chain > 1)):
+        return Verdict("interrupted", cause, "TIMEOUT", False, over_time(stage))
     return Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
 
 

@@ -67,7 +67,7 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     seconds = max(0.0, time.time() - started)  # the clock may have been set back
     facts = job_facts(job)
     later_segments = _later_segments(stage)
-    taken = _taken_by_slurm(run, facts, was_ended(seconds, stage.limit_seconds), later_segments)
+    taken = _taken_by_slurm(run, stage, facts, seconds)
     if taken is not None and taken.kind == "TIMEOUT" and not later_segments and _saved_at_limit(run, task, attempt):
         taken = None  # for as long as its script lives, Slurm takes back a job that has met its limit
     around = Circumstances(True, _is_preempted(facts), later_segments, taken)
@@ -135,7 +135,7 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
-def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool, later_segments: int) -> Taken | None:
+def _taken_by_slurm(run: RunDir, stage: PlannedStage, facts: dict[str, str], seconds: float) -> Taken | None:
     """What Slurm has decided about a job that is ending; None if it just runs: what comes next is ours to decide."""
     if run.cancel_mark.exists():
         return Taken("cancelled with medgen cancel", "CANCELLED", CANCELLED, comes_back=False)
@@ -145,8 +145,9 @@ def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool, later_se
         return Taken("Slurm took the job back to start it again", "PREEMPTED", GOES_ON, comes_back=True)
     if facts["JobState"] == "PENDING":  # a slurmctld that was killed may forget that it started this job
         return Taken("Slurm put the job back into its queue", "PREEMPTED", GOES_ON, comes_back=True)
-    if at_limit:
-        return Taken("it met its time limit", "TIMEOUT", after.goes_on_in_chain(later_segments) if later_segments else after.OVER_TIME, comes_back=False)
+    if was_ended(seconds, stage.limit_seconds):
+        later_segments = _later_segments(stage)
+        return Taken("it met its time limit", "TIMEOUT", after.goes_on_in_chain(later_segments) if later_segments else after.over_time(stage), comes_back=False)
     return Taken("cancelled with scancel", "CANCELLED", CANCELLED, comes_back=False)
 
 

@@ -223,7 +223,8 @@ def proof_of_absence(facts: Facts, asked: float | None, submitted: float | None)
 
 def _of_ending(last: Try, left: Left | None) -> Judgement:
     if last.status == "interrupted":
-        return "interrupted", last.cause
+        given_up = not last.comes_back and last.kind != "CANCELLED"  # not by a person, who knows what to do
+        return "interrupted", "; ".join(part for part in (last.cause, last.next if given_up else None) if part) or None
     if last.status == "done":
         return "failed", "its files are missing or were changed since; submit again to make them again"
     return "failed", (left.cause if left is not None and left.attempt == last.attempt else None) or last.cause
