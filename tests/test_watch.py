@@ -24,7 +24,8 @@ from medgen.launch.local import LocalBackend
 from medgen.launch.supervisor import register, retire
 from medgen.launch.tries import read_tries, seconds_busy
 from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir
-from medgen.task import StopFlag, Work
+from medgen.stop import StopFlag
+from medgen.task import Work
 from medgen.watch.live import describe_event, list_runs, watch
 from medgen.watch.state import RunState, StageState, read_state, to_json
 from medgen.watch.view import duration, percent, render, runs_table
