@@ -23,7 +23,7 @@ from launch_stub import build
 
 from medgen import document, files, names, planning, redact, sbatch_options, site, spec, units
 from medgen.errors import InputError, MedgenError
-from medgen.launch import history, slurm, tries
+from medgen.launch import slurm, tries
 from medgen.launch.importing.verb import run_import
 from medgen.launch.script import parse_job_name, render_script
 from medgen.launch.slurm_backend import chunks
@@ -298,7 +298,6 @@ def test_any_damage_in_a_run_folder_is_shown_or_one_message(lines: list[str], ou
             path.write_bytes(content)
         log = EventLog(run)
         log.refresh()
-        history.read_history(run.events())
         tries.read_tries(run.events())
         run.read_outcome("train", 0), run.read_heartbeat("train", 0), run.is_done("train", 0, "train0")
         with contextlib.suppress(MedgenError):
