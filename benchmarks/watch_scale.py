@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medgen import plan
-from medgen.launch.script import job_name
+from medgen.launch.script import Chunk, job_name
 from medgen.plan import Place, Plan, PlannedStage, Shard, Task
 from medgen.rundir import Heartbeat, Outcome, Produced, RunDir
 
@@ -29,15 +29,15 @@ def big_run(root: Path) -> RunDir:
     """A run in the middle of its images."""
     run = RunDir(root / "big-0123456789")
     tasks = [Task("images", shard, f"{shard:016x}", Shard(16 * shard, 16 * shard + 16)) for shard in range(TASKS)]
-    stage = PlannedStage("images", "generate", [], 1, 1, 1, 1, 60, None, RUNNING, 1, "srun", [], [], [], [], {}, tasks)
-    place = Place("slurm", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []})
+    stage = PlannedStage("images", "generate", [], 1, 1, 1, 1, 60, None, RUNNING, 1, 1, "srun", [], [], [], [], {}, tasks)
+    place = Place("slurm", [], [], None, 180, {"mail": None, "webhook": None, "command": None, "on": []}, 600)
     made = Plan(plan.PLAN_VERSION, run.run_id, "big", 42, "example", place, {}, [stage])
     run.root.mkdir(parents=True)
     run.plan.write_text(json.dumps(plan.to_json(made)))
     now = time.time()
     events: list[dict[str, Any]] = [{"time": now - 90_000, "event": "submitted", "backend": "slurm", "tasks": TASKS, "submission": "1"}]
     for offset in range(0, TASKS, LARGEST_ARRAY):
-        name = job_name(run, "images", 1, offset)
+        name = job_name(run, "images", Chunk(1, offset))
         shards = list(range(offset, offset + LARGEST_ARRAY))
         events.append({"time": now - 90_000, "event": "job_intent", "name": name, "stage": "images", "submission": "1", "offset": offset, "shards": shards})
         events.append({"time": now - 90_000, "event": "job_submitted", "name": name, "job_id": 5000 + offset // LARGEST_ARRAY})
@@ -77,10 +77,10 @@ def stand_ins(folder: Path, run: RunDir) -> None:
     lines = []
     for shard in range(DONE, DONE + RUNNING):
         offset = shard - shard % LARGEST_ARRAY
-        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{shard % LARGEST_ARRAY}|RUNNING|None|{now - 600}|{now + 3000}|10:00|{now - 90_000}|n1|{job_name(run, 'images', 1, offset)}")
+        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{shard % LARGEST_ARRAY}|RUNNING|None|{now - 600}|{now + 3000}|10:00|{now - 90_000}|n1|{job_name(run, 'images', Chunk(1, offset))}")
     for offset in range(DONE, TASKS, LARGEST_ARRAY):
         first = max(0, DONE + RUNNING - offset)
-        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{first}-{LARGEST_ARRAY - 1}%300|PENDING|JobArrayTaskLimit|N/A|N/A|0:00|{now - 90_000}||{job_name(run, 'images', 1, offset)}")
+        lines.append(f"{5000 + offset // LARGEST_ARRAY}|{first}-{LARGEST_ARRAY - 1}%300|PENDING|JobArrayTaskLimit|N/A|N/A|0:00|{now - 90_000}||{job_name(run, 'images', Chunk(1, offset))}")
     folder.mkdir()
     (folder / "answer").write_text("\n".join(lines) + "\n")
     for name in ("squeue", "sacct"):

@@ -14,8 +14,8 @@ import pandas as pd
 from medgen import files
 from medgen.collected import INDEX, MANIFEST
 from medgen.errors import MedgenError
-from medgen.generate import read_manifest, set_aside, shard_problem
 from medgen.plan import PlannedStage
+from medgen.shards import read_manifest, set_aside, shard_problem
 from medgen.task import Done, Work
 
 

@@ -68,6 +68,11 @@ class PlannedStage:
         return self.nodes * self.ranks_per_node
 
     @property
+    def limit_seconds(self) -> int:
+        """Of a job, after which Slurm ends it."""
+        return self.time_minutes * 60
+
+    @property
     def jobs(self) -> int:
         """What Slurm counts against the limits of its user: each element of an array and each job of a chain."""
         return self.chain if self.chain > 1 else len(self.tasks)

@@ -399,9 +399,11 @@ def _read_beat(path: Path) -> dict[str, Any]:
     """`heard` is the later of what the clocks of storage and node say, but a node that is ahead of this machine is not believed:
     its heartbeats would seem new long after its death."""
     with open(path, "rb") as handle:
-        record: dict[str, Any] = json.load(handle)
+        record = json.load(handle)
         stored = os.fstat(handle.fileno()).st_mtime
-    told = float(record.get("time", 0.0))
+    if not isinstance(record, dict) or not isinstance(record.get("time"), int | float):
+        raise ValueError(f"{path}: not a heartbeat")
+    told: float = record["time"]
     return {**record, "heard": max(stored, told) if told <= time.time() + CLOCK_SLACK_SECONDS else stored}
 
 

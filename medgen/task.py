@@ -8,7 +8,6 @@ import contextlib
 import errno
 import importlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -17,7 +16,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -29,6 +27,7 @@ from medgen.errors import Exit, InputError, Interrupted, MedgenError
 from medgen.plan import Plan, PlannedStage
 from medgen.plan import Task as PlannedTask
 from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir, Status
+from medgen.stop import StopFlag
 from medgen.watchdog import Seat, Watchdog
 from medgen.world import rank_from_environment
 
@@ -36,7 +35,6 @@ LAST_WORDS_SECONDS = 5.0  # for the error of a collective, or for a save that is
 NEWS_SECONDS = 0.5  # a collective may fail a moment before it is known that a rank has died
 LOCK_SECONDS = 20.0
 AWAITED_SECONDS = 60.0  # a shared file system may show on this node that much later what another has written
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 # what the machine, not medgen, is to blame for: told in one line
 SYSTEM_FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -45,24 +43,6 @@ SYSTEM_FAULTS = {
     errno.EACCES: "no permission to write or read here",
     errno.EPERM: "no permission to write or read here",
 }
-
-
-class StopFlag:
-    """Set by TERM, INT or USR2; work looks at it between steps. Handlers do nothing else."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def install(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-
-    @property
-    def is_set(self) -> bool:
-        return self.signal_name is not None
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.server
+import io
 import json
 import threading
 import time
@@ -13,13 +14,16 @@ from typing import Any
 
 import pytest
 from launch_stub import build, events
+from rich.console import Console
 
 from medgen import files, plan
 from medgen.errors import Exit
-from medgen.launch import after, attempt
+from medgen.launch import attempt
 from medgen.launch.script import REQUEUE
 from medgen.plan import Plan
 from medgen.rundir import Heartbeat, Outcome, RunDir
+from medgen.watch.state import read_state
+from medgen.watch.view import render
 
 HOUR = 3600.0
 TRAIN = [{"name": "train", "kind": "train"}]
@@ -107,7 +111,7 @@ def test_a_stop_before_the_limit_goes_on_and_one_at_the_limit_counts_segments(tm
     assert [stopped_after(number, limit / 3) for number in range(4)] == [REQUEUE] * 4, "preempted as often as it takes"
     assert stopped_after(4, limit - 100) == REQUEUE
     assert stopped_after(5, limit - 100) == Exit.FAILED
-    assert "write more segments: or a longer time:, and submit again (it met its limit 2 times)" in last(run)["next"]
+    assert last(run)["next"] == "not tried again: its 2 segments are used up; write more segments: or a longer time:, and submit again"
 
 
 def test_three_attempts_that_end_where_they_began_are_the_last(tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_what_has_saved_when_it_is_ended_at_its_limit_goes_on(tmp_path: Path) ->
             log.write(f"medgen: train shard 0 attempt {number} on n1 at 2026-11-21T18:20:53+0000\nslurmstepd: error: *** JOB 58 ON n1 CANCELLED AT 2026-11-21T18:24:12 {words}***\n")
         code = attempt.end(run, "train", 0, number, 143, time.time() - planned.stages[0].time_minutes * 60, "JobState=COMPLETING Restarts=0")
         assert code == (Exit.FAILED if number else REQUEUE)
-    assert [end["next"] for end in events(run, "task_ended")] == ["goes on from what it saved", after.OVER_TIME]
+    assert [end["next"] for end in events(run, "task_ended")] == ["goes on from what it saved", "not tried again: write more segments: or a longer time:, and submit again"]
 
 
 def test_an_attempt_that_nobody_saw_the_end_of_is_ended_by_the_next(tmp_path: Path) -> None:
@@ -161,6 +165,24 @@ def test_an_attempt_that_nobody_saw_the_end_of_is_ended_by_the_next(tmp_path: Pa
     run.write_heartbeat(Heartbeat("train", 0, 1, 5, 9, "steps", None, now + limit_seconds, "n1", 1))
     attempt.begin(run, "train", 0, 2)
     assert "met its time limit before it could save" in last(run)["cause"] and last(run)["cause_kind"] == "TIMEOUT"
+
+
+def test_a_job_that_is_lost_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """A training that brings down its node would be started again for ever; another submit may try anew."""
+    run, _ = build(tmp_path, [*TRAIN, *ONE_OF_TWO])
+    submit_again(run)
+    assert [attempt.begin(run, "train", 0, number) for number in range(4)] == [0, 0, 0, Exit.FAILED]
+    assert "no progress in 3 attempts" in last(run)["next"] and not last(run)["again"]
+    submit_again(run)
+    assert attempt.begin(run, "train", 0, 3) == 0
+    assert [attempt.begin(run, "images", 0, number) for number in range(7)] == [0] * 6 + [Exit.FAILED]
+    for number in range(7):
+        assert attempt.begin(run, "images", 1, number) == 0, "Slurm says that it was preempted, and that has no budget"
+        log = run.batch_log("images", 1)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as lines:
+            lines.write(f"medgen: images shard 1 attempt {number} on n1 at 2026-11-21T18:20:53+0000\nslurmstepd: error: *** JOB 58 ON n1 CANCELLED AT 2026-11-21T18:24:12 DUE TO PREEMPTION ***\n")
+    assert len(events(run, "task_started")) == 3 + 1 + 6 + 7
 
 
 class Inbox(http.server.BaseHTTPRequestHandler):
@@ -350,6 +372,27 @@ def test_jobs_of_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     segment(3)
     assert attempt.begin(run, "train", 0, 2) == ENOUGH
     assert len(events(run, "task_started")) == 2
+
+
+def test_a_chain_that_is_used_up_says_why_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if one of its jobs ended before its limit."""
+    from medgen.launch.script import Chunk, job_name
+
+    run, planned = build(tmp_path, TRAIN)
+    planned = with_stage(run, planned, segments=2, chain=2)
+    submit_again(run)
+    for number in range(2):  # the first is lost
+        monkeypatch.setenv("SLURM_JOB_NAME", job_name(run, "train", Chunk(1, 0, None, number + 1)))
+        assert attempt.begin(run, "train", 0, number) == 0
+        saved(run, number + 1)
+    outcome(run, planned, 1, "interrupted", "stopped by SIGUSR2 after step 2; saved")
+    assert attempt.end(run, "train", 0, 1, Exit.INTERRUPTED, time.time() - planned.stages[0].limit_seconds + 100, "") == Exit.FAILED
+    task = read_state(run).stages[0].tasks[0]
+    why = "stopped by SIGUSR2 after step 2; saved; not tried again: its 2 segments are used up; write more segments: or a longer time:, and submit again"
+    assert (task.word, task.cause) == ("interrupted", why)
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    console.print(render(read_state(run)))
+    assert why in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_chain_that_was_given_up_is_not_taken_up_by_its_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

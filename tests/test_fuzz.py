@@ -23,7 +23,7 @@ from launch_stub import build
 
 from medgen import document, files, names, planning, redact, sbatch_options, site, spec, units
 from medgen.errors import InputError, MedgenError
-from medgen.launch import history, slurm, tries
+from medgen.launch import slurm, tries
 from medgen.launch.importing.verb import run_import
 from medgen.launch.script import parse_job_name, render_script
 from medgen.launch.slurm_backend import chunks
@@ -230,7 +230,7 @@ def test_any_script_is_imported_or_one_message(lines: list[str], portable: bool)
 # --- what Slurm says -------------------------------------------------------------------------------------------------
 
 SLURM_WORDS = [
-    "", "|", "12", "12_3", "[0-9]", "[0-3999999]", "1-89:2%90", "...", "N/A", "PENDING", "RUNNING", "CANCELLED by 0", "None", "1700000000", "9" * 30, "2026-11-20T10:00:00", "0:0",
+    "", "|", "12", "12_3", "[0-9]", "[0-39999]", "[0-9999999]", "1-89:2%90", "...", "N/A", "PENDING", "RUNNING", "CANCELLED by 0", "None", "1700000000", "9" * 30, "2026-11-20T10:00:00", "0:0",
     "UNLIMITED", "1-00:00:00", "medgen.x-0123456789.a.1.0", "medgen.x-0123456789.a.1.0.abcdef", "cpu=8,gres/gpu=2", "gpu:a100:2(S:0-1)", "4Gn", "?", "1024K", "up", "infinite", "8+", "(null)",
     "-1", "٣", "²", "0-0-0", "99999999999-01:00", "\x00",
 ]  # fmt: skip
@@ -298,7 +298,6 @@ def test_any_damage_in_a_run_folder_is_shown_or_one_message(lines: list[str], ou
             path.write_bytes(content)
         log = EventLog(run)
         log.refresh()
-        history.read_history(run.events())
         tries.read_tries(run.events())
         run.read_outcome("train", 0), run.read_heartbeat("train", 0), run.is_done("train", 0, "train0")
         with contextlib.suppress(MedgenError):

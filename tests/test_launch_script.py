@@ -112,3 +112,18 @@ def test_usr2_before_a_rank_is_ready_does_not_kill_it(tmp_path: Path) -> None:
     # the rank sends it to itself before it could have set a handler
     assert srun(tmp_path, 1, "kill -USR2 $$; echo alive").returncode == 0
     assert (tmp_path / "r0.log").read_text() == "alive\n"
+
+
+@pytest.mark.parametrize(("verb", "heard"), [("train", "SIGUSR2"), ("attempt", "None")])
+def test_usr2_while_a_rank_still_imports_is_not_forgotten(verb: str, heard: str) -> None:
+    """Other verbs leave it ignored, for themselves and for what they start."""
+    code = f"""import os, signal, sys
+sys.argv[1:] = [{verb!r}]
+import medgen.__main__
+os.kill(os.getpid(), signal.SIGUSR2)
+from medgen.stop import StopFlag
+flag = StopFlag()
+flag.install()
+print(flag.signal_name)"""
+    shown = subprocess.run(["bash", "-c", "trap '' USR2; exec \"$@\"", "rank", sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.stdout == heard + "\n", shown.stderr

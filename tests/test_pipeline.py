@@ -74,27 +74,23 @@ SHARDED = {"train_seg", "masks", "train_bravo", "images"}
 
 
 def test_any_number_of_shards_gives_the_same_bytes(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str]) -> None:
-    """1, 2 and 5 shards, one of them killed and made again: the dataset is the same, byte for byte."""
+    """1 and 3 shards, one of them killed and made again: the dataset is the same, byte for byte."""
     full = tiny_spec()
     spec = write_spec({**full, "stages": {name: stage for name, stage in full["stages"].items() if name in SHARDED}})
     medgen("submit", spec, "--local")
     run = only_run(tmp_path)
     expected = {stage: tree(run / stage / "dataset") for stage in ("masks", "images")}
-    for shards in (2, 5):
-        for stage in ("masks", "images"):
-            shutil.rmtree(run / stage)
-            for path in [*(run / "outcome").glob(f"*{stage}.*"), *(run / "hb").glob(f"{stage}.*")]:
-                path.unlink()
-        override = [f"-ostages.masks.shards={shards}", f"-ostages.images.shards={shards}"]
-        if shards == 2:
-            medgen("submit", spec, *override, "--local")
-        else:
-            _submit_and_kill_one_shard(tmp_path, spec, override, environment, run)
-            medgen("submit", spec, *override, "--local")
-        assert only_run(tmp_path) == run, "another number of shards is the same run"
-        assert len(list((run / "images" / "shards").iterdir())) == shards
-        for stage, files in expected.items():
-            assert tree(run / stage / "dataset") == files
+    for stage in ("masks", "images"):
+        shutil.rmtree(run / stage)
+        for path in [*(run / "outcome").glob(f"*{stage}.*"), *(run / "hb").glob(f"{stage}.*")]:
+            path.unlink()
+    override = ["-ostages.masks.shards=3", "-ostages.images.shards=3"]
+    _submit_and_kill_one_shard(tmp_path, spec, override, environment, run)
+    medgen("submit", spec, *override, "--local")
+    assert only_run(tmp_path) == run, "another number of shards is the same run"
+    assert len(list((run / "images" / "shards").iterdir())) == 3
+    for stage, files in expected.items():
+        assert tree(run / stage / "dataset") == files
 
 
 def _submit_and_kill_one_shard(tmp_path: Path, spec: Path, override: list[str], environment: dict[str, str], run: Path) -> None:

@@ -22,11 +22,12 @@ from seeing import write_beat, write_rank_beat
 
 from medgen import plan
 from medgen.errors import Exit
-from medgen.launch.history import seconds_busy
 from medgen.launch.local import LocalBackend
 from medgen.launch.supervisor import register, retire
+from medgen.launch.tries import read_tries, seconds_busy
 from medgen.rundir import Heartbeat, Outcome, RankBeat, RunDir
-from medgen.task import StopFlag, Work
+from medgen.stop import StopFlag
+from medgen.task import Work
 from medgen.watch.live import describe_event, list_runs, watch
 from medgen.watch.state import RunState, StageState, read_state, to_json
 from medgen.watch.view import duration, percent, render, runs_table
@@ -340,6 +341,16 @@ def test_numbers_in_words() -> None:
     assert [duration(seconds) for seconds in (0, 59.4, 185, 7800, 273600)] == ["0s", "59s", "3m 05s", "2h 10m", "3d 4h"]
     assert [percent(fraction) for fraction in (0, 0.999, 1.0, 0.29)] == ["0%", "99%", "100%", "29%"]
     assert seconds_busy([(0, 10), (5, 20), (30, 31)]) == 21
+
+
+def test_an_end_belongs_to_its_own_attempt_however_late_it_is_told(run: RunDir) -> None:
+    started(run, 100)
+    started(run, 50, attempt=1)
+    ended(run, "interrupted", 40, next_action="goes on from what it saved", cause="told late")
+    event(run, "requeue_refused", 0, stage="train", shard=0, attempt=0)
+    first, second = read_tries(run.events())["train", 0]
+    assert (first.status, first.cause, first.comes_back) == ("interrupted", "told late", False)
+    assert second.ended is None
 
 
 # --- a task of several ranks -----------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medgen.launch.backend import ending_of, fresh_outcome, guilty_log
-from medgen.launch.causes import Cause, Kind, classify
+from medgen.launch.causes import PREEMPTION, Cause, Kind, classify, was_ended, was_warned
 from medgen.launch.evidence import gather, rank_causes
 from medgen.launch.queue import Ending
-from medgen.launch.tries import Try, read_tries
+from medgen.launch.tries import Event, Try, batch_section, last_seen, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Relief, RunDir
 
@@ -24,11 +24,11 @@ TRIES_ON_BAD_NODES = 3  # each on another node
 INTERRUPTIONS = 5  # of what cannot show progress, where Slurm did not say that it was preempted
 WITHOUT_PROGRESS = 3  # attempts in a row that have saved nothing new: then a training is not started again
 MORE_MEMORY = 1.5
-LIMIT_SLACK_SECONDS = 60  # the warning may come that much early
 
 GOES_ON = "goes on from what it saved"
 AGAIN = "will be tried again"
-OVER_TIME = "not tried again: write more segments: or a longer time:, and submit again"
+LOST = "Slurm took the job away: preempted, or its node failed"
+LOST_AT_LIMIT = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"
 OVER_TIME_AT_ONCE = "not tried again: it cannot save in the middle; write a longer time: or more shards:, and submit again"
 
 
@@ -72,29 +72,50 @@ class Verdict:
 
 def judge(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, attempt: int, exit_code: int, seconds: float, around: Circumstances) -> Verdict:
     """Reads the run folder; writes nothing."""
-    status, cause = ending_of(run, task, attempt, exit_code)
+    events = run.events()
+    status, cause = ending_of(run, task, attempt, exit_code, events)
     if status == "done":
         return Verdict("done", None, None, False, "done")
     taken = around.taken
     if taken is not None:
         return Verdict("interrupted", taken.cause or cause, taken.kind, taken.comes_back, taken.words)
-    events = run.events()
-    known = read_tries(events[_last_submit(events) :]).get((stage.name, task.shard), [])
-    begun = next((item for item in read_tries(events).get((stage.name, task.shard), []) if item.attempt == attempt), None)
+    tries = read_tries(events).get((stage.name, task.shard), [])
+    begun = next((item for item in tries if item.attempt == attempt), None)
     now = begun or Try(stage.name, task.shard, attempt, time.time() - seconds, stage.devices, 0)
     now = replace(now, ended=now.started + seconds, status=status, exit_code=exit_code, cause=cause)
     told = rank_causes(events).get((stage.name, task.shard, attempt), [])
     found = classify(gather(run, plan, stage, now, told, None, around.on_slurm, cancelled=False))
-    past = Past(plan, stage, around.on_slurm, [item for item in known if item.attempt != attempt], now, run.saved_step(stage.name))
+    past = _past(run, plan, stage, around.on_slurm, tries, now, events)
     if status == "interrupted":
         return _after_interruption(past, cause, found, around)
     spoke = fresh_outcome(run, task, attempt) is not None
     return _after_failure(past, cause, found, run.read_relief(stage.name, task.shard), spoke)
 
 
-def _last_submit(events: Sequence[dict[str, Any]]) -> int:
-    """Each submit brings new budgets. By place in the events, not by time: the clocks of login node and nodes may differ."""
-    return max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+def judge_lost(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, lost: Try) -> Verdict:
+    """Of an attempt that nobody saw the end of. Asked where the next one begins, so Slurm starts it again; reads only."""
+    if run.is_done(task.stage, task.shard, task.hash):
+        return Verdict("done", None, None, False, "done")
+    events = run.events()
+    now = replace(lost, ended=last_seen(run, lost))
+    past = _past(run, plan, stage, True, read_tries(events).get((stage.name, task.shard), []), now, events)
+    at_limit = was_ended(now.seconds(now.started), stage.limit_seconds)
+    found = Cause("TIMEOUT", LOST_AT_LIMIT) if at_limit else Cause("PREEMPTED", LOST)
+    counts = not at_limit and PREEMPTION.search(batch_section(run, task.stage, task.shard, lost.attempt)) is None
+    stopped = _without_progress(past, found.detail, found) or (_too_often(past, found.detail, found) if counts else None)
+    return stopped or Verdict("interrupted", found.detail, found.kind, True, GOES_ON)
+
+
+def _past(run: RunDir, plan: Plan, stage: PlannedStage, on_slurm: bool, tries: list[Try], now: Try, events: Sequence[Event]) -> Past:
+    earlier = [item for item in tries[_before_last_submit(events, now) :] if item.attempt != now.attempt]
+    return Past(plan, stage, on_slurm, earlier, now, run.saved_step(stage.name))
+
+
+def _before_last_submit(events: Sequence[Event], item: Try) -> int:
+    """How many starts of a task do not count: each submit brings new budgets. By place in the events, not by time: the clocks of
+    login node and nodes may differ."""
+    last_submit = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+    return sum(event["event"] == "task_started" and (event["stage"], event["shard"]) == (item.stage, item.shard) for event in events[:last_submit])
 
 
 @dataclass(frozen=True)
@@ -131,13 +152,17 @@ class Past:
         return count
 
     def met_limit(self, item: Try) -> bool:
-        limit_seconds = self.stage.time_minutes * 60 - self.plan.place.grace_seconds - LIMIT_SLACK_SECONDS
-        return item.ended is not None and item.ended - item.started >= max(limit_seconds, self.stage.time_minutes * 30)
+        return item.ended is not None and was_warned(item.ended - item.started, self.stage.limit_seconds, self.plan.place.grace_seconds)
 
     @property
     def limits(self) -> int:
         """How often the time limit was met, this time included."""
         return sum(self.met_limit(item) for item in [*self.earlier, self.now])
+
+
+def over_time(stage: PlannedStage) -> str:
+    used_up = f"its {stage.segments} segments are used up; " if stage.segments is not None and stage.segments > 1 else ""
+    return f"not tried again: {used_up}write more segments: or a longer time:, and submit again"
 
 
 def goes_on_in_chain(later_segments: int) -> str:
@@ -150,17 +175,28 @@ def _stop(status: Ending, cause: str | None, found: Cause, words: str) -> Verdic
 
 def _after_interruption(past: Past, cause: str | None, found: Cause, around: Circumstances) -> Verdict:
     """It was stopped from outside: at its limit, for another job, or by hand."""
-    stage = past.stage
-    if past.without_progress >= WITHOUT_PROGRESS:
-        return _stop("interrupted", cause, found, f"not tried again: no progress in {past.without_progress} attempts, its checkpoints stand at step {past.saved_step}; "
-                                                 "it may need a longer time:, or more grace to save")  # fmt: skip
+    stopped = _without_progress(past, cause, found)
+    if stopped is not None:
+        return stopped
     if around.preempted:
         return Verdict("interrupted", f"{cause}; Slurm gave its place to another job", "PREEMPTED", True, GOES_ON)
     if past.met_limit(past.now):
         return _at_limit(past, cause, around.later_segments)
-    if stage.kind != "train" and sum(item.status == "interrupted" for item in past.earlier) >= INTERRUPTIONS:
-        return _stop("interrupted", cause, found, f"not tried again: stopped {INTERRUPTIONS + 1} times; submit again to go on")
-    return Verdict("interrupted", cause, found.kind, True, GOES_ON)
+    return _too_often(past, cause, found) or Verdict("interrupted", cause, found.kind, True, GOES_ON)
+
+
+def _without_progress(past: Past, cause: str | None, found: Cause) -> Verdict | None:
+    if past.without_progress < WITHOUT_PROGRESS:
+        return None
+    return _stop("interrupted", cause, found, f"not tried again: no progress in {past.without_progress} attempts, its checkpoints stand at step {past.saved_step}; "
+                                             "it may need a longer time:, or more grace to save")  # fmt: skip
+
+
+def _too_often(past: Past, cause: str | None, found: Cause) -> Verdict | None:
+    """A training shows its progress; of all else the stops are counted."""
+    if past.stage.kind == "train" or sum(item.status == "interrupted" for item in past.earlier) < INTERRUPTIONS:
+        return None
+    return _stop("interrupted", cause, found, f"not tried again: stopped {INTERRUPTIONS + 1} times; submit again to go on")
 
 
 def _at_limit(past: Past, cause: str | None, later_segments: int) -> Verdict:
@@ -170,8 +206,8 @@ def _at_limit(past: Past, cause: str | None, later_segments: int) -> Verdict:
         return Verdict("interrupted", cause, "TIMEOUT", False, OVER_TIME_AT_ONCE)
     if later_segments:
         return Verdict("interrupted", cause, "TIMEOUT", False, goes_on_in_chain(later_segments))
-    if stage.segments is not None and past.limits >= stage.segments:
-        return Verdict("interrupted", cause, "TIMEOUT", False, f"{OVER_TIME} (it met its limit {past.limits} times)")
+    if stage.segments is not None and (past.limits >= stage.segments or (past.on_slurm and stage.chain > 1)):
+        return Verdict("interrupted", cause, "TIMEOUT", False, over_time(stage))
     return Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
 
 

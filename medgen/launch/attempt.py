@@ -15,21 +15,20 @@ from medgen.errors import Exit, InputError
 from medgen.launch import after, nodes
 from medgen.launch.after import GOES_ON, Circumstances, Taken, Verdict
 from medgen.launch.backend import fresh_outcome
-from medgen.launch.causes import TIME_LIMIT
+from medgen.launch.causes import TIME_LIMIT, was_ended
 from medgen.launch.notify import tell_people
 from medgen.launch.script import ENOUGH, REQUEUE, parse_job_name
-from medgen.launch.tries import Try, batch_section, read_tries
+from medgen.launch.tries import Try, batch_section, last_seen, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 
 CANCELLED = "submit again to go on"
-LIMIT_SECONDS = 30  # Slurm may end a job a little before or after its limit
 
 
 def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     """Tell that an attempt begins; an earlier one that nobody saw the end of is ended first.
 
-    Returns ENOUGH if the task is done already (an earlier job of its chain did it), FAILED if its chain was given up, else 0."""
+    Returns ENOUGH if the task is done already (an earlier job of its chain did it), FAILED if it was given up, else 0."""
     plan = planning.read(run)
     stage, task = _find(plan, stage_name, shard)
     tries = read_tries(run.events()).get((stage_name, shard), [])
@@ -38,8 +37,8 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     if tries and tries[-1].gave_up_before(segment()):
         print(f"medgen: {stage_name}: the chain was given up after attempt {tries[-1].attempt}: {tries[-1].next}")
         return Exit.FAILED
-    if tries and tries[-1].status is None:
-        _end_lost(run, stage, shard, tries[-1])
+    if tries and tries[-1].status is None and not _goes_on_after(run, plan, stage, task, tries[-1]):
+        return Exit.FAILED
     run.event(
         "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task.hash, devices=stage.devices,
         from_step=run.saved_step(stage_name) if stage.kind == "train" else 0, job_id=job_id(), node=node(), segment=segment(),
@@ -48,15 +47,15 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
     return Exit.DONE
 
 
-def _end_lost(run: RunDir, stage: PlannedStage, shard: int, lost: Try) -> None:
-    beat = run.read_heartbeat(stage.name, shard)
-    seen = beat.time if beat is not None and beat.attempt == lost.attempt else lost.started
-    seconds = max(0.0, seen - lost.started)
-    verdict = Verdict("interrupted", "Slurm took the job away: preempted, or its node failed", "PREEMPTED", True, GOES_ON)
-    if seconds >= stage.time_minutes * 60 - LIMIT_SECONDS:
-        cause = "it met its time limit before it could save: a step and a checkpoint must fit into the site's grace; `medgen check` says how long that is"
-        verdict = Verdict("interrupted", cause, "TIMEOUT", True, GOES_ON)
-    after.tell(run, stage, shard, lost.attempt, verdict, None, seconds, job_id=job_id(), node=node())
+def _goes_on_after(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, lost: Try) -> bool:
+    """Tell of an attempt that nobody saw the end of. False if this very job, which Slurm starts again and again, is given up."""
+    verdict = after.judge_lost(run, plan, stage, task, lost)
+    after.tell(run, stage, task.shard, lost.attempt, verdict, None, last_seen(run, lost) - lost.started, job_id=lost.job_id, node=lost.node)
+    if verdict.status == "done" or verdict.again or lost.job_id != job_id():
+        return True
+    print(f"medgen: {stage.name}: given up after attempt {lost.attempt}: {verdict.words}")
+    tell_people(run, plan, stage, task.shard, verdict)
+    return False
 
 
 def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, started: float, job: str) -> int:
@@ -68,7 +67,7 @@ def end(run: RunDir, stage_name: str, shard: int, attempt: int, exit_code: int, 
     seconds = max(0.0, time.time() - started)  # the clock may have been set back
     facts = job_facts(job)
     later_segments = _later_segments(stage)
-    taken = _taken_by_slurm(run, facts, seconds >= stage.time_minutes * 60 - LIMIT_SECONDS, later_segments)
+    taken = _taken_by_slurm(run, stage, facts, seconds)
     if taken is not None and taken.kind == "TIMEOUT" and not later_segments and _saved_at_limit(run, task, attempt):
         taken = None  # for as long as its script lives, Slurm takes back a job that has met its limit
     around = Circumstances(True, _is_preempted(facts), later_segments, taken)
@@ -136,7 +135,7 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
 
-def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool, later_segments: int) -> Taken | None:
+def _taken_by_slurm(run: RunDir, stage: PlannedStage, facts: dict[str, str], seconds: float) -> Taken | None:
     """What Slurm has decided about a job that is ending; None if it just runs: what comes next is ours to decide."""
     if run.cancel_mark.exists():
         return Taken("cancelled with medgen cancel", "CANCELLED", CANCELLED, comes_back=False)
@@ -146,8 +145,9 @@ def _taken_by_slurm(run: RunDir, facts: dict[str, str], at_limit: bool, later_se
         return Taken("Slurm took the job back to start it again", "PREEMPTED", GOES_ON, comes_back=True)
     if facts["JobState"] == "PENDING":  # a slurmctld that was killed may forget that it started this job
         return Taken("Slurm put the job back into its queue", "PREEMPTED", GOES_ON, comes_back=True)
-    if at_limit:
-        return Taken("it met its time limit", "TIMEOUT", after.goes_on_in_chain(later_segments) if later_segments else after.OVER_TIME, comes_back=False)
+    if was_ended(seconds, stage.limit_seconds):
+        later_segments = _later_segments(stage)
+        return Taken("it met its time limit", "TIMEOUT", after.goes_on_in_chain(later_segments) if later_segments else after.over_time(stage), comes_back=False)
     return Taken("cancelled with scancel", "CANCELLED", CANCELLED, comes_back=False)
 
 

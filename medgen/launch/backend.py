@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from medgen import redact
 from medgen.errors import Exit
@@ -47,12 +47,12 @@ def fresh_outcome(run: RunDir, task: Task, attempt: int) -> Outcome | None:
     return outcome if outcome is not None and outcome.attempt == attempt and outcome.task_hash == task.hash else None
 
 
-def ending_of(run: RunDir, task: Task, attempt: int, exit_code: int) -> tuple[Ending, str | None]:
+def ending_of(run: RunDir, task: Task, attempt: int, exit_code: int, events: list[dict[str, Any]]) -> tuple[Ending, str | None]:
     """How an attempt ended, and why. The outcome counts, the exit code only where there is none."""
     if run.is_done(task.stage, task.shard, task.hash):
         return "done", None
     fresh = fresh_outcome(run, task, attempt)
-    cause = fresh.cause if fresh is not None else _told_by_another_rank(run, task, attempt, exit_code)
+    cause = fresh.cause if fresh is not None else _told_by_another_rank(task, attempt, exit_code, events)
     if exit_code == Exit.INTERRUPTED or (fresh is not None and fresh.status == "interrupted"):
         return "interrupted", cause or "stopped by a signal after saving"
     cause = cause or cause_of(exit_code, guilty_log(run, task.stage, task.shard, attempt))
@@ -61,11 +61,11 @@ def ending_of(run: RunDir, task: Task, attempt: int, exit_code: int) -> tuple[En
     return ("refused" if exit_code == Exit.BAD_INPUT else "failed"), cause
 
 
-def _told_by_another_rank(run: RunDir, task: Task, attempt: int, exit_code: int) -> str | None:
+def _told_by_another_rank(task: Task, attempt: int, exit_code: int, events: list[dict[str, Any]]) -> str | None:
     """Why a rank has ended the attempt: it gave up one that was silent, or one has died. That it was killed, as the exit code may say, tells more."""
     kinds = ("rank_lost",) if exit_code == KILLED else ("rank_lost", "rank_ended")
     key = (task.stage, task.shard, attempt)
-    told = [event for event in run.events() if event["event"] in kinds and (event["stage"], event["shard"], event["attempt"]) == key]
+    told = [event for event in events if event["event"] in kinds and (event["stage"], event["shard"], event["attempt"]) == key]
     return next((str(event["cause"]) for kind in kinds for event in told if event["event"] == kind), None)
 
 

@@ -18,7 +18,8 @@ Kind = Literal[
 ]  # fmt: skip
 Where = Literal["host", "GPU", ""]
 
-SLACK_SECONDS = 60  # Slurm may send its warning a minute early
+WARNED_EARLY_SECONDS = 60  # Slurm may send its warning that much before the site's grace
+ENDED_EARLY_SECONDS = 30  # Slurm counts from before the script does, and a last heartbeat is some seconds old
 KILLED = (137,)
 NOT_FOUND = (126, 127)  # what a shell says of a command it cannot start
 # guessed from the exit code, not told by the work itself
@@ -105,6 +106,16 @@ class Records:
         if command is not None and command["code"] is not None:
             return int(command["code"])
         return self.item.exit_code if self.item.exit_code is not None or self.row is None else self.row.exit_code
+
+
+def was_warned(ran_seconds: float, limit_seconds: float, grace_seconds: float) -> bool:
+    """True if an attempt ran until Slurm warns of its time limit; where the grace is most of that, half of it must have passed."""
+    return ran_seconds >= max(limit_seconds - grace_seconds - WARNED_EARLY_SECONDS, limit_seconds / 2)
+
+
+def was_ended(ran_seconds: float, limit_seconds: float) -> bool:
+    """True if an attempt ran until Slurm ends it, because of its time limit."""
+    return ran_seconds >= limit_seconds - ENDED_EARLY_SECONDS
 
 
 def _is_told(outcome: Outcome) -> bool:
@@ -197,7 +208,7 @@ def _interrupted(records: Records) -> Cause | None:
         return Cause(slurms.kind, f"{detail}; {slurms.detail}", (*slurms.evidence, *evidence), where=slurms.where)
     if item.kind == "TIMEOUT":
         return Cause("TIMEOUT", detail, (Evidence("event task_ended", item.next),))
-    if item.ended is not None and item.ended - item.started >= records.limit_seconds - records.grace_seconds - SLACK_SECONDS > 0:
+    if item.ended is not None and was_warned(item.ended - item.started, records.limit_seconds, records.grace_seconds):
         return Cause("TIMEOUT", detail, evidence, certain=False)
     if not records.on_slurm:
         return Cause("CANCELLED", detail, evidence, certain=False)

@@ -26,7 +26,7 @@ def gather(run: RunDir, plan: Plan, stage: PlannedStage, item: Try, rank_causes:
     return Records(
         item=item,
         stage_kind=stage.kind,
-        limit_seconds=stage.time_minutes * 60,
+        limit_seconds=stage.limit_seconds,
         grace_seconds=plan.place.grace_seconds,
         on_slurm=on_slurm,
         outcome=outcome if outcome is not None and outcome.attempt == item.attempt and item.told else None,

@@ -22,13 +22,13 @@ from medgen.errors import Exit, MedgenError
 from medgen.launch import after
 from medgen.launch.after import GOES_ON, Circumstances, Taken, Verdict
 from medgen.launch.backend import Poll, fresh_outcome, next_attempt
-from medgen.launch.history import close_lost, read_history
 from medgen.launch.ports import job_id_with_free_port
 from medgen.launch.processes import MARK, die_with_parent, kill_marked, signal_group, signal_process, start_ticks
 from medgen.launch.queue import Job, Queue
 from medgen.launch.script import Chunk, is_array, job_name, render_script, tasks_per_node, whole_stage
 from medgen.launch.snapshot import PACKAGE
 from medgen.launch.supervisor import BEAT_SECONDS, Supervisor, beat, living_supervisor, register, retire
+from medgen.launch.tries import close_lost, read_tries
 from medgen.plan import Plan, Task
 from medgen.rundir import RunDir
 
@@ -142,9 +142,9 @@ class _Supervision:
 
     def _tell_lost(self) -> None:
         """End in the events what a killed supervisor could not end."""
-        for (stage, shard), lost in close_lost(self.run, read_history(self.run.events())).items():
+        for lost in close_lost(self.run, read_tries(self.run.events())):
             verdict = Verdict("interrupted", "its supervisor was killed", "CANCELLED", True, GOES_ON)
-            after.tell(self.run, self.plan.stage(stage), shard, lost.attempt, verdict, None, lost.seconds(time.time()))
+            after.tell(self.run, self.plan.stage(lost.stage), lost.shard, lost.attempt, verdict, None, lost.seconds(time.time()))
 
     def supervise(self) -> Exit:
         waiting = sum(job.state == "waiting" for job in self.queue.jobs)

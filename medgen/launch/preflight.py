@@ -189,7 +189,7 @@ def _grace(item: Prepared) -> list[Finding]:
     for stage in item.plan.stages:
         if stage.kind != "train" or not undone(item.run, stage):
             continue
-        if grace >= stage.time_minutes * 60:
+        if grace >= stage.limit_seconds:
             findings.append(Finding("grace", "warning", f"{stage.name}: the warning comes {grace} s before the limit, so at once in a job of {stage.time_minutes} min; "
                                                            "ask for more time, or set a shorter grace with -o site.grace=30s"))
             continue

@@ -22,7 +22,7 @@ from medgen.errors import InputError
 from medgen.rundir import RunDir
 
 PACKAGE = Path(__file__).parent.parent
-ENTRY = '"""Runs the copy of medgen beside this file, whatever the current folder holds."""\n\nfrom medgen.cli import main\n\nmain()\n'
+ENTRY = '"""Runs the copy of medgen beside this file, whatever the current folder holds."""\n\nfrom medgen.__main__ import main\n\nmain()\n'
 USER_CODE_KEYS = ("strategy", "mode")  # config keys that may name a user's own class as pkg.mod:Name
 CODE_SUFFIXES = {".py", ".yaml", ".yml", ".json", ".toml", ".html", ".css", ".txt", ".sh", ".typed"}
 LARGEST_FILE_BYTES = 2**20  # a user's package may lie beside data: larger files are no code

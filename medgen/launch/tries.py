@@ -1,6 +1,4 @@
-"""Every start of every task with all that the run folder tells of it, failed and forgotten ones too. Used by logs, why and usage.
-
-More than launch/history.py keeps: exit code, job, node, and starts that no event tells of because the set-up failed."""
+"""Every start of every task: from the events, and those that only a log shows because the set-up failed. Used by both backends and by watch."""
 
 from __future__ import annotations
 
@@ -13,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from medgen.launch.backend import next_attempt
-from medgen.launch.history import ending
 from medgen.rundir import RunDir
 
 HEADER = re.compile(r"^medgen: \S+ shard (?P<shard>\d+) attempt (?P<attempt>\d+) on (?P<node>\S+) at (?P<time>\S+)$", re.MULTILINE)
 TAIL_BYTES = 256 * 1024  # of a batch log: a job requeued for weeks has a long one
 
+Event = dict[str, Any]
 Key = tuple[str, int]  # stage, shard
+Tries = dict[Key, "list[Try]"]  # in order
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take four times as long to make, and watch makes 10,000 of them
 class Try:
-    """One start of one task. `ended` and `status` are None while it runs, or if nobody saw it end; times in unix seconds.
+    """One start of one task. `ended` is None while it runs; `status` stays None if nobody saw it end; times in unix seconds.
 
     `job_id` ("12", "12_3") and `node` are "" where nobody told; `told` is False if only a log shows that it began."""
 
@@ -33,9 +32,10 @@ class Try:
     attempt: int
     started: float
     devices: int
-    from_step: int
+    from_step: int  # where it resumed
     job_id: str = ""
     node: str = ""
+    segment: int = 0  # its place in a chain of jobs, from 1 on
     ended: float | None = None
     status: str | None = None
     exit_code: int | None = None
@@ -45,41 +45,85 @@ class Try:
     next: str = ""
     comes_back: bool = False
     told: bool = True
-    segment: int = 0  # its place in a chain of jobs, from 1 on
 
     def gave_up_before(self, segment: int) -> bool:
         """True if it ended for good in an earlier job of the chain: a later one would end no better."""
         return self.status in ("failed", "refused") and not self.comes_back and 0 < self.segment < segment
 
+    def span(self, now: float) -> tuple[float, float]:
+        return self.started, max(self.started, now if self.ended is None else self.ended)
 
-def read_tries(events: Iterable[dict[str, Any]]) -> dict[Key, list[Try]]:
-    """(stage, shard) -> its starts in order, as far as events tell of them."""
-    found: dict[Key, list[Try]] = {}
+    def seconds(self, now: float) -> float:
+        start, end = self.span(now)
+        return end - start
+
+
+def read_tries(events: Iterable[Event]) -> Tries:
+    """As far as events tell of them."""
+    tries: Tries = {}
     for event in events:
         kind = event["event"]
         if kind == "task_started":
-            found.setdefault((event["stage"], event["shard"]), []).append(
-                Try(
-                    event["stage"], event["shard"], event["attempt"], event["time"], event["devices"], event["from_step"],
-                    str(event.get("job_id", "")), str(event.get("node", event.get("host", ""))),  # a local supervisor tells neither
-                    segment=event.get("segment", 0),
-                )
-            )
-        elif kind == "task_ended":
-            _end(found.get((event["stage"], event["shard"]), []), event)
-    return found
+            tries.setdefault((event["stage"], event["shard"]), []).append(_begun(event))
+        elif kind in ("task_ended", "requeue_refused") and (event["stage"], event["shard"]) in tries:
+            item = _meant(tries[event["stage"], event["shard"]], event)
+            if kind == "task_ended":
+                _end(item, event)
+            else:
+                item.comes_back = False
+    return tries
 
 
-def _end(tries: list[Try], event: dict[str, Any]) -> None:
-    """Put the end where it belongs: to the start with its number, else to the last one."""
-    places = [place for place, item in enumerate(tries) if item.attempt == event.get("attempt")] or list(range(len(tries)))
-    if places:
-        begun = tries[places[-1]]
-        ended = ending(begun.started, event)
-        tries[places[-1]] = replace(
-            begun, ended=ended, status=event["status"], exit_code=event.get("rc"), cause=event["cause"], kind=event.get("cause_kind"),
-            certain=event.get("cause_certain") is not False, next=event["next"], comes_back=event["again"],
-        )  # fmt: skip
+def _begun(event: Event) -> Try:
+    """A local supervisor tells neither job nor node."""
+    return Try(
+        event["stage"], event["shard"], event["attempt"], event["time"], event["devices"], event["from_step"],
+        str(event.get("job_id", "")), str(event.get("node", event.get("host", ""))), event.get("segment", 0),
+    )  # fmt: skip
+
+
+def _meant(items: list[Try], event: Event) -> Try:
+    """The last start with the number that the event tells, else the last one."""
+    for item in reversed(items):
+        if item.attempt == event.get("attempt"):
+            return item
+    return items[-1]
+
+
+def _end(item: Try, event: Event) -> None:
+    """It ended no later than the event: the script had begun, and counts from there, before it could tell. By the clock of its
+    start where that was set back meanwhile."""
+    by_duration: float = item.started + event["seconds"]
+    item.ended = by_duration if event["time"] < item.started else min(by_duration, event["time"])
+    item.status, item.exit_code, item.next, item.comes_back = event["status"], event.get("rc"), event["next"], event["again"]
+    item.cause, item.kind, item.certain = event["cause"], event.get("cause_kind"), event.get("cause_certain") is not False
+
+
+def last_seen(run: RunDir, item: Try) -> float:
+    """When an attempt ended, unix seconds; one that nobody saw the end of counts up to its last heartbeat."""
+    if item.ended is not None:
+        return item.ended
+    beat = run.read_heartbeat(item.stage, item.shard)
+    return max(item.started, beat.time) if beat is not None and beat.attempt == item.attempt else item.started
+
+
+def close_lost(run: RunDir, tries: Tries) -> list[Try]:
+    """With no supervisor alive, an attempt without an end was lost. Changes `tries` and returns the lost ones."""
+    lost = []
+    for items in tries.values():
+        if items[-1].ended is None:
+            items[-1] = replace(items[-1], ended=last_seen(run, items[-1]))
+            lost.append(items[-1])
+    return lost
+
+
+def seconds_busy(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals: time in which at least one of them ran."""
+    total, reached = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def all_tries(run: RunDir, stage: str, shard: int, told: list[Try]) -> list[Try]:

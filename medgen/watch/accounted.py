@@ -1,31 +1,18 @@
-"""Which Slurm jobs a run had, and what the accounting keeps of them. Used by why and usage; a cluster without accounting is no failure."""
+"""What the accounting keeps of the jobs that a run had. Used by why and usage; a cluster without accounting is no failure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from medgen.launch import slurm
-from medgen.launch.script import parse_job_name
 from medgen.launch.slurm import AccountingRow, SlurmError
 from medgen.launch.tries import Key, Try
+from medgen.watch.slurm_jobs import Submitted
 
 CLOCK_SECONDS = 60.0  # how far the clocks of a node and of the accounting may be apart
 ROUNDING_SECONDS = 1.0  # the accounting knows whole seconds
 NOT_COMPLETE = ("", "allocation")  # names in rows that the accounting has only begun to write
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """One sbatch call: which shards of which stage got which number, and when (unix seconds)."""
-
-    job_id: int
-    name: str
-    stage: str
-    offset: int
-    shards: tuple[int, ...]
-    time: float
 
 
 @dataclass(frozen=True)
@@ -36,27 +23,13 @@ class Accounting:
     problem: str | None = None
 
 
-def submitted_jobs(events: Iterable[dict[str, Any]]) -> list[SubmittedJob]:
-    intents: dict[str, tuple[int, ...]] = {}
-    found = []
-    for event in events:
-        if event["event"] == "job_intent" and {"name", "shards"} <= event.keys():
-            intents[event["name"]] = tuple(event["shards"])
-        if event["event"] == "job_submitted" and {"name", "job_id"} <= event.keys():
-            name = parse_job_name(str(event["name"]))
-            if name is not None:
-                shards = intents.get(event["name"], (name.offset,))
-                found.append(SubmittedJob(int(event["job_id"]), event["name"], name.stage, name.offset, shards, event["time"]))
-    return found
-
-
-def read_accounting(jobs: list[SubmittedJob]) -> Accounting:
-    """One look at the accounting for all of them, earlier lives of requeued jobs included. Never raises."""
-    if not jobs:
+def read_accounting(submitted: Submitted) -> Accounting:
+    """One look at the accounting for all jobs, earlier lives of requeued ones included. Never raises."""
+    known = {number: job for job in submitted.jobs.values() for number in job.numbers}
+    if not known:
         return Accounting(problem="nothing of this run was given to Slurm")
-    known = {job.job_id: job for job in jobs}
     try:
-        rows = slurm.accounting(sorted(known), min(job.time for job in jobs) - CLOCK_SECONDS, duplicates=True)
+        rows = slurm.accounting(sorted(known), min(job.time for job in known.values()) - CLOCK_SECONDS, duplicates=True)
     except SlurmError as error:
         return Accounting(problem=str(error))
     by_task: dict[Key, list[AccountingRow]] = {}
@@ -93,8 +66,3 @@ def was_cancelled(times: Iterable[float], item: Try) -> bool:
     """True if a person ended the run with `medgen cancel`, at one of these times, while this attempt was at work."""
     end = item.ended if item.ended is not None else float("inf")
     return any(item.started <= time <= end + CLOCK_SECONDS for time in times)
-
-
-def newest_jobs(jobs: list[SubmittedJob]) -> dict[Key, SubmittedJob]:
-    """Task -> the newest job that it was given to."""
-    return {(job.stage, shard): job for job in jobs for shard in job.shards}

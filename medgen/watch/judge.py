@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medgen.launch.history import Attempt
 from medgen.launch.slurm import QueueRow
+from medgen.launch.tries import Try
 from medgen.rundir import Heartbeat, RankBeat
 from medgen.watch.outcomes import Left
 from medgen.watch.ranks import guilty_in_words, silence_in_words, silent
@@ -39,7 +39,7 @@ class Facts:
     there no more."""
 
     left: Left | None
-    last: Attempt | None
+    last: Try | None
     beat: Heartbeat | None
     stuck: bool
     now: float
@@ -223,9 +223,10 @@ def proof_of_absence(facts: Facts, asked: float | None, submitted: float | None)
     return asked > max(sign or 0.0 for sign in signs)
 
 
-def _of_ending(last: Attempt, left: Left | None) -> Judgement:
+def _of_ending(last: Try, left: Left | None) -> Judgement:
     if last.status == "interrupted":
-        return "interrupted", last.cause
+        given_up = not last.comes_back and last.kind != "CANCELLED"  # not by a person, who knows what to do
+        return "interrupted", "; ".join(part for part in (last.cause, last.next if given_up else None) if part) or None
     if last.status == "done":
         return "failed", "its files are missing or were changed since; submit again to make them again"
     return "failed", (left.cause if left is not None and left.attempt == last.attempt else None) or last.cause

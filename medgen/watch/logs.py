@@ -18,7 +18,7 @@ from medgen.launch.life import may_live
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.slurm import SlurmError
 from medgen.launch.supervisor import living_supervisor
-from medgen.launch.tries import Key, Try, all_tries, batch_section, read_end, read_tries
+from medgen.launch.tries import Key, Tries, Try, all_tries, batch_section, read_end, read_tries
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir, find_run
 
@@ -121,7 +121,7 @@ def _choose(target: Target, rank: int | None, attempt: int | None) -> list[Chose
     return chosen
 
 
-def _started(target: Target) -> dict[Key, list[Try]]:
+def _started(target: Target) -> Tries:
     """All attempts of the tasks that are meant, without those that never began."""
     told = read_tries(target.run.events())
     stages = target.plan.stages if target.stage is None else [target.stage]
@@ -145,11 +145,11 @@ def _rank_of_relevance(run: RunDir, tries: list[Try]) -> tuple[int, float]:
     return order, -last.started
 
 
-def _most_relevant(run: RunDir, tries: dict[Key, list[Try]]) -> Key:
+def _most_relevant(run: RunDir, tries: Tries) -> Key:
     return min(tries, key=lambda key: _rank_of_relevance(run, tries[key]))
 
 
-def _that_matter(run: RunDir, tries: dict[Key, list[Try]]) -> list[Key]:
+def _that_matter(run: RunDir, tries: Tries) -> list[Key]:
     """Of the shards of a stage the failed and running ones; all where there are none of those; a limited number."""
     ranked = {key: _rank_of_relevance(run, items)[0] for key, items in tries.items()}
     keys = [key for key, order in ranked.items() if order < 2] or list(ranked)

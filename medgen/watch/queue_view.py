@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgen.launch.after import TRIES
-from medgen.launch.history import History
 from medgen.launch.script import is_array
 from medgen.launch.slurm import element_text
+from medgen.launch.tries import Tries
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 from medgen.watch.judge import Facts, Judgement, Seen, Word, gone_at, on_slurm, proof_of_absence
@@ -104,7 +104,7 @@ class QueueView:
 
 
 def read_queue_view(
-    run: RunDir, plan: Plan, events: Sequence[dict[str, Any]], history: History, outcomes: Outcomes, done: dict[TaskKey, Left], source: Source
+    run: RunDir, plan: Plan, events: Sequence[dict[str, Any]], told: Tries, outcomes: Outcomes, done: dict[TaskKey, Left], source: Source
 ) -> QueueView | None:
     """None for a run whose last submit was not to Slurm: then Slurm is not asked either."""
     last = next((event for event in reversed(events) if event["event"] == "submitted"), None)
@@ -120,23 +120,23 @@ def read_queue_view(
             if key is not None:
                 keys[stage.name, task.shard] = key
     since = last["time"]
-    tries = {key: failed for key, items in history.items() if (failed := sum(item.status == "failed" and item.started >= since for item in items))}
+    tries = {key: failed for key, items in told.items() if (failed := sum(item.status == "failed" and item.started >= since for item in items))}
     view = QueueView(answer, submitted, jobs, AccountingAnswer({}), keys, tries)
-    wanted = _unexplained(view, plan, history, outcomes)
+    wanted = _unexplained(view, plan, told, outcomes)
     if not wanted:
         return view
-    accounting = source.accounting(run.run_id, wanted, (submitted.first or since) - 60)
+    accounting = source.accounting(run.run_id, wanted, min([since, *(job.time for job in submitted.jobs.values())]) - 60)
     return QueueView(answer, submitted, jobs, accounting, keys, tries)
 
 
-def _unexplained(view: QueueView, plan: Plan, history: History, outcomes: Outcomes) -> set[Key]:
+def _unexplained(view: QueueView, plan: Plan, told: Tries, outcomes: Outcomes) -> set[Key]:
     """Jobs that are gone from the queue and have not told why."""
     wanted = set()
     hashes = {(task.stage, task.shard): task.hash for stage in plan.stages for task in stage.tasks}
     for task, key in view.keys.items():
         if task in view.jobs.live:
             continue
-        attempts = history.get(task)
+        attempts = told.get(task)
         stage, shard = task
         facts = Facts(outcomes.of(stage, shard, hashes[task]), attempts[-1] if attempts else None, outcomes.beat(stage, shard), False, 0.0)
         cancelled = view.submitted.cancelled > (view.submitted.when(task) or 0.0)

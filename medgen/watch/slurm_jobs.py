@@ -1,11 +1,11 @@
-"""Which Slurm job is which task of a run. Called by queue_view.py.
+"""Which Slurm job is which task of a run. Called by queue_view.py, and by accounted.py for why and usage.
 
 A job's name tells run, stage and first shard; events tell its number, so that nobody else's job is taken for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medgen.launch import slurm
@@ -19,51 +19,60 @@ TaskKey = tuple[str, int]  # stage, shard
 CHANGES = ("job_intent", "job_submitted", "jobs_released", "jobs_cancelled", "submission_rolled_back", "cancelled")
 
 
-@dataclass
+@dataclass(frozen=True)
+class SubmittedJob:
+    """One sbatch call: which shards of which stage it was for, and when (unix seconds).
+
+    `numbers`: what Slurm calls it; none if nobody heard its reply, several if it was queued twice."""
+
+    name: str
+    stage: str
+    offset: int
+    shards: tuple[int, ...]
+    time: float
+    numbers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Submitted:
-    """What was ever given to Slurm, from the events. Times in unix seconds; `last`: when medgen changed the queue last."""
+    """What was ever given to Slurm. `last`: when medgen changed the queue last, `cancelled`: when a person ended the run; unix seconds."""
 
-    numbers: dict[str, set[int]] = field(default_factory=dict)  # of the jobs called so
-    tasks: dict[TaskKey, tuple[str, int]] = field(default_factory=dict)  # name and offset of the last job of each task
-    times: dict[str, float] = field(default_factory=dict)
-    first: float | None = None
-    last: float = 0.0
-    cancelled: float = 0.0
-
-    def add(self, event: dict[str, Any]) -> None:
-        """Take note of one event; damaged ones are left out."""
-        kind, name = event["event"], event.get("name")
-        if kind in CHANGES:
-            self.last = event["time"]
-        if kind == "cancelled":
-            self.cancelled = event["time"]
-        elif kind == "job_intent" and isinstance(name, str) and {"stage", "offset", "shards"} <= event.keys():
-            self.numbers.setdefault(name, set())
-            self.times[name] = event["time"]
-            self.first = event["time"] if self.first is None else self.first
-            self.tasks.update(((event["stage"], shard), (name, event["offset"])) for shard in event["shards"])
-        elif kind == "job_submitted" and isinstance(name, str) and isinstance(event.get("job_id"), int):
-            self.numbers.setdefault(name, set()).add(event["job_id"])
-            self.times[name] = event["time"]
+    jobs: dict[str, SubmittedJob]  # by name, in order
+    newest: dict[TaskKey, SubmittedJob]  # of each task the last one
+    last: float
+    cancelled: float
 
     def when(self, task: TaskKey) -> float | None:
         """When a task was given to Slurm last; None if never."""
-        return self.times[self.tasks[task][0]] if task in self.tasks else None
+        return self.newest[task].time if task in self.newest else None
 
     def key(self, task: TaskKey, is_array: bool) -> Key | None:
         """Job and element of a task, if the number of its job is known."""
-        if task not in self.tasks:
-            return None
-        name, offset = self.tasks[task]
-        numbers = self.numbers[name]
-        return (max(numbers), task[1] - offset if is_array else None) if numbers else None
+        job = self.newest.get(task)
+        return (max(job.numbers), task[1] - job.offset if is_array else None) if job is not None and job.numbers else None
 
 
 def read_submitted(events: Iterable[dict[str, Any]]) -> Submitted:
-    submitted = Submitted()
+    jobs: dict[str, SubmittedJob] = {}
+    last = cancelled = 0.0
     for event in events:
-        submitted.add(event)
-    return submitted
+        kind = event["event"]
+        if kind not in CHANGES:
+            continue
+        last = event["time"]
+        if kind == "cancelled":
+            cancelled = event["time"]
+        elif kind == "job_intent":
+            jobs[event["name"]] = SubmittedJob(event["name"], event["stage"], event["offset"], tuple(event["shards"]), event["time"])
+        elif kind == "job_submitted" and (job := jobs.get(event["name"]) or _without_intent(event)) is not None:
+            jobs[job.name] = replace(job, time=event["time"], numbers=(*job.numbers, event["job_id"]))
+    return Submitted(jobs, {(job.stage, shard): job for job in jobs.values() for shard in job.shards}, last, cancelled)
+
+
+def _without_intent(event: dict[str, Any]) -> SubmittedJob | None:
+    """What its name alone tells, where that line of the events is damaged."""
+    name = parse_job_name(event["name"])
+    return SubmittedJob(event["name"], name.stage, name.offset, (name.offset,), event["time"]) if name is not None else None
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,8 @@ def jobs_of(run: RunDir, queue_text: str, submitted: Submitted) -> Jobs:
     over: dict[TaskKey, QueueRow] = {}
     for row in slurm.parse_queue(queue_text, f"medgen.{run.run_id}."):
         name = parse_job_name(row.name)
-        numbers = submitted.numbers.get(row.name)
-        if name is None or not name.is_of(run) or (numbers and row.job_id not in numbers):
+        job = submitted.jobs.get(row.name)
+        if name is None or not name.is_of(run) or (job is not None and job.numbers and row.job_id not in job.numbers):
             continue  # of a run with the same id in another folder
         task = name.stage, name.offset + (row.array_task or 0)
         rows = over if row.state in slurm.TERMINAL_STATES else live

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from medgen import plan
 from medgen.launch.backend import guilty_log, tail
-from medgen.launch.history import Attempt, History, close_lost, read_history, seconds_busy
 from medgen.launch.life import is_gone
 from medgen.launch.supervisor import Supervisor, living_supervisor
+from medgen.launch.tries import Tries, Try, close_lost, read_tries, seconds_busy
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import Heartbeat, RankBeat, RunDir
 from medgen.watch.events import EventLog
@@ -147,7 +147,7 @@ class Reader:
         self.outcomes = Outcomes(run)
         self._plan: Plan | None = None
         self._plan_signature: tuple[int, int, int] | None = None
-        self._history: History = {}
+        self._tries: Tries = {}
         self._changes_seen = 0
 
     def read(self) -> RunState:
@@ -161,14 +161,14 @@ class Reader:
         supervisor = living_supervisor(self.run)
         self.log.refresh()
         if self.log.changes != self._changes_seen:
-            self._history, self._changes_seen = read_history(self.log.records), self.log.changes
+            self._tries, self._changes_seen = read_tries(self.log.records), self.log.changes
         self.outcomes.refresh()
-        history = {key: list(attempts) for key, attempts in self._history.items()}  # attempts that were lost are ended in it
+        tries = {key: list(items) for key, items in self._tries.items()}  # attempts that were lost are ended in it
         done = self._done(planned)
-        view = None if supervisor is not None else read_queue_view(self.run, planned, self.log.records, history, self.outcomes, done, self.source)
+        view = None if supervisor is not None else read_queue_view(self.run, planned, self.log.records, tries, self.outcomes, done, self.source)
         if supervisor is None and view is None:
-            close_lost(self.run, history)
-        state = _Reading(self.run, planned, supervisor, history, self.outcomes, done, view, time.time()).state(self.log.records)
+            close_lost(self.run, tries)
+        state = _Reading(self.run, planned, supervisor, tries, self.outcomes, done, view, time.time()).state(self.log.records)
         self.outcomes.keep()
         return state
 
@@ -200,7 +200,7 @@ class _Reading:
     run: RunDir
     plan: Plan
     supervisor: Supervisor | None
-    attempts: History
+    attempts: Tries
     outcomes: Outcomes
     done: dict[tuple[str, int], Left]
     view: QueueView | None
@@ -345,14 +345,14 @@ def _task(reading: _Reading, stage: PlannedStage, shard: int, task_hash: str, st
     )
 
 
-def _rank_beats(reading: _Reading, stage: PlannedStage, shard: int, beat: Heartbeat | None, last: Attempt | None) -> tuple[RankBeat, ...]:
+def _rank_beats(reading: _Reading, stage: PlannedStage, shard: int, beat: Heartbeat | None, last: Try | None) -> tuple[RankBeat, ...]:
     """Only of what runs and has several ranks: there may be 10,000 tasks."""
     if stage.ranks == 1 or beat is None or (last is not None and last.ended is not None):
         return ()
     return reading.outcomes.rank_beats(stage.name, shard, stage.ranks, beat.attempt)
 
 
-def _task_eta(beat: Heartbeat | None, last: Attempt | None, now: float) -> float | None:
+def _task_eta(beat: Heartbeat | None, last: Try | None, now: float) -> float | None:
     """From the mean speed of this attempt; None before there is one."""
     if beat is None or last is None or beat.step <= last.from_step or beat.time <= last.started:
         return None

@@ -13,7 +13,7 @@ from medgen.errors import Exit
 from medgen.launch import slurm
 from medgen.launch.causes import STATES, Kind, classify
 from medgen.launch.slurm import AccountingRow
-from medgen.launch.tries import Key, Try, all_tries
+from medgen.launch.tries import Key, Try, all_tries, last_seen
 from medgen.plan import PlannedStage
 from medgen.rundir import RunDir
 from medgen.watch.accounted import rows_of
@@ -174,7 +174,7 @@ def _of_try(inquiry: Inquiry, stage: PlannedStage, tries: list[Try], place: int)
     item = tries[place]
     running = item.status is None and place == len(tries) - 1 and _is_alive(inquiry, item)
     kind, lost = (None, 0.0) if running else _loss(inquiry, stage, tries, place)
-    seconds = max(0.0, (inquiry.now if running else _last_seen(inquiry, item)) - item.started)
+    seconds = max(0.0, (inquiry.now if running else last_seen(inquiry.run, item)) - item.started)
     gpus = stage.nodes * stage.gpus_per_node
     return Spent(item.shard, "events", item.started, seconds, gpus, stage.ranks * stage.threads, running, kind, lost)
 
@@ -184,14 +184,6 @@ def _is_alive(inquiry: Inquiry, item: Try) -> bool:
         queued = inquiry.queue.get((item.stage, item.shard))
         return queued is not None and not queued.is_pending
     return inquiry.supervisor is not None or beats(inquiry, item)
-
-
-def _last_seen(inquiry: Inquiry, item: Try) -> float:
-    """When an attempt ended; one whose end nobody saw counts up to its last heartbeat."""
-    if item.ended is not None:
-        return item.ended
-    beat = inquiry.run.read_heartbeat(item.stage, item.shard)
-    return beat.time if beat is not None and beat.attempt == item.attempt else item.started
 
 
 def _loss(inquiry: Inquiry, stage: PlannedStage, tries: list[Try], place: int) -> tuple[Kind | None, float]:
@@ -273,7 +265,7 @@ def _stage(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> StageUs
 
 def _wait_seconds(inquiry: Inquiry, stage: PlannedStage, spent: list[Spent]) -> float | None:
     """The last submit of the stage that has started: from when nothing but Slurm held it back until its first task began."""
-    jobs = [job for job in inquiry.jobs if job.stage == stage.name]
+    jobs = [job for job in inquiry.submitted.jobs.values() if job.stage == stage.name and job.numbers]
     released = [event["time"] for event in inquiry.events if event["event"] == "jobs_released"]
     for job in reversed(jobs):
         starts = [item.started for item in spent if item.started >= job.time - 1]

@@ -256,11 +256,11 @@ def _where(stage: StageState, tasks: list[TaskState]) -> str:
 
 
 def _troubles(state: RunState) -> list[tuple[StageState, list[TaskState]]]:
-    """Failed, silent and lost tasks; shards of a stage with the same cause, numbers aside, together."""
+    """Failed, interrupted, silent and lost tasks; shards of a stage with the same cause, numbers aside, together."""
     groups: dict[tuple[str, str, str], tuple[StageState, list[TaskState]]] = {}
     for stage in state.stages:
         for task in stage.tasks:
-            if task.word in TROUBLED:
+            if task.word in TROUBLED or (task.word == "interrupted" and task.cause):
                 same = NUMBER.sub("#", task.cause or "")
                 groups.setdefault((stage.name, task.word, same), (stage, []))[1].append(task)
     return list(groups.values())

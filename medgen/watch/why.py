@@ -27,21 +27,13 @@ from medgen.launch.life import may_live
 from medgen.launch.queued import QueuedTask, queued_tasks, was_queued
 from medgen.launch.slurm import AccountingRow, SlurmError, element_text
 from medgen.launch.supervisor import Supervisor, living_supervisor
-from medgen.launch.tries import Key, Try, all_tries, read_end, read_tries
+from medgen.launch.tries import Key, Tries, Try, all_tries, read_end, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
-from medgen.watch.accounted import (
-    ROUNDING_SECONDS,
-    Accounting,
-    SubmittedJob,
-    newest_jobs,
-    read_accounting,
-    rows_of,
-    submitted_jobs,
-    was_cancelled,
-)
+from medgen.watch.accounted import ROUNDING_SECONDS, Accounting, read_accounting, rows_of, was_cancelled
 from medgen.watch.advice import Case, advise, submit_command
 from medgen.watch.reasons import reason_in_words
+from medgen.watch.slurm_jobs import Submitted, SubmittedJob, read_submitted
 
 LAST_LINES = 30
 NUMBER = re.compile(r"\d+")
@@ -95,7 +87,7 @@ class Inquiry:
     run: RunDir
     plan: Plan
     events: list[dict[str, Any]]
-    tries: dict[Key, list[Try]]
+    tries: Tries
     supervisor: Supervisor | None
     on_slurm: bool
     now: float
@@ -103,12 +95,8 @@ class Inquiry:
     queue_problem: str | None = None
 
     @cached_property
-    def jobs(self) -> list[SubmittedJob]:
-        return submitted_jobs(self.events)
-
-    @cached_property
-    def newest_jobs(self) -> dict[Key, SubmittedJob]:
-        return newest_jobs(self.jobs)
+    def submitted(self) -> Submitted:
+        return read_submitted(self.events)
 
     @cached_property
     def failed_shards(self) -> Counter[str]:
@@ -131,7 +119,7 @@ class Inquiry:
 
     @cached_property
     def accounting(self) -> Accounting:
-        return read_accounting(self.jobs)
+        return read_accounting(self.submitted)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -228,8 +216,8 @@ def _trouble(inquiry: Inquiry, stage: PlannedStage, task: Task, stuck: set[str])
     last = tries[-1] if tries else None
     if _goes_on(inquiry, key, last, stage, stuck):
         return None
-    job = inquiry.newest_jobs.get(key)
-    if job is not None and (last is None or last.started < job.time - ROUNDING_SECONDS) and inquiry.queue_problem is None:
+    job = inquiry.submitted.newest.get(key)
+    if job is not None and job.numbers and (last is None or last.started < job.time - ROUNDING_SECONDS) and inquiry.queue_problem is None:
         return _never_began(inquiry, stage, key, job, stuck), None  # the newest job ended before its script began
     if last is None:
         return _not_started(inquiry, stage, stuck)
@@ -292,7 +280,7 @@ def _waits_forever(queued: QueuedTask, stage: PlannedStage, stuck: set[str]) -> 
 
 def _never_began(inquiry: Inquiry, stage: PlannedStage, key: Key, job: SubmittedJob, stuck: set[str]) -> Cause:
     """Its job left the queue before the script began: what Slurm says of it, else what is likely."""
-    rows = [row for row in inquiry.rows(key) if row.job_id == job.job_id]
+    rows = [row for row in inquiry.rows(key) if row.job_id in job.numbers]
     row = rows[-1] if rows else None
     if set(stage.needs) & stuck and (row is None or row.state == "CANCELLED"):
         return _blocked(stage, stuck, (Evidence("accounting", f"job {element_text(row.job_id, row.array_task)}: {row.state}"),) if row is not None else ())
@@ -302,7 +290,7 @@ def _never_began(inquiry: Inquiry, stage: PlannedStage, key: Key, job: Submitted
         words = "cancelled before it began" if kind == "CANCELLED" else f"its job ended as {row.state} before its script began"
         return Cause(kind, words, said)
     cancelled = any(time >= job.time for time in [*inquiry.cancelled_at, *inquiry.jobs_cancelled_at])
-    evidence = (Evidence("event cancelled", f"after job {job.job_id} was queued"),) if cancelled else (Evidence("queue", f"job {job.job_id} is not there any more"),)
+    evidence = (Evidence("event cancelled", f"after job {job.numbers[-1]} was queued"),) if cancelled else (Evidence("queue", f"job {job.numbers[-1]} is not there any more"),)
     return Cause("CANCELLED", "it left the queue before it began", evidence, certain=cancelled)
 
 

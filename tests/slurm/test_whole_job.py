@@ -47,6 +47,7 @@ def processes(*words: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F3")
 def test_a_disturbed_job_on_two_nodes_equals_an_undisturbed_local_one(lab: Lab, record_property: Callable[[str, object], None]) -> None:  # noqa: F811
     if "low" not in lab.slurm.run("sinfo", "-h", "-o", "%R").stdout.split():
