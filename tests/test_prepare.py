@@ -1,0 +1,308 @@
+"""`medgen prepare`: tables of images in, matched groups, splits by subject and labelled stacks out."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medgen.data import csv_files
+from medgen.errors import InputError
+from medgen.prepare.match import Limits, Matching, _Pool, by_group, match_subjects
+from medgen.prepare.statistics import age_test, compare, image_differences, sex_test
+from medgen.prepare.table import PRESETS, Balance, Columns, Preset, Subject, columns_of, read_cohort
+
+Medgen = Callable[..., subprocess.CompletedProcess[str]]
+PLAIN = PRESETS[Preset.PLAIN]
+ADNI_HEADER = ["Image Data ID", "Subject", "Group", "Sex", "Age"]
+
+
+def adni_rows(seed: int, counts: dict[str, int], older_years: float = 3.5) -> list[list[str]]:
+    """One to four images per subject in a mixed order; AD is older by `older_years` and more often male."""
+    dice = np.random.default_rng(seed)
+    rows = []
+    for group, count in counts.items():
+        for number in range(count):
+            age = dice.normal(73 + (older_years if group == "AD" else 0), 6)
+            sex = "M" if dice.random() < (0.58 if group == "AD" and older_years else 0.44) else "F"
+            rows += [[f"I{len(rows) + visit}", f"{group}_S_{number:04d}", group, sex, f"{age + visit:.1f}"] for visit in range(int(dice.integers(1, 5)))]
+    return [rows[position] for position in dice.permutation(len(rows))]
+
+
+def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([header, *rows])
+    return path
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+# the table
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(2, 4).flatmap(lambda width: st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8), min_size=width, max_size=width), min_size=1, max_size=5)))
+def test_any_cells_come_back_as_they_were(tmp_path: Path, cells: list[list[str]]) -> None:
+    columns = [f"column {number}" for number in range(len(cells[0]))]
+    csv_files.write_rows(tmp_path / "a.csv", columns, [dict(zip(columns, line, strict=True)) for line in cells])
+    assert [list(row.values()) for _, row in csv_files.read_rows(tmp_path / "a.csv")] == cells
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | st.text("subject,gr\n\"\r;\t12.5ABMF", max_size=80).map(lambda text: b"subject,group,sex,age\n" + text.encode()))
+def test_no_file_breaks_the_reader(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    try:
+        cohort = read_cohort(tmp_path / "a.csv", PLAIN)
+    except InputError as error:
+        assert "a.csv" in str(error)
+    else:
+        assert cohort.rows and len(cohort.groups) >= 1
+
+
+GOOD = ["a,A,M,70", "a,A,M,71", "b,A,F,72", "c,B,M,73", "d,B,F,74"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "pattern"),
+    [
+        ([",A,M,70"], r"t.csv:7: subject is empty"),
+        (["e,,M,70"], r"t.csv:7: group is empty"),
+        (["e,A,,70"], r"t.csv:7: sex is empty"),
+        (["e,A,M,"], r"t.csv:7: age is empty"),
+        (["e,A,M,ninety"], r"t.csv:7: age is 'ninety'; write years as a number from 0 to 130, with a point: 73.5"),
+        (["e,A,M,-1"], r"t.csv:7: age is '-1'"),
+        (["e,A,M,nan"], r"t.csv:7: age is 'nan'"),
+        (["e,A,M,1e9"], r"t.csv:7: age is '1e9'"),
+        (["e,A,M,70,x"], r"t.csv:7: this line does not have the 4 columns"),
+        (["a,B,M,70"], r"t.csv:7: subject a has group 'B', but 'A' in line 2; a subject has one group"),
+        (["a,A,F,70"], r"t.csv:7: subject a has sex 'F', but 'M' in line 2; a subject has one sex"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, lines: list[str], pattern: str) -> None:
+    (tmp_path / "t.csv").write_text("\n".join(["subject,group,sex,age", *GOOD, *lines]) + "\n")
+    with pytest.raises(InputError, match=pattern):
+        read_cohort(tmp_path / "t.csv", PLAIN)
+
+
+def columns(**named: str) -> Columns:
+    names: dict[str, str | None] = dict.fromkeys(("subject", "group", "image", "sex", "age", "groups"))
+    return columns_of(Preset.PLAIN, Balance.BOTH, **{**names, **named})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "pattern"),
+    [
+        (columns(subject="RID"), r"no column 'RID' \(for the subject\); the columns are: subject, group, sex, age; --preset plain fits this table"),
+        (columns(groups="A,C"), r"column 'group' never is 'C'; the groups there are: A, B; choose with --groups"),
+        (columns(image="subject"), r"t.csv:3: subject a stands in line 2 already"),
+        (PRESETS[Preset.ADNI], r"no column 'Subject'.*--preset plain fits"),
+    ],
+)
+def test_columns_that_do_not_fit(tmp_path: Path, chosen: Columns, pattern: str) -> None:
+    (tmp_path / "t.csv").write_text("\n".join(["subject,group,sex,age", *GOOD]) + "\n")
+    with pytest.raises(InputError, match=pattern):
+        read_cohort(tmp_path / "t.csv", chosen)
+
+
+def test_group_names_on_the_command_line() -> None:
+    assert columns(groups="CN, AD").groups == ("CN", "AD")
+    for text in ("CN,", "CN,CN", ""):
+        with pytest.raises(InputError, match="give different names"):
+            columns(groups=text)
+
+
+def test_a_subject_has_the_mean_age_of_its_images(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("\ufeff" + "\r\n".join(["subject,group,sex,age", *GOOD, "", "x,C,F,"]) + "\r\n", encoding="utf-8")
+    cohort = read_cohort(tmp_path / "t.csv", columns(groups="B,A"))  # the broken line is of a group nobody asked for
+    assert cohort.left_out == {"C": 1} and cohort.groups == ("B", "A")
+    first = cohort.subjects()[0]
+    assert (first.name, first.age_years, first.images) == ("a", 70.5, (0, 1))
+
+
+# statistics
+
+
+def person(number: int, group: str, sex: str, age: float, images: int = 1) -> Subject:
+    return Subject(f"s{number}", group, sex, age, tuple(range(images)))
+
+
+def naive_differences(subjects: Sequence[Subject]) -> list[float]:
+    """Written from the definition, pair by pair, the largest first."""
+    found = []
+    for one, other in itertools.combinations(list(by_group(subjects).values()), 2):
+        pairs = [([float(s.sex == sex) for s in one], [float(s.sex == sex) for s in other], True) for sex in sorted({str(s.sex) for s in subjects})]
+        pairs.append(([float(s.age_years or 0) for s in one], [float(s.age_years or 0) for s in other], False))
+        for a, b, is_share in pairs:
+            apart = abs(np.mean(a) - np.mean(b))
+            spread = sum(np.mean(side) * (1 - np.mean(side)) if is_share else np.var(side, ddof=1) for side in (a, b)) / 2
+            found.append(0.0 if apart < 1e-12 else float(apart / math.sqrt(spread)) if spread > 0 else math.inf)
+    return sorted(found, reverse=True)
+
+
+def tiny_cohort(seed: int, count: int, groups: str = "AB") -> list[Subject]:
+    dice = np.random.default_rng(seed)
+    return [
+        person(number, groups[number % len(groups)], "MF"[int(dice.random() < 0.3 + 0.3 * (number % len(groups)))],
+               float(dice.integers(60, 80) + 3 * (number % len(groups))), int(dice.integers(1, 3)))
+        for number in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", ["AB", "ABC"])
+@pytest.mark.parametrize("seed", range(5))
+def test_differences_are_the_textbook_ones(seed: int, groups: str) -> None:
+    subjects = tiny_cohort(seed, 15, groups)
+    found = compare(by_group(subjects))
+    assert max(found.differences.values()) == pytest.approx(naive_differences(subjects)[0], rel=1e-9)
+    assert set(found.differences) == {"age", "share of F", "share of M"} and set(found.tests) == {"age", "sex"}
+    assert found.tests["age"].name == ("Mann-Whitney U" if groups == "AB" else "Kruskal-Wallis")
+    repeated = [subject for subject in subjects for _ in subject.images]
+    assert max(image_differences(by_group(subjects)).values()) == pytest.approx(naive_differences(repeated)[0], rel=1e-9)
+
+
+def test_groups_without_any_spread_differ_infinitely_and_json_says_null() -> None:
+    found = compare({"A": [person(0, "A", "M", 73.4), person(1, "A", "M", 73.4)], "B": [person(2, "B", "M", 80.1), person(3, "B", "M", 80.1)]})
+    assert found.differences == {"age": math.inf, "share of M": 0.0}
+    record = json.loads(json.dumps(found.record(), allow_nan=False))
+    assert record["standardised_mean_differences"]["age"] is None and record["tests"]["sex"]["p"] == 1.0
+
+
+def test_the_tests_are_the_named_ones() -> None:
+    from scipy import stats
+
+    young, old = [60.0, 61, 64, 66, 70, 71, 75, 77, 78], [66.0, 70, 74, 76, 79, 80, 81, 82, 90]
+    assert age_test([young, old]).p == pytest.approx(float(stats.mannwhitneyu(young, old).pvalue))
+    assert age_test([young, old, young]).p == pytest.approx(float(stats.kruskal(young, old, young).pvalue))
+    assert age_test([[70.0, 70], [70.0, 70]]).p == 1.0
+    assert sex_test(np.array([[30, 20], [20, 30]])).name == "chi-squared"
+    few = sex_test(np.array([[3, 1], [1, 4]]))
+    assert few.name == "Fisher's exact" and few.p == pytest.approx(0.2063, abs=1e-4)
+    assert sex_test(np.array([[3, 1], [1, 4], [2, 2]])).name == "chi-squared"
+    assert sex_test(np.array([[3], [5]])).p == 1.0
+
+
+# match
+
+
+LIMITS = Limits(0.25, 0.05)
+
+
+@pytest.mark.parametrize("groups", ["AB", "ABC"])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_step_is_the_best_single_one(seed: int, groups: str) -> None:
+    """All who may go are tried by brute force: nobody's leaving would have made the differences smaller."""
+    subjects = tiny_cohort(seed, 15, groups)
+    matching = match_subjects(subjects, LIMITS, 0.5, 1)
+    left = list(subjects)
+    for gone in matching.removed:
+        if naive_differences(left)[0] < LIMITS.max_difference:
+            break  # from here on p-values decide
+        sizes = {group: len(members) for group, members in by_group(left).items()}
+        fewest = {group: max(2, math.ceil(len(members) / 2)) for group, members in by_group(subjects).items()}
+        without = {s.name: [round(d, 8) for d in naive_differences([x for x in left if x is not s])] for s in left if sizes[s.group] > fewest[s.group]}
+        assert without[gone.name] == min(without.values())
+        left.remove(gone)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_matching_against_all_subsets(seed: int) -> None:
+    """Where some subset is within the limits one is found, with at most one subject more removed than needed; else the failure is true."""
+    subjects = tiny_cohort(seed, 12)
+    matching = match_subjects(subjects, LIMITS, 0.5, 1)
+    needed = next((count for count in range(7) for gone in itertools.combinations(range(12), count) if fits(subjects, set(gone))), None)
+    if needed is None:
+        assert not LIMITS.met(matching.alikeness)
+    else:
+        assert LIMITS.met(matching.alikeness) and len(matching.removed) <= needed + 1
+    names = [subject.name for subject in (*matching.kept, *matching.removed)]
+    assert sorted(names) == sorted(subject.name for subject in subjects), "nobody is removed twice, and everybody is somewhere"
+
+
+def fits(subjects: Sequence[Subject], gone: set[int]) -> bool:
+    left = [subject for number, subject in enumerate(subjects) if number not in gone]
+    groups = by_group(left)
+    if len(groups) < 2 or min(len(members) for members in groups.values()) < 3:
+        return False
+    return naive_differences(left)[0] < LIMITS.max_difference and compare(groups).worst_p > LIMITS.min_p
+
+
+def test_equal_subjects_go_by_images_then_by_seed() -> None:
+    subjects = [person(number, "A", "M", 80, images=2 + (number == 0)) for number in range(6)]
+    subjects += [person(10 + number, "A", "F", 70 + number) for number in range(6)] + [person(20 + number, "B", "F", 70 + number) for number in range(6)]
+    removed = [[subject.name for subject in match_subjects(subjects, Limits(0.1, 0.05), 0.5, seed).removed] for seed in range(6)]
+    assert all(names[0] in {f"s{number}" for number in range(1, 6)} for names in removed), "s0 has more images and goes after its equals"
+    assert len({tuple(names) for names in removed}) > 1 and removed[0] == [s.name for s in match_subjects(subjects, Limits(0.1, 0.05), 0.5, 0).removed]
+
+
+def test_groups_of_equal_mean_and_unlike_shape_are_matched_by_p() -> None:
+    """Mean and spread alike, ranks not: here only the test can say who must go."""
+    skewed = [*np.linspace(69, 71, 40), *np.linspace(89, 91, 12)]
+    even = np.mean(skewed) + np.linspace(-6, 6, 44)
+    subjects = [person(number, "A", "MF"[number % 2], age) for number, age in enumerate(map(float, skewed))]
+    subjects += [person(100 + number, "B", "MF"[number % 2], float(age)) for number, age in enumerate(even)]
+    before = compare(by_group(subjects))
+    assert LIMITS.differences_met(before) and before.worst_p < 0.05
+    matching = match_subjects(subjects, LIMITS, 0.5, 1)
+    assert LIMITS.met(matching.alikeness)
+    pool = _Pool.of(subjects, 0.5, 1)
+    best = max(compare(by_group([s for s in subjects if s is not subjects[choice]])).worst_p for choice in pool.choices())
+    left = [subject for subject in subjects if subject is not matching.removed[0]]
+    assert compare(by_group(left)).worst_p == pytest.approx(best, rel=1e-9)
+
+
+def test_what_cannot_be_matched_gives_the_best_that_was_met() -> None:
+    subjects = [person(number, "A", "M", 60 + number) for number in range(8)] + [person(20 + number, "B", "M", 90 + number) for number in range(8)]
+    matching: Matching = match_subjects(subjects, LIMITS, 0.5, 1)
+    assert not LIMITS.met(matching.alikeness) and len(matching.kept) >= 8
+    assert matching.alikeness.differences["age"] <= compare(by_group(subjects)).differences["age"]
+    assert len(match_subjects(subjects, LIMITS, 0.0, 1).removed) == 0
+
+
+def test_match_on_the_command_line(tmp_path: Path, medgen: Medgen) -> None:
+    rows = adni_rows(3, {"AD": 45, "CN": 60, "MCI": 4})
+    write_table(tmp_path / "ADNI.csv", ADNI_HEADER, rows)
+    done = medgen("prepare", "match", "ADNI.csv", "--preset", "adni", "--out", "matched")
+    assert "Not looked at: images of other groups" in done.stdout and "p of age (Mann-Whitney U)" in done.stdout
+    folder = tmp_path / "matched"
+    assert sorted(path.name for path in folder.iterdir()) == ["matched.csv", "removed.csv", "report.html", "report.json"]
+    kept, removed = read_table(folder / "matched.csv"), read_table(folder / "removed.csv")
+    wanted = [row for row in rows if row[2] != "MCI"]
+    kept_ids = {row["Image Data ID"] for row in kept}
+    assert [list(row.values()) for row in kept] == [row for row in wanted if row[0] in kept_ids], "every cell, in the order of the table"
+    assert [list(row.values()) for row in removed] == [row for row in wanted if row[0] not in kept_ids]
+    assert not {row["Subject"] for row in kept} & {row["Subject"] for row in removed}, "whole subjects"
+    cohort = read_cohort(folder / "matched.csv", PRESETS[Preset.ADNI])
+    assert Limits(0.1, 0.05).met(compare(by_group(cohort.subjects())))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["before"]["tests"]["age"]["p"] < 0.05 < report["after"]["tests"]["age"]["p"]
+    assert {entry["subject"] for entry in report["removed"]} == {row["Subject"] for row in removed}
+    assert report["after"]["groups"]["AD"]["images"] == sum(row["Group"] == "AD" for row in kept)
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 2 and "http" not in page.replace("http-equiv", "") and "Age, after" in page
+    medgen("prepare", "match", "ADNI.csv", "--preset", "adni", "--out", "again")
+    for name in ("matched.csv", "removed.csv", "report.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), "the same table and seed, the same result"
+    told = medgen("prepare", "match", "ADNI.csv", "--preset", "adni", "--out", "matched", expect=2).stderr
+    assert "matched exists; name a new folder with --out" in told
+
+
+def test_a_match_that_fails_writes_nothing(tmp_path: Path, medgen: Medgen) -> None:
+    write_table(tmp_path / "t.csv", ["who", "group", "sex", "age"], [[f"{g}{n}", g, "F", str(n % 9 + (60 if g == "a" else 80))] for g in "ab" for n in range(9)])
+    told = medgen("prepare", "match", "t.csv", "--subject", "who", "--out", "m", expect=1).stderr
+    assert "could not be matched; nothing was written" in told and "difference of age" in told and "--max-removed" in told
+    assert [path.name for path in tmp_path.iterdir() if path.name != "t.csv" and "home" not in path.name] == []
+    told = medgen("prepare", "match", "t.csv", "--subject", "who", "--balance", "none", "--out", "m", expect=2).stderr
+    assert "leaves match nothing to compare" in told
