@@ -311,6 +311,25 @@ def prepare_match(
     print(names.printable(match.match(table, out, columns, balance, match.Limits(max_smd, min_p), max_removed, seed)))
 
 
+@prepare.command("split")
+def prepare_split(
+    table: TablePath, out: NewFolder, preset: PresetName = Preset.PLAIN,
+    subject: SubjectColumn = None, group: GroupColumn = None, image: ImageColumn = None, sex: SexColumn = None, age: AgeColumn = None,
+    groups: Groups = None, balance: BalanceOf = Balance.BOTH,
+    test: Annotated[float, typer.Option("--test", min=0, max=1, help="share of all images")] = 0.2,
+    val: Annotated[float, typer.Option("--val", min=0, max=1, help="share of all images")] = 0.16,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="every p-value must lie above")] = 0.05,
+    tries: Annotated[int, typer.Option("--tries", min=1, help="how many splits to look at")] = 100,
+    seed: Seed = 42,
+) -> None:
+    """Split by subject into train, val and test, balanced in group, age and sex. Exit code 1, and nothing written, if no split is."""
+    from medgen.prepare import split
+    from medgen.prepare import table as tables
+
+    columns = tables.columns_of(preset, balance, subject, group, image, sex, age, groups)
+    print(names.printable(split.split(table, out, columns, split.Shares(test, val), min_p, tries, seed)))
+
+
 def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int, again: bool = False) -> None:
     from medgen import rundir, task
 

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medgen.data import csv_files
-from medgen.errors import InputError
+from medgen.errors import InputError, MedgenError
+from medgen.prepare import split
 from medgen.prepare.match import Limits, Matching, _Pool, by_group, match_subjects
+from medgen.prepare.split import Shares, deal, find_split
 from medgen.prepare.statistics import age_test, compare, image_differences, sex_test
 from medgen.prepare.table import PRESETS, Balance, Columns, Preset, Subject, columns_of, read_cohort
 
@@ -306,3 +308,97 @@ def test_a_match_that_fails_writes_nothing(tmp_path: Path, medgen: Medgen) -> No
     assert [path.name for path in tmp_path.iterdir() if path.name != "t.csv" and "home" not in path.name] == []
     told = medgen("prepare", "match", "t.csv", "--subject", "who", "--balance", "none", "--out", "m", expect=2).stderr
     assert "leaves match nothing to compare" in told
+
+
+# split
+
+
+def test_the_grouped_deal_is_the_known_one() -> None:
+    """50 subjects of two images, the label their parity: the last fold of five with seed 8 (scikit-learn 1.9.1)."""
+    subjects = [number // 2 for number in range(100)]
+    dealt = deal([str(subject % 2) for subject in subjects], [f"{subject:02d}" for subject in subjects], 5, 8)
+    assert {subject for subject, fold in zip(subjects, dealt, strict=True) if fold == 4} == {4, 11, 19, 20, 25, 27, 34, 45, 46, 48}
+
+
+@pytest.mark.parametrize(("test", "val"), [(0.2, 0.16), (0.2, 0.0), (0.0, 0.25), (0.15, 0.15), (0.1, 0.1), (0.5, 0.25)])
+def test_shares_are_met_by_whole_subjects(tmp_path: Path, test: float, val: float) -> None:
+    cohort = read_cohort(write_table(tmp_path / "t.csv", ADNI_HEADER, adni_rows(4, {"AD": 60, "CN": 80}, older_years=0)), PRESETS[Preset.ADNI])
+    found = find_split(cohort, Shares(test, val), 0.0, 1, 5)
+    for side, share in (("test", test), ("val", val), ("train", 1 - test - val)):
+        assert found.side_of.count(side) / len(found.side_of) == pytest.approx(share, abs=0.04)
+    sides_of: dict[str, set[str]] = {}
+    for image, side in zip(cohort.images, found.side_of, strict=True):
+        sides_of.setdefault(image.subject, set()).add(side)
+    assert all(len(sides) == 1 for sides in sides_of.values())
+    overall = sum(image.group == "AD" for image in cohort.images) / len(cohort.images)
+    for side in set(found.side_of):
+        groups = [image.group for image, own in zip(cohort.images, found.side_of, strict=True) if own == side]
+        assert groups.count("AD") / len(groups) == pytest.approx(overall, abs=0.08)
+
+
+def test_shares_that_leave_nothing_are_refused() -> None:
+    for test, val in ((0.0, 0.0), (0.6, 0.4)):
+        with pytest.raises(InputError, match="together they must be more than 0 and less than 1"):
+            Shares(test, val)
+
+
+def test_the_first_split_within_the_limits_is_taken(tmp_path: Path) -> None:
+    cohort = read_cohort(write_table(tmp_path / "t.csv", ADNI_HEADER, adni_rows(6, {"AD": 40, "CN": 50}, older_years=0)), PRESETS[Preset.ADNI])
+    shares = Shares(0.2, 0.16)
+    alone = [find_split(cohort, shares, 1.0, 1, seed) for seed in range(12)]
+    first = next(number for number, tried in enumerate(alone) if tried.worst_p > 0.3)
+    assert first > 0, "a limit that not every split meets"
+    assert find_split(cohort, shares, 0.3, 12, 0).side_of == alone[first].side_of
+    best = max(alone, key=lambda tried: tried.worst_p)
+    assert find_split(cohort, shares, 1.0, 12, 0).side_of == best.side_of, "where none passes, the best one is told"
+    assert set(best.within) == {"train", "val", "test"} and set(best.between) == {"train and val", "train and test"}
+
+
+def test_split_on_the_command_line(tmp_path: Path, medgen: Medgen) -> None:
+    rows = adni_rows(6, {"AD": 40, "CN": 50, "MCI": 3}, older_years=0)
+    write_table(tmp_path / "ADNI.csv", ADNI_HEADER, rows)
+    done = medgen("prepare", "split", "ADNI.csv", "--preset", "adni", "--out", "split", "--test", 0.2, "--val", 0.2)
+    assert "groups within test: sex" in done.stdout and "train and val: age" in done.stdout
+    split = read_table(tmp_path / "split" / "split.csv")
+    assert [[row[name] for name in ADNI_HEADER] for row in split] == [row for row in rows if row[2] != "MCI"]
+    report = json.loads((tmp_path / "split" / "report.json").read_text())
+    sides: dict[str, list[Subject]] = {side: [] for side in ("train", "val", "test")}
+    for subject in read_cohort(tmp_path / "split" / "split.csv", PRESETS[Preset.ADNI]).subjects():
+        sides[split[subject.images[0]]["split"]].append(subject)
+    for side, subjects in sides.items():
+        told, true = report["sides"][side], compare(by_group(subjects))
+        assert told["tests"]["age"]["p"] == pytest.approx(true.tests["age"].p) and true.worst_p > 0.05
+        assert sum(group["images"] for group in told["groups"].values()) == sum(row["split"] == side for row in split)
+    for pair in ("val", "test"):
+        assert compare({"train": sides["train"], pair: sides[pair]}).worst_p > 0.05
+    assert (tmp_path / "split" / "report.html").read_text().count("<svg") == 4
+    told_again = medgen("prepare", "split", "split/split.csv", "--preset", "adni", "--out", "b", expect=2).stderr
+    assert "has a column 'split' already" in told_again
+
+
+def test_a_split_that_fails_says_how_close_it_came_and_writes_nothing(tmp_path: Path, medgen: Medgen) -> None:
+    write_table(tmp_path / "ADNI.csv", ADNI_HEADER, adni_rows(6, {"AD": 40, "CN": 50}, older_years=25))
+    told = medgen("prepare", "split", "ADNI.csv", "--preset", "adni", "--out", "split", "--tries", 3, expect=1).stderr
+    assert "none of 3 splits is balanced; nothing was written" in told and "groups within train: age" in told and "medgen prepare match first" in told
+    assert not (tmp_path / "split").exists() and not list(tmp_path.glob(".split*"))
+
+
+def test_a_table_without_age_and_sex_is_split_by_subject_and_group(tmp_path: Path, medgen: Medgen) -> None:
+    write_table(tmp_path / "t.csv", ["subject", "group"], [[f"s{number // 2}", "ab"[number // 2 % 2]] for number in range(80)])
+    assert "no column 'sex'" in medgen("prepare", "split", "t.csv", "--out", "s", expect=2).stderr
+    medgen("prepare", "split", "t.csv", "--balance", "none", "--out", "s")
+    split = read_table(tmp_path / "s" / "split.csv")
+    assert {row["split"] for row in split} == {"train", "val", "test"} and "<svg" not in (tmp_path / "s" / "report.html").read_text()
+
+
+def test_too_few_subjects_to_split(tmp_path: Path) -> None:
+    rows = [["s1", "A"], ["s2", "A"], ["s3", "A"], *[[f"t{number}", "B"] for number in range(9)]]
+    table = write_table(tmp_path / "t.csv", ["subject", "group"], rows)
+    with pytest.raises(InputError, match="the group 'A' has 3 subjects; train, val, test need 2 each, so 6"):
+        split.split(table, tmp_path / "o", columns_of(Preset.PLAIN, Balance.NONE, *[None] * 6), Shares(0.2, 0.2), 0.05, 5, 1)
+    with pytest.raises(InputError, match="the group 'A' has one subject"):
+        write_table(table, ["subject", "group"], rows[2:])
+        split.split(table, tmp_path / "o", columns_of(Preset.PLAIN, Balance.NONE, *[None] * 6), Shares(0.2, 0.2), 0.05, 5, 1)
+    with pytest.raises(MedgenError, match="none of 3 splits gave every side 2 subjects of every group"):
+        write_table(table, ["subject", "group"], [[f"{g}{n}", g] for g in "AB" for n in range(6)])
+        split.split(table, tmp_path / "o", columns_of(Preset.PLAIN, Balance.NONE, *[None] * 6), Shares(0.9, 0.05), 0.05, 3, 1)

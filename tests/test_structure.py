@@ -63,7 +63,7 @@ def test_every_module_says_what_it_is() -> None:
 HEAVY = ("torch", "monai", "nibabel", "pandas", "matplotlib", "scipy", "skimage", "sklearn")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "match", "--help"], ["submit", "jobs/demo.yaml", "--dry-run"], ["ls"], ["fsck", "tests"], ["submit", "jobs/demo.yaml", "--dry-run", "--json"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "split", "--help"], ["submit", "jobs/demo.yaml", "--dry-run"], ["ls"], ["fsck", "tests"], ["submit", "jobs/demo.yaml", "--dry-run", "--json"]])
 def test_the_login_node_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = f"import sys; sys.argv = ['medgen', *{arguments!r}]\n" \
            "import atexit\n" \
