@@ -330,6 +330,25 @@ def prepare_split(
     print(names.printable(split.split(table, out, columns, split.Shares(test, val), min_p, tries, seed)))
 
 
+@prepare.command("stack")
+def prepare_stack(
+    table: TablePath, out: NewFolder, preset: PresetName = Preset.PLAIN,
+    subject: SubjectColumn = None, group: GroupColumn = None, groups: Groups = None,
+    path: Annotated[str, typer.Option("--path", metavar="COLUMN", help="the files: volumes, or pictures")] = "path",
+    root: Annotated[Path | None, typer.Option("--root", help="what relative paths count from; default: the table's folder", show_default=False)] = None,
+    slices: Annotated[str, typer.Option("--slice", "--slices", metavar="N,N", help="axial slices, counted from the lowest, from 0 on")] = "central",
+    size: Annotated[int, typer.Option("--size", help="pixels of the largest size, a power of two; halves down to 4 come with it")] = 256,
+    clip_negative: Annotated[bool, typer.Option("--clip-negative", help="set negative pixels to 0 instead of refusing them")] = False,
+) -> None:
+    """Stack axial slices of registered volumes, per split and at every size, with labels.csv; a table with a column split makes a folder of each."""
+    from medgen.prepare import stack
+    from medgen.prepare import table as tables
+
+    columns = tables.columns_of(preset, Balance.NONE, subject, group, None, None, None, groups)
+    settings = stack.Settings(path, root if root is not None else table.parent, stack.slice_numbers(slices), size, clip_negative)
+    print(names.printable(stack.stack(table, out, columns, settings, print)))
+
+
 def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int, again: bool = False) -> None:
     from medgen import rundir, task
 

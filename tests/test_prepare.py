@@ -10,14 +10,16 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medgen.data import csv_files
+from medgen import files
+from medgen.data import csv_files, stacks
 from medgen.errors import InputError, MedgenError
-from medgen.prepare import split
+from medgen.prepare import split, stack
 from medgen.prepare.match import Limits, Matching, _Pool, by_group, match_subjects
 from medgen.prepare.split import Shares, deal, find_split
 from medgen.prepare.statistics import age_test, compare, image_differences, sex_test
@@ -402,3 +404,207 @@ def test_too_few_subjects_to_split(tmp_path: Path) -> None:
     with pytest.raises(MedgenError, match="none of 3 splits gave every side 2 subjects of every group"):
         write_table(table, ["subject", "group"], [[f"{g}{n}", g] for g in "AB" for n in range(6)])
         split.split(table, tmp_path / "o", columns_of(Preset.PLAIN, Balance.NONE, *[None] * 6), Shares(0.9, 0.05), 0.05, 3, 1)
+
+
+# stack
+
+
+GOLDEN_SUMS = {256: -44195.1402, 128: -11048.983, 64: -2762.263, 32: -690.540, 16: -172.621, 8: -43.147, 4: -10.781}
+GOLDEN_CENTRES = {128: 0.00320551, 64: 0.00688557, 32: 0.00076269, 16: -0.02411448, 8: -0.11540652, 4: -0.36715409}
+GOLDEN_CORNERS = {128: -0.99013644, 64: -0.98783875, 32: -0.98538774, 16: -0.97941935, 8: -0.96018481, 4: -0.87983572}
+
+
+def golden_slice() -> np.ndarray:
+    i, j = np.mgrid[:256, :256].astype(np.float64)
+    wave = 100 * (1 + np.sin(0.0137 * (256 * i + j)))
+    return (wave * np.exp(-((i - 127.5) ** 2 + (j - 127.5) ** 2) / (2 * 60**2))).astype(np.float32)
+
+
+def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4) if affine is None else affine), path)
+
+
+def head(number: int, shape: tuple[int, int, int] = (12, 14, 5)) -> np.ndarray:
+    """Positive everywhere, unlike in every voxel and every volume."""
+    return np.random.default_rng(number).uniform(1, 900, shape).astype(np.float32)
+
+
+def write_cohort(folder: Path, count: int = 12) -> Path:
+    """`count` volumes of three quarters as many subjects, in two groups and three splits, the rows mixed."""
+    rows = []
+    for number in range(count):
+        subject = number * 3 // 4
+        rows.append([f"vol/{number}.nii.gz", f"s{subject}", ("CN", "AD")[subject % 2], ("train", "train", "test", "val")[subject // 2 % 4]])
+        save_volume(folder / rows[-1][0], head(number), np.diag([2.0, 2, 3, 1]))
+    return write_table(folder / "t.csv", ["path", "subject", "group", "split"], [rows[position] for position in np.random.default_rng(0).permutation(count)])
+
+
+def settings_of(folder: Path, size: int = 16, slices: str = "central", clip_negative: bool = False) -> stack.Settings:
+    return stack.Settings("path", folder, stack.slice_numbers(slices), size, clip_negative)
+
+
+def stacked(table: Path, chosen: stack.Settings) -> Path:
+    """The folder made from a table, in this process."""
+    out = table.parent / f"stack-{len(list(table.parent.iterdir()))}"
+    stack.stack(table, out, columns_of(Preset.PLAIN, Balance.NONE, *[None] * 6), chosen, lambda text: None)
+    return out
+
+
+def test_scaling_and_pyramid_give_the_known_numbers(tmp_path: Path) -> None:
+    """Through the files: the display of a RAS volume runs backwards, so the known pixels lie on the other side."""
+    raw = golden_slice()
+    save_volume(tmp_path / "a.nii.gz", np.dstack([raw * 0 + 1, raw, raw * 0 + 1]))
+    table = write_table(tmp_path / "t.csv", ["path", "subject", "group"], [["a.nii.gz", "s", "CN"]])
+    opened = stacks.open_stack(stacked(table, settings_of(tmp_path, 256)))
+    for size in opened.sizes:
+        stored = opened.images(size)[0, 0].T[::-1, ::-1]  # nifti[w, h] in the volume's own direction
+        assert stored.sum(dtype=np.float64) == pytest.approx(GOLDEN_SUMS[size], abs=0.02 if size == 256 else 2e-3)
+        if size == 256:
+            assert stored[100, 120] == pytest.approx(0.33747715, abs=1e-5)
+        else:
+            assert stored[size // 2, size // 2] == pytest.approx(GOLDEN_CENTRES[size], abs=1e-5)
+            assert stored[0, 0] == pytest.approx(GOLDEN_CORNERS[size], abs=1e-5)
+
+
+def test_stack_on_the_command_line(tmp_path: Path, medgen: Medgen) -> None:
+    table = read_table(write_cohort(tmp_path))
+    done = medgen("prepare", "stack", "t.csv", "--out", "stack", "--size", 16, "--groups", "CN,AD")
+    assert "train CN" in done.stdout and "stack: train/, val/, test/, report.json, report.html" in done.stdout
+    assert json.loads((tmp_path / "stack" / "train" / "classes.json").read_text()) == {"CN": 0, "AD": 1}
+    for side in ("train", "val", "test"):
+        rows = [row for row in table if row["split"] == side]
+        opened = stacks.open_stack(tmp_path / "stack" / side)
+        assert opened.sizes == (4, 8, 16) and opened.class_names == ("CN", "AD")
+        assert opened.labels.tolist() == [("CN", "AD").index(row["group"]) for row in rows], "in the order of the table"
+        assert list(opened.subjects) == [row["subject"] for row in rows]
+        told = read_table(tmp_path / "stack" / side / "images.csv")
+        assert [(row["ID"], row["file"], row["slice"], row["group"]) for row in told] == [(str(n), row["path"], "2", row["group"]) for n, row in enumerate(rows)]
+        for number, row in enumerate(rows):
+            volume = head(int(Path(row["path"]).name.split(".")[0]))
+            plane = np.zeros((16, 16), np.float32)
+            plane[1:15, 2:14] = volume[::-1, ::-1, 2].T
+            half = float(plane.max()) / 2
+            assert np.allclose(opened.images(16)[number, 0], (plane - half) / half, atol=1e-6), "slice and label are of the same file"
+            assert told[number]["sha256"] == files.sha256_file(tmp_path / row["path"])
+    record = json.loads((tmp_path / "stack" / "report.json").read_text())
+    assert record["sizes"] == [16, 8, 4] and sum(group["slices"] for side in record["sides"].values() for group in side.values()) == len(table)
+    assert (tmp_path / "stack" / "report.html").read_text().count("<img") == len(table) + 3
+    stacks.require_disjoint(stacks.open_stack(tmp_path / "stack" / "train"), stacks.open_stack(tmp_path / "stack" / "test"))
+    assert "stack exists; name a new folder" in medgen("prepare", "stack", "t.csv", "--out", "stack", expect=2).stderr
+    told_text = medgen("prepare", "stack", "t.csv", "--out", "other", "--root", "elsewhere", expect=2).stderr
+    assert "12 file(s) are missing" in told_text and "--root" in told_text and not (tmp_path / "other").exists()
+
+
+def test_the_same_cohort_is_the_same_bytes(tmp_path: Path) -> None:
+    table = write_cohort(tmp_path)
+    one, other = (stacked(table, settings_of(tmp_path)) for _ in range(2))
+    for path in sorted(one.rglob("*")):
+        if path.is_file() and path.suffix != ".html":
+            assert path.read_bytes() == (other / path.relative_to(one)).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("turn", [np.diag([-1.0, 1, 1, 1]), np.diag([1.0, 1, -1, 1]), np.array([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])])
+def test_pixels_lie_where_the_affine_says_however_the_file_is_stored(tmp_path: Path, turn: np.ndarray) -> None:
+    """The brightest voxel has the same patient coordinates in the volume and in every size large enough to show it."""
+    volume = np.ones((12, 14, 5), np.float32)
+    volume[3, 10, 2] = 1000
+    affine = turn @ np.array([[2.0, 0, 0, -11], [0, 2, 0, 7], [0, 0, 3, 5], [0, 0, 0, 1]])
+    save_volume(tmp_path / "a.nii.gz", volume, affine)
+    table = write_table(tmp_path / "t.csv", ["path", "subject", "group"], [["a.nii.gz", "s", "CN"]])
+    for size in (16, 8):  # padded, and shrunk
+        image = nibabel.load(stacked(table, settings_of(tmp_path, size)) / f"Real{size}x{size}.nii.gz")
+        stored = np.asarray(image.dataobj)[:, :, 0, 0]
+        assert nibabel.aff2axcodes(image.affine)[:2] == ("L", "P"), "columns run to the left, rows to the back"
+        weight = np.maximum(stored - np.median(stored), 0) if size == 8 else (stored == stored.max())
+        place = np.array([(np.arange(size) @ weight.sum(axis=axis)) / weight.sum() for axis in (1, 0)])
+        assert np.allclose((image.affine @ [*place, 0, 1])[:3], (affine @ [3, 10, 2, 1])[:3], atol=0.05 if size == 16 else 1.0)
+
+
+def test_chosen_slices_of_one_volume(tmp_path: Path) -> None:
+    table = write_cohort(tmp_path, count=8)
+    out = stacked(table, settings_of(tmp_path, slices="1,3"))
+    told = read_table(out / "train" / "images.csv")
+    assert [row["slice"] for row in told] == ["1", "3"] * (len(told) // 2) and [row["file"] for row in told[::2]] == [row["file"] for row in told[1::2]]
+    volume = head(int(Path(told[0]["file"]).name.split(".")[0]))
+    for number, place in enumerate((1, 3)):
+        assert stacks.open_stack(out / "train").images(16)[number].max() == 1
+        assert np.unravel_index(stacks.open_stack(out / "train").images(16)[number, 0, 1:15, 2:14].argmax(), (14, 12)) == np.unravel_index(volume[::-1, ::-1, place].T.argmax(), (14, 12))
+
+
+def test_what_is_too_large_is_shrunk_antialiased_and_stays_in_range(tmp_path: Path) -> None:
+    stripes = np.zeros((40, 30, 1), np.float32)
+    stripes[::2] = 100
+    save_volume(tmp_path / "a.nii.gz", stripes)
+    table = write_table(tmp_path / "t.csv", ["path", "subject", "group"], [["a.nii.gz", "s", "CN"]])
+    image = stacks.open_stack(stacked(table, settings_of(tmp_path, 8))).images(8)[0, 0]
+    assert image.max() == 1 and image.min() >= -1
+    inside = image[2:6, 2:6]
+    assert inside.std() < 0.02, "stripes thinner than a pixel become grey, not other stripes"
+
+
+def test_pictures_grey_and_colour(tmp_path: Path) -> None:
+    from PIL import Image as Pictures
+
+    colour = np.random.default_rng(0).integers(0, 255, (9, 11, 3), np.uint8)
+    for name in ("a.png", "b.jpg", "c.png"):
+        Pictures.fromarray(colour).save(tmp_path / name)
+    table = write_table(tmp_path / "t.csv", ["path", "subject", "group"], [["a.png", "s", "x"], ["b.jpg", "t", "y"], ["c.png", "u", "y"]])
+    out = stacked(table, settings_of(tmp_path, 16))
+    images = stacks.open_stack(out).images(16)
+    half = colour.max() / 2
+    assert images.shape == (3, 3, 16, 16)
+    assert np.allclose(images[0][:, 3:12, 2:13], (colour.transpose(2, 0, 1) - half) / half, atol=1e-6), "the picture as it is, upright"
+    Pictures.fromarray(colour[..., 0]).save(tmp_path / "c.png")
+    with pytest.raises(InputError, match=r"c.png has 1 channel\(s\), but .*a.png has 3; make all of them grey"):
+        stacked(table, settings_of(tmp_path, 16))
+    Pictures.fromarray(colour).convert("CMYK").save(tmp_path / "b.jpg")
+    with pytest.raises(InputError, match=r"b.jpg: is a CMYK picture; allowed are grey"):
+        stacked(table, settings_of(tmp_path, 16))
+
+
+def test_slices_that_cannot_be_scaled(tmp_path: Path) -> None:
+    table = write_cohort(tmp_path, count=8)
+    first = tmp_path / read_table(table)[0]["path"]
+    volume = head(0)
+    volume[2, 3, 2] = -7
+    save_volume(first, volume, np.diag([2.0, 2, 3, 1]))
+    with pytest.raises(InputError, match=r"nii.gz, slice 2: 1 pixels are negative \(down to -7\).*--clip-negative"):
+        stacked(table, settings_of(tmp_path))
+    stacked(table, settings_of(tmp_path, clip_negative=True))
+    volume[:, :, 2] = 0
+    save_volume(first, volume, np.diag([2.0, 2, 3, 1]))
+    with pytest.raises(InputError, match=r"nii.gz, slice 2: nothing in it is above 0; choose another slice with --slices, or remove line 2"):
+        stacked(table, settings_of(tmp_path))
+    assert not list(tmp_path.glob(".stack*")), "nothing half-written stays"
+    with pytest.raises(InputError, match=r"no axial slice 9; it has 5, numbered 0 to 4: choose with --slices"):
+        stacked(table, settings_of(tmp_path, slices="1,9"))
+
+
+def test_what_is_refused_before_any_voxel_is_read(tmp_path: Path) -> None:
+    table = write_cohort(tmp_path, count=8)
+    rows = [list(row.values()) for row in read_table(table)]
+    header = ["path", "subject", "group", "split"]
+
+    def refused(changed: list[list[str]], pattern: str) -> None:
+        write_table(table, header, changed)
+        with pytest.raises(InputError, match=pattern):
+            stacked(table, settings_of(tmp_path))
+
+    refused([*rows, [rows[0][0], "new", "CN", "train"]], r"nii.gz stands in more than one line")
+    refused([*rows[:-1], ["", *rows[-1][1:]]], r"t.csv:9: path is empty")
+    refused([*rows[:-1], [*rows[-1][:3], "training"]], r"t.csv:9: split is 'training'; write one of train, val, test")
+    refused([*rows[:-1], ["none.nii.gz", *rows[-1][1:]]], r"1 file\(s\) are missing")
+    twice = next(row for row in rows if sum(other[1] == row[1] for other in rows) > 1)
+    refused([[*row[:3], "val" if row is twice else row[3]] for row in rows], rf"subject {twice[1]} is in (val|train|test), but in (val|train|test) in line")
+    refused([[*row[:3], "test" if row[2] == "AD" else "train"] for row in rows], r"no line of the split train is in the group 'AD'")
+    save_volume(tmp_path / rows[0][0], head(0, (12, 15, 5)), np.diag([2.0, 2, 3, 1]))
+    refused(rows, r"the volumes must be registered: .* has shape")
+    save_volume(tmp_path / rows[0][0], head(0), np.diag([2.0, 2, 4, 1]))
+    refused(rows, r"the volumes must be registered: .* have different affines")
+    for text in ("", "a", "1,1", "-3", "1, 2"):
+        with pytest.raises(InputError, match="--slices"):
+            stack.slice_numbers(text)
+    for size in (0, 3, 48, -8):
+        with pytest.raises(InputError, match="power of two"):
+            settings_of(tmp_path, size)
