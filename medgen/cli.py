@@ -14,6 +14,7 @@ import typer
 
 from medgen import __version__, names, redact
 from medgen.errors import Exit, InputError, MedgenError
+from medgen.prepare.table import Balance, Preset
 
 EPILOG = "Exit codes: 0 done, 1 a stage failed, 2 wrong input, 3 interrupted (run it again to go on), 4 not finished yet (watch --once)."
 
@@ -21,6 +22,9 @@ app = typer.Typer(
     help="Synthetic medical images from one job spec: train, generate, evaluate, report.",
     epilog=EPILOG, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+prepare = typer.Typer(help="From a raw cohort to files for training: match groups, split by subject, stack slices.", no_args_is_help=True)
+app.add_typer(prepare, name="prepare", rich_help_panel="Data")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="the job spec, a YAML file", show_default=False)]
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="change one value: -o stages.train.config.lr=1e-4", show_default=False)]
@@ -31,6 +35,17 @@ Shard = Annotated[int, typer.Option("--shard", help="which shard of the stage")]
 Attempt = Annotated[int, typer.Option("--attempt", hidden=True)]
 Again = Annotated[bool, typer.Option("--again", help="do it anew even if it is done")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+TablePath = Annotated[Path, typer.Argument(metavar="TABLE", help="a CSV file with one row per image", show_default=False)]
+NewFolder = Annotated[Path, typer.Option("--out", help="the folder to make; it must not exist", show_default=False)]
+PresetName = Annotated[Preset, typer.Option("--preset", help="the columns' names: subject, group, sex, age; or Subject, Group, Sex, Age, Image Data ID of ADNI")]
+SubjectColumn = Annotated[str | None, typer.Option("--subject", metavar="COLUMN", help="who is shown", show_default=False)]
+GroupColumn = Annotated[str | None, typer.Option("--group", metavar="COLUMN", help="what the classes are", show_default=False)]
+ImageColumn = Annotated[str | None, typer.Option("--image", metavar="COLUMN", help="what names each image once", show_default=False)]
+SexColumn = Annotated[str | None, typer.Option("--sex", metavar="COLUMN", show_default=False)]
+AgeColumn = Annotated[str | None, typer.Option("--age", metavar="COLUMN", help="years", show_default=False)]
+Groups = Annotated[str | None, typer.Option("--groups", metavar="A,B", help="only these, in this order; default: all (adni: CN,AD)", show_default=False)]
+BalanceOf = Annotated[Balance, typer.Option("--balance", help="what is compared")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
 
 
 def _version(wanted: bool) -> None:
@@ -276,6 +291,62 @@ def phantoms(
     with files.folder_in_one_move(folder) as temporary:
         write_phantoms(temporary, patients, seed)
     print(f"{patients} patients in {folder}")
+
+
+@prepare.command("match")
+def prepare_match(
+    table: TablePath, out: NewFolder, preset: PresetName = Preset.PLAIN,
+    subject: SubjectColumn = None, group: GroupColumn = None, image: ImageColumn = None, sex: SexColumn = None, age: AgeColumn = None,
+    groups: Groups = None, balance: BalanceOf = Balance.BOTH,
+    max_smd: Annotated[float, typer.Option("--max-smd", min=0, help="every standardised mean difference must lie below")] = 0.1,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="every p-value must lie above")] = 0.05,
+    max_removed: Annotated[float, typer.Option("--max-removed", min=0, max=1, help="share of the subjects of any group that may go")] = 0.5,
+    seed: Seed = 42,
+) -> None:
+    """Remove subjects until the groups are alike in age and sex. Exit code 1, and nothing written, if that is not possible."""
+    from medgen.prepare import match
+    from medgen.prepare import table as tables
+
+    columns = tables.columns_of(preset, balance, subject, group, image, sex, age, groups)
+    print(names.printable(match.match(table, out, columns, balance, match.Limits(max_smd, min_p), max_removed, seed)))
+
+
+@prepare.command("split")
+def prepare_split(
+    table: TablePath, out: NewFolder, preset: PresetName = Preset.PLAIN,
+    subject: SubjectColumn = None, group: GroupColumn = None, image: ImageColumn = None, sex: SexColumn = None, age: AgeColumn = None,
+    groups: Groups = None, balance: BalanceOf = Balance.BOTH,
+    test: Annotated[float, typer.Option("--test", min=0, max=1, help="share of all images")] = 0.2,
+    val: Annotated[float, typer.Option("--val", min=0, max=1, help="share of all images")] = 0.16,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="every p-value must lie above")] = 0.05,
+    tries: Annotated[int, typer.Option("--tries", min=1, help="how many splits to look at")] = 100,
+    seed: Seed = 42,
+) -> None:
+    """Split by subject into train, val and test, balanced in group, age and sex. Exit code 1, and nothing written, if no split is."""
+    from medgen.prepare import split
+    from medgen.prepare import table as tables
+
+    columns = tables.columns_of(preset, balance, subject, group, image, sex, age, groups)
+    print(names.printable(split.split(table, out, columns, split.Shares(test, val), min_p, tries, seed)))
+
+
+@prepare.command("stack")
+def prepare_stack(
+    table: TablePath, out: NewFolder, preset: PresetName = Preset.PLAIN,
+    subject: SubjectColumn = None, group: GroupColumn = None, groups: Groups = None,
+    path: Annotated[str, typer.Option("--path", metavar="COLUMN", help="the files: volumes, or pictures")] = "path",
+    root: Annotated[Path | None, typer.Option("--root", help="what relative paths count from; default: the table's folder", show_default=False)] = None,
+    slices: Annotated[str, typer.Option("--slice", "--slices", metavar="N,N", help="axial slices, counted from the lowest, from 0 on")] = "central",
+    size: Annotated[int, typer.Option("--size", help="pixels of the largest size, a power of two; halves down to 4 come with it")] = 256,
+    clip_negative: Annotated[bool, typer.Option("--clip-negative", help="set negative pixels to 0 instead of refusing them")] = False,
+) -> None:
+    """Stack axial slices of registered volumes, per split and at every size, with labels.csv; a table with a column split makes a folder of each."""
+    from medgen.prepare import stack
+    from medgen.prepare import table as tables
+
+    columns = tables.columns_of(preset, Balance.NONE, subject, group, None, None, None, groups)
+    settings = stack.Settings(path, root if root is not None else table.parent, stack.slice_numbers(slices), size, clip_negative)
+    print(names.printable(stack.stack(table, out, columns, settings, print)))
 
 
 def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int, again: bool = False) -> None:

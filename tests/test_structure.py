@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "medgen"
 # each may import what stands before it: spec -> plan -> launch -> train -> ... -> report, and the services they share
 ORDER = [
     "errors", "stop", "world", "activity", "lifeline", "fault", "files", "commits", "room", "names", "redact", "units", "sbatch_options", "document", "rng", "models", "spec", "site", "rundir", "watchdog", "plan", "planning", "data", "launch", "dist", "context", "sharded", "checkpoint",
-    "task", "train_log", "train", "collected", "shards", "generate", "collect", "command", "evaluate", "report", "watch", "fsck", "checks", "cli", "__main__",
+    "task", "train_log", "train", "collected", "shards", "generate", "collect", "command", "evaluate", "report", "prepare", "watch", "fsck", "checks", "cli", "__main__",
 ]
 
 
@@ -60,10 +60,10 @@ def test_every_module_says_what_it_is() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
-HEAVY = ("torch", "monai", "nibabel", "pandas", "matplotlib")
+HEAVY = ("torch", "monai", "nibabel", "pandas", "matplotlib", "scipy", "skimage", "sklearn")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "jobs/demo.yaml", "--dry-run"], ["ls"], ["fsck", "tests"], ["submit", "jobs/demo.yaml", "--dry-run", "--json"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "split", "--help"], ["submit", "jobs/demo.yaml", "--dry-run"], ["ls"], ["fsck", "tests"], ["submit", "jobs/demo.yaml", "--dry-run", "--json"]])
 def test_the_login_node_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = f"import sys; sys.argv = ['medgen', *{arguments!r}]\n" \
            "import atexit\n" \
@@ -106,7 +106,8 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
             continue
         if words[1].startswith("-"):
             continue
-        shown = subprocess.run([sys.executable, "-m", "medgen", words[1], "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+        verb = words[1:3] if words[1] == "prepare" else words[1:2]
+        shown = subprocess.run([sys.executable, "-m", "medgen", *verb, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
         assert shown.returncode == 0, f"{page.name}: {line}"
         for option in [word.split("=")[0] for word in words[2:] if word.startswith("--")]:
             assert option in shown.stdout, f"{page.name}: {line}: {option}"

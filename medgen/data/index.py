@@ -4,11 +4,11 @@ Nothing here reads voxels or imports torch, so a wrong folder is told in seconds
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from medgen.data import csv_files
 from medgen.data.splits import assign_splits
 from medgen.errors import InputError
 from medgen.spec import PHANTOM_PATIENTS, SPLITS, DataSpec
@@ -155,11 +155,11 @@ def _patient_folders(root: Path) -> list[Path]:
 
 
 def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> list[Source]:
-    lines = _csv_lines(path)
+    if not path.is_file():
+        raise InputError(f"data.root: {path} is {'not a file' if path.exists() else 'missing'}; format: csv needs the CSV file")
+    lines = csv_files.read_rows(path)
     columns = list(lines[0][1])
-    for role, column in roles(data).items():
-        if column not in columns:
-            raise InputError(f"{path}: no column {column!r} (for {role}); the columns are: {', '.join(columns)}")
+    csv_files.require_columns(path, columns, roles(data))
     if "patient" not in columns:
         notes.append(f"{path} has no column patient: each file name counts as a patient of its own")
     patients = [_csv_patient(data, path, number, row) for number, row in lines]
@@ -181,27 +181,6 @@ def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> lis
     if not any(source.split == "train" for source in sources):
         raise InputError(f"{path}: no line has split train; the splits there are: {', '.join(sorted(set(splits)))}")
     return sorted(sources, key=lambda source: SPLITS.index(source.split))
-
-
-def _csv_lines(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, row) of every line that is not blank."""
-    if not path.is_file():
-        raise InputError(f"data.root: {path} is {'not a file' if path.exists() else 'missing'}; format: csv needs the CSV file")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle, strict=True, restkey="", restval=None)
-            lines = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable CSV file ({error}); save it as UTF-8 with commas") from None
-    if not lines:
-        raise InputError(f"{path}: the file has no rows below the header")
-    header = list(lines[0][1])
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise InputError(f"{path}: the columns are not separated by commas; save it with commas")
-    for number, row in lines:
-        if "" in row or None in row.values():
-            raise InputError(f"{path}:{number}: this line does not have the {len(header)} columns of the header; quote values with commas")
-    return lines
 
 
 def _csv_patient(data: DataSpec, path: Path, number: int, row: dict[str, str]) -> str:
