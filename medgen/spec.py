@@ -133,12 +133,13 @@ class SplitFractions(Frozen):
 class DataSpec(Frozen):
     """Where the volumes are and how slices are made from them."""
 
-    format: Literal["nifti", "csv", "phantom"] = "nifti"
-    root: Path | None = None  # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file
-    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti) or column (csv)
+    format: Literal["nifti", "csv", "stack", "phantom"] = "nifti"
+    # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file; stack: a folder of labels.csv and Real*x*.nii.gz, or of such folders
+    root: Path | None = None
+    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti), column (csv), or place of the channel (stack; default image: 0)
     mask: str | None = None  # file name or column of the label volume
     mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
-    size: int = Field(128, ge=16, le=2048)  # pixels; slices become size x size
+    size: int = Field(128, ge=4, le=2048)  # pixels; slices become size x size
     window: Window = Window(percentiles=(0.0, 99.5))
     axis: int = Field(2, ge=0, le=2)  # 0 sagittal, 1 coronal, 2 axial slices
     content: float = Field(0.05, ge=0, lt=1)  # smallest share of non-background pixels a slice must have
@@ -149,9 +150,11 @@ class DataSpec(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _phantoms_name_their_files(cls, value: Any) -> Any:
+    def _some_name_their_own_files(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("format") == "phantom" and not value.get("images") and not value.get("mask"):
             return {**value, **PHANTOM_FILES}
+        if isinstance(value, dict) and value.get("format") == "stack":
+            return {"images": {"image": "0"}, "content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value}
         return value
 
     @model_validator(mode="after")
@@ -161,7 +164,10 @@ class DataSpec(Frozen):
                 raise ValueError(f"format: phantom draws its own data; remove {'root' if self.root is not None else 'mask_labels'}")
             return self
         if self.root is None:
-            raise ValueError(f"format: {self.format} needs root: {'a folder of patients' if self.format == 'nifti' else 'the CSV file'}")
+            wanted = {"nifti": "a folder of patients", "csv": "the CSV file", "stack": "the folder with labels.csv, or with train and test"}
+            raise ValueError(f"format: {self.format} needs root: {wanted[self.format]}")
+        if self.format == "stack":
+            self._check_stack()
         if self.patients is not None:
             raise ValueError("patients counts phantoms and has no effect here; remove it")
         if not self.images and self.mask is None:
@@ -171,6 +177,16 @@ class DataSpec(Frozen):
         if "seg" in self.images:
             raise ValueError("images: the name 'seg' is kept for the mask; write mask: ...")
         return self
+
+    def _check_stack(self) -> None:
+        """Slices of a stack are made already: what makes slices of volumes has no effect."""
+        for name in ("mask", "mask_labels", "axis", "content", "positive_only", "every", "window"):
+            usual = {"content": 0.0, "window": Window(fixed=(-1.0, 1.0))}.get(name, type(self).model_fields[name].default)
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} has no effect with format: stack, whose slices are made already; remove it")
+        places = list(self.images.values())
+        if places != [str(place) for place in range(len(places))] or len(places) not in (1, 3):
+            raise ValueError(f"images names the channels of a stack by their places: {{image: 0}}, or {{red: 0, green: 1, blue: 2}}; got {self.images}")
 
     @field_validator("root")
     @classmethod

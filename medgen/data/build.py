@@ -14,6 +14,7 @@ import numpy as np
 from medgen import files
 from medgen.data.index import MASK, Source
 from medgen.data.resize import resize_images, resize_masks
+from medgen.data.stacks import open_stack
 from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
 from medgen.errors import InputError, MedgenError
 from medgen.spec import SPLITS, DataSpec, Window
@@ -71,7 +72,7 @@ def known_hashes(cache_root: Path, sources: list[Source]) -> Hashes | None:
 def hash_sources(cache_root: Path, sources: list[Source], say: Callable[[str], None]) -> Hashes:
     """sha256 of every source file; only new or changed files are read."""
     remembered = _remembered(cache_root)
-    paths = [path for source in sources for path in source.files.values()]
+    paths = list(dict.fromkeys(path for source in sources for path in source.files.values()))
     new = [path for path in paths if _state(path) not in remembered]
     if new:
         say(f"hashing {len(new)} files ({sum(path.stat().st_size for path in new) / 1e6:.0f} MB)")
@@ -181,6 +182,8 @@ def _add_source(
     data: DataSpec, number: int, source: Source, arrays: dict[str, ArrayFile], tally: Tally
 ) -> list[dict[str, Any]]:
     """Append the kept slices of one volume to the arrays and return their rows."""
+    if source.number is not None:
+        return _add_stacked(data, number, source, source.number, arrays, tally)
     headers = {role: read_header(path) for role, path in source.files.items()}
     first = next(iter(headers.values()))
     require_same_grid(f"patient {source.patient}", first, list(headers.values()))
@@ -219,6 +222,27 @@ def _add_source(
             "source": number,
         })
     return rows
+
+
+def _add_stacked(data: DataSpec, number: int, source: Source, place: int, arrays: dict[str, ArrayFile], tally: Tally) -> list[dict[str, Any]]:
+    """The same for a slice of a stack, which says nothing of millimetres."""
+    [path] = set(source.files.values())
+    images = _stacked(path, data.size)
+    for channel, of_file in data.images.items():
+        arrays[channel].append((images[place, int(of_file)][None] + 1) / 2)
+    arrays[AFFINES].append(np.eye(4)[None])
+    tally.add(source.split, 1, 1)
+    windows = {f"window_{end}_{channel}": value for channel in data.channels for end, value in (("low", -1.0), ("high", 1.0))}
+    return [{
+        "id": source.id, "patient": source.patient, "split": source.split, "slice": place, "label": source.label, "caption": None, "mask_pixels": None,
+        "content": 1.0, "spacing_x_mm": 1.0, "spacing_y_mm": 1.0, "thickness_mm": 1.0, **windows, "source": number,
+    }]  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _stacked(path: Path, size: int) -> np.ndarray:
+    """[n, c, size, size] in [-1, 1]; sources follow each other file by file."""
+    return np.clip(open_stack(path.parent).images(size), -1, 1)
 
 
 def _scaled_channels(
@@ -287,12 +311,12 @@ def _require_slices(data: DataSpec, tally: Tally) -> None:
 
 def _require_no_copies(sources: list[Source], hashes: Hashes) -> None:
     """The same image under two patients of two splits would leak the test set into training."""
-    owner: dict[str, Source] = {}
+    owner: dict[tuple[str, int | None], Source] = {}
     for source in sources:
         for role, path in source.files.items():
             if role == MASK:
                 continue  # two empty masks are equal files and no leak
-            other = owner.setdefault(hashes[path], source)
+            other = owner.setdefault((hashes[path], source.number), source)
             if other.split != source.split:
                 raise InputError(
                     f"patient {source.patient} ({source.split}) and patient {other.patient} ({other.split}) hold the same {role} image "

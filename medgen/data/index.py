@@ -4,12 +4,14 @@ Nothing here reads voxels or imports torch, so a wrong folder is told in seconds
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from medgen.data import csv_files
 from medgen.data.splits import assign_splits
+from medgen.data.stacks import Stack, open_stack, require_disjoint, require_subjects_of_every_class
 from medgen.errors import InputError
 from medgen.spec import PHANTOM_PATIENTS, SPLITS, DataSpec
 
@@ -27,6 +29,7 @@ class Source:
     files: dict[str, Path]
     label: str | None = None
     caption: str | None = None
+    number: int | None = None  # of a stack: which slice of its file this is
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
     from medgen.data.volumes import Header, read_header, require_same_grid
 
     sources, notes = read_index(data, seed)
+    if data.format == "stack":
+        return HeaderReport(patients_per_split(sources), len(sources), len(sources), [(data.size, data.size, 1)], [], notes)
     first_headers: list[Header] = []
     slices = 0
     for source in sources:
@@ -104,7 +109,7 @@ def read_index(data: DataSpec, seed: int, root: Path | None = None) -> tuple[lis
     place = place.expanduser().absolute()
     notes: list[str] = []
     try:
-        read = _csv_sources if data.format == "csv" else _folder_sources
+        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources}[data.format]
         sources = read(data, place, seed, notes)
         _require_files(sources, place)
     except OSError as error:  # no permission, a network disk that is gone
@@ -206,6 +211,61 @@ def _csv_file(path: Path, number: int, column: str, text: str) -> Path:
 
 def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+
+
+# stacks
+
+
+def _stack_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> list[Source]:
+    """One source per slice, in the order of the files."""
+    sides = _stack_sides(root)
+    stacks = {split: open_stack(folder) for split, folder in sides.items()}
+    for first, second in itertools.combinations(stacks.values(), 2):
+        require_disjoint(first, second)
+    require_subjects_of_every_class(stacks["train"], 2 if data.splits.val > 0 and "val" not in stacks else 1)
+    sources = []
+    for split, stack in stacks.items():
+        if stack.channels != len(data.images):
+            raise InputError(f"data.images names {len(data.images)} channels, the slices of {stack.folder} have {stack.channels}; "
+                             "write {image: 0} for grey ones, {red: 0, green: 1, blue: 2} for coloured ones")
+        if data.size not in stack.files:
+            raise InputError(f"data.size: {stack.folder} has no slices of {data.size} px; the sizes there are: {', '.join(map(str, stack.sizes))}")
+        drawn = _drawn_by_class(stack, data, seed, tuple(stacks)) if split == "train" else dict.fromkeys(stack.subjects, split)
+        sources += [
+            Source(f"{split}_{number:06d}", subject, drawn[subject], dict.fromkeys(data.images, stack.files[data.size]), stack.class_names[label], number=number)
+            for number, (subject, label) in enumerate(zip(stack.subjects, stack.labels, strict=True))
+        ]
+    if "val" not in stacks and data.splits.val > 0:
+        notes.append(f"{root} has no val side: {data.splits.val:.0%} of the training subjects of each class were drawn for it by data.splits and the seed")
+    return sorted(sources, key=lambda source: SPLITS.index(source.split))
+
+
+def _stack_sides(root: Path) -> dict[str, Path]:
+    """The folder of each split: the root alone, or train, val and test in it, or <name>_train and <name>_test."""
+    if (root / "labels.csv").is_file():
+        return {"train": root}
+    if not root.is_dir():
+        raise InputError(f"data.root: {root} is {'not a folder' if root.exists() else 'missing'}; give the folder with labels.csv, or with train and test")
+    sides: dict[str, Path] = {}
+    for split in SPLITS:
+        found = sorted(path for path in root.iterdir() if path.is_dir() and (path.name == split or path.name.endswith(f"_{split}")))
+        if len(found) > 1:
+            raise InputError(f"{root}: {found[0].name} and {found[1].name} could both be the side {split}; keep one")
+        sides |= {split: found[0]} if found else {}
+    if "train" not in sides:
+        raise InputError(f"{root}: neither labels.csv nor a folder train or <name>_train; `medgen prepare stack` makes them")
+    return sides
+
+
+def _drawn_by_class(stack: Stack, data: DataSpec, seed: int, sides: tuple[str, ...]) -> dict[str, str]:
+    """The split of each subject of the training side: what has no side of its own is drawn from every class alike, whole subjects."""
+    shares = {split: getattr(data.splits, split) if split == "train" or split not in sides else 0.0 for split in SPLITS}
+    shares["test"] = 0.0  # never drawn in silence: what is to be a test is set aside before anything is looked at
+    class_of = {subject: int(label) for subject, label in zip(stack.subjects, stack.labels, strict=True)}  # of the last slice, if they differ
+    drawn: dict[str, str] = {}
+    for label in sorted(set(class_of.values())):
+        drawn |= assign_splits([subject for subject in class_of if class_of[subject] == label], {name: share / sum(shares.values()) for name, share in shares.items()}, seed)
+    return drawn
 
 
 # checks
