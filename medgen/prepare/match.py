@@ -203,10 +203,11 @@ def _counts(cohort: Cohort, matching: Matching) -> Table:
     everybody, kept = by_group(cohort.subjects()), by_group(matching.kept)
     rows = [
         (group, *(f"{value:,}" for value in (len(everybody[group]), len(kept[group]), _images(everybody[group]), _images(kept[group]))),
-         words.age_range(everybody[group]), words.age_range(kept[group]))
+         *words.known_ages(everybody[group]), *words.known_ages(kept[group]))
         for group in cohort.groups
     ]
-    return Table("Who stays", ("group", "subjects before", "after", "images before", "after", "age before", "after"), tuple(rows))
+    ages = ("age before", "after") if cohort.columns.age is not None else ()
+    return Table("Who stays", ("group", "subjects before", "after", "images before", "after", *ages), tuple(rows))
 
 
 def _images(subjects: Sequence[Subject]) -> int:

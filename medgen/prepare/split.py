@@ -167,8 +167,8 @@ def _counts(cohort: Cohort, shares: Shares, found: Split) -> Table:
         images = found.side_of.count(side)
         groups = by_group(sides[side])
         rows.append((side, f"{len(sides[side]):,}", f"{images:,}", f"{100 * images / len(found.side_of):.1f} %",
-                     *(f"{len(groups[group]):,}" for group in cohort.groups), words.age_range(sides[side])))  # fmt: skip
-    return Table("", ("", "subjects", "images", "share", *cohort.groups, "age"), tuple(rows))
+                     *(f"{len(groups[group]):,}" for group in cohort.groups), *words.known_ages(sides[side])))  # fmt: skip
+    return Table("", ("", "subjects", "images", "share", *cohort.groups, *(["age"] if cohort.columns.age is not None else [])), tuple(rows))
 
 
 def _tests_table(found: Split, min_p: float) -> Table:

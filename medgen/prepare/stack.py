@@ -5,7 +5,6 @@ Slices and labels are made from one list and written with where each came from; 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,17 @@ from medgen.data import csv_files, stacks
 from medgen.data.image_files import FLAT_AFFINE
 from medgen.data.phantoms import write_volume
 from medgen.data.resize import pad_to_square
-from medgen.data.volumes import Header, display_slices, read_header, read_volume, require_same_grid, slice_affine
+from medgen.data.volumes import slice_affine
 from medgen.errors import InputError, MedgenError
 from medgen.prepare import page, words
 from medgen.prepare.page import Section, Table
-from medgen.prepare.split import COLUMN as SPLIT_COLUMN
-from medgen.prepare.table import Cohort, Columns, Image, read_cohort
+from medgen.prepare.sources import AXIAL, Source, find_sources, read_slices
+from medgen.prepare.table import Cohort, Columns, read_cohort
 from medgen.report.pictures import Tile, tile
 from medgen.spec import SPLITS
 
-AXIAL = 2
-PICTURES = (".png", ".jpg", ".jpeg")
-PICTURE_MODES = {"L": 1, "I;16": 1, "RGB": 3}  # channels of what Pillow calls the mode
 CENTRAL = "central"
 NUMBERS = re.compile(r"\d{1,6}(,\d{1,6})*")
-SHOWN = 5
 SHOWN_PER_CLASS = 8
 SAY_EVERY = 100
 
@@ -70,19 +65,6 @@ def slice_numbers(text: str) -> tuple[int, ...] | None:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One row of the table: the file, the split, and which slices are taken. `header` is None for a picture."""
-
-    image: Image
-    side: str
-    path: Path
-    named: str  # as the table names the file
-    numbers: tuple[int, ...]
-    channels: int
-    header: Header | None
-
-
-@dataclass(frozen=True)
 class Sample:
     """One slice of a stack."""
 
@@ -91,109 +73,7 @@ class Sample:
     sha256: str
 
 
-# what is there
-
-
-def find_sources(cohort: Cohort, settings: Settings) -> list[Source]:
-    """In the order of the table. Raises InputError for files that are missing, named twice or on different grids, and for subjects in two splits."""
-    csv_files.require_columns(cohort.path, cohort.header, {"the files": settings.path_column})
-    named = [_named_file(cohort, settings, row, image) for row, image in zip(cohort.rows, cohort.images, strict=True)]
-    _require_files(cohort.path, named)
-    sources = [
-        _source(settings, image, _side(cohort, row, image), text, path)
-        for (row, image), (text, path) in zip(zip(cohort.rows, cohort.images, strict=True), named, strict=True)
-    ]
-    _require_one_side(cohort.path, sources)
-    _require_same_channels(cohort.path, sources)
-    volumes = [source.header for source in sources if source.header is not None and source.header.shape[source.header.slice_axis(AXIAL)] > 1]
-    if volumes:
-        require_same_grid(f"{cohort.path}: the volumes must be registered", volumes[0], volumes[1:])
-    return sources
-
-
-def _named_file(cohort: Cohort, settings: Settings, row: dict[str, str], image: Image) -> tuple[str, Path]:
-    text = row[settings.path_column].strip()
-    if not text:
-        raise InputError(f"{cohort.path}:{image.line}: {settings.path_column} is empty; give a file or remove the line")
-    return text, settings.root / Path(text).expanduser()
-
-
-def _require_files(table: Path, named: list[tuple[str, Path]]) -> None:
-    missing = [path for _, path in named if not path.is_file()]
-    if missing:
-        listed = "\n".join(f"  {path}" for path in missing[:SHOWN]) + (f"\n  and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
-        raise InputError(f"{table}: {len(missing)} file(s) are missing:\n{listed}\nRelative paths count from the table's folder; for another one use --root")
-    twice = [path for path, count in Counter(path.resolve() for _, path in named).items() if count > 1]
-    if twice:
-        raise InputError(f"{table}: {twice[0]} stands in more than one line; keep one of them")
-
-
-def _side(cohort: Cohort, row: dict[str, str], image: Image) -> str:
-    """Its split, or nothing if the table knows none."""
-    if SPLIT_COLUMN not in cohort.header:
-        return ""
-    side = row[SPLIT_COLUMN].strip()
-    if side not in SPLITS:
-        raise InputError(f"{cohort.path}:{image.line}: {SPLIT_COLUMN} is {side!r}; write one of {', '.join(SPLITS)}")
-    return side
-
-
-def _source(settings: Settings, image: Image, side: str, text: str, path: Path) -> Source:
-    if path.suffix.lower() in PICTURES:
-        return Source(image, side, path, text, (0,), _picture_channels(path), None)
-    header = read_header(path)
-    count = header.shape[header.slice_axis(AXIAL)]
-    numbers = ((count - 1) // 2,) if settings.numbers is None or count == 1 else settings.numbers
-    if max(numbers) >= count:
-        raise InputError(f"{path}: no axial slice {max(numbers)}; it has {count}, numbered 0 to {count - 1}: choose with --slices")
-    return Source(image, side, path, text, numbers, 1, header)
-
-
-def _picture_channels(path: Path) -> int:
-    from PIL import Image as Pictures
-
-    try:
-        with Pictures.open(path) as picture:
-            mode = picture.mode
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); is the file cut short?") from None
-    if mode not in PICTURE_MODES:
-        raise InputError(f"{path}: is a {mode} picture; allowed are grey (L, I;16) and RGB: convert it")
-    return PICTURE_MODES[mode]
-
-
-def _require_one_side(table: Path, sources: Sequence[Source]) -> None:
-    first: dict[str, Source] = {}
-    for source in sources:
-        known = first.setdefault(source.image.subject, source)
-        if known.side != source.side:
-            raise InputError(f"{table}:{source.image.line}: subject {source.image.subject} is in {source.side}, but in {known.side} in line {known.image.line}; "
-                             "the test result would be too good: keep each subject in one split")  # fmt: skip
-
-
-def _require_same_channels(table: Path, sources: Sequence[Source]) -> None:
-    for source in sources:
-        if source.channels != sources[0].channels:
-            raise InputError(f"{table}: {source.path} has {source.channels} channel(s), but {sources[0].path} has {sources[0].channels}; "
-                             "make all of them grey or all of them RGB")  # fmt: skip
-
-
 # slices
-
-
-def read_slices(source: Source) -> np.ndarray:
-    """Its slices as they are displayed, float32 [numbers, channels, H, W]: anterior on top, the patient's left to the right."""
-    if source.header is None:
-        from PIL import Image as Pictures
-
-        try:
-            with Pictures.open(source.path) as picture:
-                pixels = np.asarray(picture, np.float32)
-        except OSError as error:
-            raise InputError(f"{source.path}: cannot be read ({error}); is the file cut short?") from None
-        return pixels.reshape(*pixels.shape[:2], source.channels).transpose(2, 0, 1)[None]
-    planes = display_slices(read_volume(source.path), source.header.slice_axis(AXIAL))
-    return planes[list(source.numbers)][:, None]
 
 
 def fitted(plane: np.ndarray, size: int) -> np.ndarray:
@@ -210,7 +90,9 @@ def _padded(plane: np.ndarray, size: int) -> np.ndarray:
 
 
 def shrunk(planes: np.ndarray, size: int) -> np.ndarray:
-    """[n, S, S] float32 to [n, size, size]: a Gaussian blur against aliasing, then bilinear; values stay in their range."""
+    """[n, S, S] float32 to [n, size, size]: a Gaussian blur against aliasing, then bilinear; values stay in their range.
+
+    scikit-image's, not data/resize.py's: stacks made here and by the reference system are to be the same pixels."""
     from skimage.transform import resize
 
     smaller = [resize(plane, (size, size), order=1, preserve_range=True, anti_aliasing=True) for plane in planes.astype(np.float32, copy=False)]
@@ -256,7 +138,7 @@ def stack(table: Path, out: Path, columns: Columns, settings: Settings, say: Cal
     """Write a stack per split to `out`; returns what to print."""
     words.require_new(out)
     cohort = read_cohort(table, columns)
-    sources = find_sources(cohort, settings)
+    sources = find_sources(cohort, settings.path_column, settings.root, settings.numbers)
     sides = [side for side in ("", *SPLITS) if any(source.side == side for source in sources)]
     _require_training_classes(cohort, sources)
     shown: dict[str, tuple[list[Sample], np.ndarray]] = {}
@@ -384,10 +266,12 @@ def _page(cohort: Cohort, settings: Settings, counts: Table, shown: dict[str, tu
             pictures.append((f"{side} {group}".strip(), tuple(tiles)))
     first = next(iter(shown.values()))[1][:1]
     sizes = [tile(_grey(_at_size(first, size)[0]), None, f"{size} px", "real", f"{size} x {size}") for size in settings.sizes]
+    volumes = any(sample.source.header is not None for samples, _ in shown.values() for sample in samples)
+    note = f"{SCALING} {DISPLAY}" if volumes else SCALING
     return page.render(
         title=f"{', '.join(cohort.groups)}: slices at {len(settings.sizes)} sizes",
         lead=f"{sum(len(samples) for samples, _ in shown.values())} slices, {settings.size} px down to {stacks.SMALLEST} px. {words.left_out(cohort)}".strip(),
-        sections=[Section("What is there", NOTE, (counts,), (), (), tuple(pictures)),
+        sections=[Section("What is there", note, (counts,), (), (), tuple(pictures)),
                   Section("The first slice at every size", "", (), (), (), (("", tuple(sizes)),))],
         table=cohort.path,
     )  # fmt: skip
@@ -403,4 +287,5 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return (image.mean(axis=0) + 1) / 2
 
 
-NOTE = "Each slice is scaled by its own maximum to -1 .. 1, so the background is -1. Shown as radiologists do: anterior on top, the patient's left to the right."
+SCALING = "Each slice is scaled by its own maximum to -1 .. 1, so the background is -1."
+DISPLAY = "Shown as radiologists do: anterior on top, the patient's left to the right."

@@ -26,10 +26,10 @@ def age(years: float | None) -> str:
     return "" if years is None else f"{years:.1f}"
 
 
-def age_range(subjects: Sequence[Subject]) -> str:
-    """`74.8 (55.2 to 90.1)`, or nothing where ages are not known."""
+def known_ages(subjects: Sequence[Subject]) -> list[str]:
+    """One cell, `74.8 (55.2 to 90.1)`; none where ages are not known."""
     ages = [subject.age_years for subject in subjects if subject.age_years is not None]
-    return f"{sum(ages) / len(ages):.1f} ({min(ages):.1f} to {max(ages):.1f})" if ages else ""
+    return [f"{sum(ages) / len(ages):.1f} ({min(ages):.1f} to {max(ages):.1f})"] if ages else []
 
 
 def left_out(cohort: Cohort) -> str:
