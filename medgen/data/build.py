@@ -234,7 +234,7 @@ def _add_stacked(data: DataSpec, number: int, source: Source, place: int, arrays
     tally.add(source.split, 1, 1)
     windows = {f"window_{end}_{channel}": value for channel in data.channels for end, value in (("low", -1.0), ("high", 1.0))}
     return [{
-        "id": source.id, "patient": source.patient, "split": source.split, "slice": place, "label": source.label, "caption": None, "mask_pixels": None,
+        "id": source.id, "patient": source.patient, "split": source.split, "slice": place, "label": source.label, "label_number": source.label_number, "caption": None, "mask_pixels": None,
         "content": 1.0, "spacing_x_mm": 1.0, "spacing_y_mm": 1.0, "thickness_mm": 1.0, **windows, "source": number,
     }]  # fmt: skip
 

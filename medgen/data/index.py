@@ -29,7 +29,8 @@ class Source:
     files: dict[str, Path]
     label: str | None = None
     caption: str | None = None
-    number: int | None = None  # of a stack: which slice of its file this is
+    number: int | None = None  # of a stack: which slice of its file this is ...
+    label_number: int | None = None  # ... and the number that its labels.csv gives the class
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _stack_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> l
             raise InputError(f"data.size: {stack.folder} has no slices of {data.size} px; the sizes there are: {', '.join(map(str, stack.sizes))}")
         drawn = _drawn_by_class(stack, data, seed, tuple(stacks)) if split == "train" else dict.fromkeys(stack.subjects, split)
         sources += [
-            Source(f"{split}_{number:06d}", subject, drawn[subject], dict.fromkeys(data.images, stack.files[data.size]), stack.class_names[label], number=number)
+            Source(f"{split}_{number:06d}", subject, drawn[subject], dict.fromkeys(data.images, stack.files[data.size]), stack.class_names[label], None, number, int(label))
             for number, (subject, label) in enumerate(zip(stack.subjects, stack.labels, strict=True))
         ]
     if "val" not in stacks and data.splits.val > 0:

@@ -72,6 +72,8 @@ class SliceStore:
         bare = self.rows.index[self.rows["label"].isna()]
         if len(bare):
             raise InputError(f"{len(bare)} of {len(self.rows)} slices have no label, the first is {self.rows['id'][bare[0]]}; give each line of the data a label")
+        if "label_number" in self.rows:
+            return tuple(self.rows.drop_duplicates("label").sort_values("label_number")["label"])
         return tuple(sorted(set(self.rows["label"]), key=_numbers_first))
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
