@@ -110,7 +110,7 @@ def read_index(data: DataSpec, seed: int, root: Path | None = None) -> tuple[lis
     place = place.expanduser().absolute()
     notes: list[str] = []
     try:
-        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources}[data.format]
+        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources, "phantom": _folder_sources}[data.format]
         sources = read(data, place, seed, notes)
         _require_files(sources, place)
     except OSError as error:  # no permission, a network disk that is gone
