@@ -260,10 +260,10 @@ def test_a_channel_cannot_name_a_file_elsewhere(name: str, write_spec: WriteSpec
 
 
 def test_a_job_cannot_be_taken_for_ended_by_its_own_words(tmp_path: Path) -> None:
-    run, _ = build(tmp_path, [{"name": "a", "kind": "train"}])
+    run, plan = build(tmp_path, [{"name": "a", "kind": "train"}])
     line = "JobId=7 JobName=x JobState=RUNNING Restarts=0 Command=/a/b WorkDir=/home/x JobState=CANCELLED Restarts= Comment=Restarts=9"
-    assert _taken_by_slurm(run, job_facts(line), at_limit=False, later_segments=0) is None
-    assert _taken_by_slurm(run, job_facts("JobState=RUNNING Restarts="), at_limit=False, later_segments=0) is None
+    assert _taken_by_slurm(run, plan.stages[0], job_facts(line), 1.0) is None
+    assert _taken_by_slurm(run, plan.stages[0], job_facts("JobState=RUNNING Restarts="), 1.0) is None
 
 
 def test_a_message_that_cannot_be_sent_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
