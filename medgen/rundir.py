@@ -274,17 +274,23 @@ class RunDir:
         """True if the task has a DONE outcome for exactly this plan and its files are there with the right size.
 
         Contents are re-hashed by `collect` and by whoever reads them."""
-        outcome = self._done_outcome(stage, shard, task_hash)
+        outcome = self.done_outcome(stage, shard, task_hash)
         return outcome is not None and all(self._has_size(item) for item in outcome.files)
 
-    def verifies(self, stage: str, shard: int, task_hash: str) -> bool:
-        """`is_done`, and every file still has the sha256 it was written with: reads all of them."""
-        outcome = self._done_outcome(stage, shard, task_hash)
-        if outcome is None or not all(self._has_size(item) for item in outcome.files):
-            return False
-        return all(files.sha256_file(self.root / item.path) == item.sha256 for item in outcome.files)
+    def damage_to(self, outcome: Outcome) -> str | None:
+        """What is wrong with the files of a DONE outcome, in words; None if each has the sha256 it was written with: reads all of them."""
+        for item in outcome.files:
+            path = self.root / item.path
+            if not path.is_file():
+                return f"{item.path} is missing"
+            if path.stat().st_size != item.size_bytes:
+                return f"{item.path} has {path.stat().st_size} bytes, expected {item.size_bytes}"
+            if files.sha256_file(path) != item.sha256:
+                return f"{item.path} does not match its sha256"
+        return None
 
-    def _done_outcome(self, stage: str, shard: int, task_hash: str) -> Outcome | None:
+    def done_outcome(self, stage: str, shard: int, task_hash: str) -> Outcome | None:
+        """The outcome of a task that exactly this plan asks for and that was done, whatever became of its files."""
         outcome = self.read_outcome(stage, shard)
         if outcome is None or outcome.status != "done" or not outcome.files:
             return None

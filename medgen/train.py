@@ -28,7 +28,7 @@ from medgen.models.base import Batch, DataShape, Given, Model, Phase, SampleNois
 from medgen.models.settings import FamilyConfig
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
 from medgen.task import Done, Work
-from medgen.train_log import Averages, TrainingLog
+from medgen.train_log import Averages, TrainingLog, last_logged_step
 
 MIN_VALIDATE_STEPS = 50  # by default: a validation with its pictures costs as much as several steps
 CONTINUE, SAVE, STOP = 0, 1, 2  # what ranks agree on after every step
@@ -443,6 +443,10 @@ def _newest_alone(training: Training) -> Checkpoint | None:
     if found is not None:
         check_identity(found, found.state(), _identity(training))
         checkpoint.set_aside_newer(training.folder, found)
+    elif lost := last_logged_step(training.work.run.training_log(training.work.stage.name)):
+        cause = f"it had come to step {lost}, but no checkpoint is left in {training.folder}: it starts from step 0"
+        training.work.say(f"{training.work.stage.name}: {cause}")
+        training.work.run.event("starts_over", stage=training.work.stage.name, cause=cause)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -124,16 +125,23 @@ def _tensorboard_name(name: str) -> str:
     return f"timestep_loss/{kind}_{base[6:]}" if base.startswith("loss_t") else f"{kind}/{base}"
 
 
+def last_logged_step(path: Path) -> int:
+    """0 if nothing was logged."""
+    return max((step for step, _ in _lines(path)), default=0)
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
+    files.write_text(path, "".join(line + "\n" for logged, line in _lines(path) if logged <= step))
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Step and text of every line that is whole."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except FileNotFoundError:
-        return
-    kept = []
+        return []
+    found = []
     for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # cut by a kill
-    files.write_text(path, "".join(line + "\n" for line in kept))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill
+            found.append((int(json.loads(line)["step"]), line))
+    return found

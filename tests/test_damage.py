@@ -45,9 +45,18 @@ def test_a_damaged_final_checkpoint_is_made_again_not_replaced_by_an_older_one(m
     refused = medgen("generate", run, "--stage", "masks", expect=1)
     assert "ended with is damaged; submit the spec again" in refused.stderr
     record_property("fired", refused.stderr.strip())
-    medgen("submit", spec, "--local")
+    told = medgen("submit", spec, "--local").stdout
+    assert f"train_seg: skipping checkpoint {newest}: modules.ema.pt does not match its sha256" in " ".join(told.split())
     assert tree(run / "masks" / "dataset") == expected
     assert (newest.with_name(f"bad-{newest.name}")).is_dir(), "the damaged one is kept to look at"
+
+
+def test_a_training_whose_checkpoints_are_gone_starts_over_and_says_so(masks_run: tuple[Path, Path], medgen: Medgen) -> None:
+    spec, run = masks_run
+    shutil.rmtree(run / "train_seg" / "ckpt")
+    told = medgen("submit", spec, "--local").stdout
+    assert "train_seg shard 0: train_seg/ckpt/" in told and "is missing: it is made again" in told
+    assert "train_seg: it had come to step" in told and "no checkpoint is left" in told and "it starts from step 0" in told
 
 
 @pytest.mark.fault("F37")
@@ -58,7 +67,8 @@ def test_altered_images_are_noticed_at_the_next_submit(masks_run: tuple[Path, Pa
     shutil.rmtree(run / "masks" / "dataset" / "images" / "000005")
     assert medgen("watch", run, "--once", expect=1), "a missing file is seen at once, a changed one when it is read"
     record_property("fired", "one bit of 000003, all of 000005")
-    medgen("submit", spec, "--local")
+    told = medgen("submit", spec, "--local").stdout
+    assert "collect_masks shard 0: masks/dataset/images/000003/seg.nii.gz does not match its sha256: it is made again" in told
     assert tree(run / "masks" / "dataset") == expected
 
 

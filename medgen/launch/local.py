@@ -123,12 +123,14 @@ class _Supervision:
 
     def _still_verifies(self, task: Task) -> bool:
         """What an earlier submit finished counts only if its files are what they were; else it is told and made again."""
-        if self.run.verifies(task.stage, task.shard, task.hash):
-            return True
-        if self.run.is_done(task.stage, task.shard, task.hash):
+        outcome = self.run.done_outcome(task.stage, task.shard, task.hash)
+        if outcome is None:
+            return False
+        damage = self.run.damage_to(outcome)
+        if damage is not None:
             self.run.outcome_file(task.stage, task.shard).unlink(missing_ok=True)
-            self.run.event("outcome_withdrawn", stage=task.stage, shard=task.shard, cause="a file does not match the sha256 it was written with")
-        return False
+            self.run.event("outcome_withdrawn", stage=task.stage, shard=task.shard, cause=damage)
+        return damage is None
 
     def _write_scripts(self) -> Path:
         folder = self.run.next_submission()

@@ -166,6 +166,10 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
         return f"{task}: {event['status']}: {event['cause']}; {event['next']}; log: {event['log']}"
     if kind in ("rank_silent", "rank_lost", "rank_ended", "slow_rank"):
         return f"{event['stage']} shard {event['shard']}: {_of_rank(kind, event)}"
+    if kind in ("outcome_withdrawn", "shard_set_aside"):
+        return f"{event['stage']} shard {event['shard']}: {event['cause']}: it is made again"
+    if kind in ("checkpoint_skipped", "checkpoint_lost", "starts_over", "dataset_set_aside", "dataset_damaged"):
+        return f"{event['stage']}: {event['cause']}"
     if kind == "submitted":
         return f"{event['tasks']} tasks to run"
     if kind == "job_submitted":
