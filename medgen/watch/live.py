@@ -167,7 +167,7 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind in ("rank_silent", "rank_lost", "rank_ended", "slow_rank"):
         return f"{event['stage']} shard {event['shard']}: {_of_rank(kind, event)}"
     if kind == "submitted":
-        return f"{event['tasks']} tasks to run"
+        return f"{_tasks(event['tasks'])} to run"
     if kind == "job_submitted":
         return f"queued as job {event['job_id']}: {event['name']}"
     if kind == "jobs_released":
@@ -181,7 +181,7 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind == "stage_blocked":
         return f"{event['stage']}: not started, because {', '.join(event['needs'])} failed"
     if kind == "stopping":
-        return f"stopping: {event['tasks']} tasks have {event['seconds']} s to save"
+        return f"stopping: {_tasks(event['tasks'])} {'has' if event['tasks'] == 1 else 'have'} {event['seconds']} s to save"
     if kind == "stopped":
         return f"stopped; {event['next']}"
     if kind == "finished":
@@ -200,6 +200,10 @@ def _of_rank(kind: str, event: dict[str, Any]) -> str:
 
 def _numbers(ids: list[int]) -> str:
     return f"job{'s' if len(ids) != 1 else ''} {', '.join(map(str, ids[:6]))}" + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'s' if count != 1 else ''}"
 
 
 def list_runs(as_json: bool = False) -> Exit:
