@@ -17,6 +17,7 @@ OWN_WORK: tuple[Doing, ...] = ("reading data", "computing a step")
 
 SLOW_FACTOR, SLOW_WINDOWS = 2.0, 3  # so many times the others, for so many logging windows running
 SLOW_SHARE = 0.1  # of a step's time that it costs at least: less is not worth a word
+SLOW_SECONDS = 0.05  # and per step: where steps take tens of milliseconds, who is the slow one is left to the machine's mood
 
 
 class Activity:
@@ -55,7 +56,7 @@ class Stragglers:
         slow, new = [], []
         for rank, mine in enumerate(own_seconds):
             others = median(own_seconds[:rank] + own_seconds[rank + 1 :])
-            is_slow = mine > SLOW_FACTOR * others and mine - others > SLOW_SHARE * step_seconds
+            is_slow = mine > SLOW_FACTOR * others and mine - others > max(SLOW_SHARE * step_seconds, SLOW_SECONDS)
             self._windows[rank] = self._windows.get(rank, 0) + 1 if is_slow else 0
             told = (rank, round(mine / max(others, 1e-9), 1))
             slow += [told] if self._windows[rank] >= SLOW_WINDOWS else []

@@ -231,7 +231,7 @@ def _open(folder: Path) -> Checkpoint:
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies; bad ones are reported and skipped. None if there never was one.
 
-    Raises MedgenError if checkpoints exist but none verifies: training never silently starts over."""
+    Raises InputError if checkpoints exist but none verifies: training never silently starts over, and another try would end the same."""
     found = commits.step_folders(folder)
     for step, path in found:
         if fault.ARMED:
@@ -241,7 +241,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             return _open(path)
         say(f"skipping checkpoint {path}: {problem}")
     if found:
-        raise MedgenError(f"{folder}: {len(found)} checkpoints, none of them verifies; to start from zero: mv {folder} {commits.set_aside(folder)}")
+        raise InputError(f"{folder}: {len(found)} checkpoints, none of them verifies; to start from zero: mv {folder} {commits.set_aside(folder)}")
     return None
 
 

@@ -220,7 +220,7 @@ def override(document: Document, assignments: Sequence[str]) -> None:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise InputError(f"-o {_shown(assignment)}: write key.subkey=value")
+            raise InputError(f"-o {_shown(assignment)}: write NAME.SUBNAME=VALUE, as in stages.train.config.epochs=5")
         place = f"-o {_shown(redact.arguments([assignment])[0])}"
         try:
             value = parse_override_value(text)

@@ -5,6 +5,7 @@ What a spec asks for becomes stages, tasks with their hashes, and sbatch options
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from medgen import files, sbatch_options
@@ -21,6 +22,7 @@ from medgen.spec import (
     Resources,
     Spec,
     TrainStage,
+    family_config,
 )
 
 DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15, "command": 60}
@@ -129,6 +131,11 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
     gpus_per_node = said.gpus_per_node if said.gpus_per_node is not None else _gpus_per_node(stage, resources, site)
     ranks_per_node = max(gpus_per_node, resources.processes or 1) if isinstance(stage, TrainStage) else max(1, resources.processes or 1)
     _check_ranks(name, stage, gpus_per_node)
+    if isinstance(stage, TrainStage):
+        knob, batch_sizes = family_config(stage.config).global_batch_sizes
+        problem = uneven_batch(batch_sizes, resources.nodes * ranks_per_node)
+        if problem is not None:
+            raise Unplannable(("stages", name, "config", knob), problem)
     parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage) and stage.parallel else len(tasks)
     time_minutes = said.time_minutes or resources.time or DEFAULT_TIME_MINUTES[stage.kind]
     if site.limits.time is not None and time_minutes > site.limits.time:
@@ -161,6 +168,12 @@ def _chain(stage: AnyStage, site: Site) -> int:
     """How many jobs are queued for the one task of a stage that is known to meet its time limit."""
     chained = site.restart == "chain" and isinstance(stage, TrainStage | CommandStage) and not (isinstance(stage, CommandStage) and stage.foreach)
     return (stage.segments or 1) if chained and isinstance(stage, TrainStage | CommandStage) else 1
+
+
+def uneven_batch(batch_sizes: Iterable[int], ranks: int) -> str | None:
+    """Why this many ranks cannot share every batch, in words; None if they can. Asked again in the job, which may have others."""
+    uneven = next((size for size in batch_sizes if size % ranks), None)
+    return None if uneven is None else f"{uneven} cannot be shared evenly by {ranks} ranks; use a multiple"
 
 
 def _check_ranks(name: str, stage: AnyStage, gpus_per_node: int) -> None:

@@ -1,6 +1,6 @@
 """Hides passwords and keys in what is printed, logged as an event or put on a page. Used by document, rundir, launch, watch, report, cli.
 
-A name that holds KEY, TOKEN, SECRET or PASS is enough. What jobs need stays as it is in plan.json and in the scripts."""
+A name with KEY, TOKEN, SECRET or PASS as a part of it is enough. What jobs need stays as it is in plan.json and in the scripts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,37 @@ from typing import Any
 
 HIDDEN = "***"
 SECRET = re.compile(r"key|token|secret|pass", re.IGNORECASE)
-WORD = r"[\w.-]*(?:key|token|secret|pass)[\w.-]*"
+SHOUTED = re.compile(r"[A-Z0-9_.-]+")  # as variables of the environment are written: there the words stand glued together
+PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of db_pass, secretKey, access-token
+SECRET_PART = re.compile(r"[a-z]*(?:key|token|secret|pass)s?|[a-z]*(?:passw[a-z]*|passphrase|passcode)")
+HARMLESS_PARTS = {
+    "monkey", "turkey", "donkey", "hockey", "jockey", "whiskey", "hotkey", "compass", "encompass", "bypass", "trespass", "surpass", "overpass", "underpass", "lowpass", "highpass",
+    "bandpass", "allpass",
+}  # fmt: skip
+FAULTS = re.compile(r"(?:Error|Exception|Warning|Interrupt)$")  # `KeyError: 'x'` is Python's word for a fault
+PASSWORD = re.compile(r"pass|secret", re.IGNORECASE)  # even of digits alone
+HARMLESS_VALUE = re.compile(r"[+-]?\d{1,12}(?:\.\d*)?(?:e[+-]?\d+)?[kKMGB%]?[.\]]*|true|false|yes|no|null|none", re.IGNORECASE)
 # quoted parts, escaped characters and plain ones, as bash joins them to one word
-VALUE = r"(?:\"(?:\\.|[^\"\\])*\"|'[^']*'|\\.|[^\s\"'\\;&|(){}<>,])+"
+VALUE = re.compile(r"(?:\"(?:\\.|[^\"\\])*\"|'[^']*'|\\.|[^\s\"'\\;&|(){}<>,])+")
 IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^/\s:@'\"]{0,200}):[^/\s@'\"]{1,200}@", re.IGNORECASE)
-ASSIGNED = re.compile(rf"(?<![\w.-])({WORD}[\"']?\s?=(?!=)\s?)({VALUE})", re.IGNORECASE)
-OPTION = re.compile(rf"(?<![\w.-])(--?{WORD}\s+)(?!-)({VALUE})", re.IGNORECASE)
-# `NAME: value` as YAML, JSON and headers have it; not `a.b.key: words`, which is how problems of a spec are told
-QUOTED_KEY = re.compile(rf"([\"']{WORD}[\"']\s*:\s*)({VALUE})", re.IGNORECASE)
-UPPER_KEY = re.compile(rf"(?<![\w.-])([A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASS)[A-Z0-9_]*:\s+)({VALUE})")
-LOWER_KEY = re.compile(rf"(?<![\w.-])((?:\w*_)?(?:api_?key|token|secret|password|passwd):\s+)({VALUE})", re.IGNORECASE)
+ASSIGNED = re.compile(r"(?<![\w.-])(?P<name>[\w.-]+)[\"']?\s?=(?!=)\s?")
+OPTION = re.compile(r"(?<![\w.-])(?P<name>--?\w[\w.-]*)\s+(?!-)")
+# `NAME: value` where YAML, JSON and headers have it; not `a.b.key: words`, which is how problems of a spec are told
+PLACE = r"(?:^[ \t]*(?:- +)?|[{,(\[]\s*)"
+QUOTED_KEY = re.compile(rf"{PLACE}[\"'](?P<name>[\w.-]+)[\"']\s*:\s*", re.MULTILINE)
+QUOTED_BOTH = re.compile(r"[\"'](?P<name>[\w.-]+)[\"']\s*:\s*(?=[\"'])")
+PLAIN_KEY = re.compile(rf"(?:{PLACE}|[\"'])(?P<name>[\w-]+):[ \t]+", re.MULTILINE)
+# anywhere else a word after a colon is prose, unless it looks like no word
+IN_PROSE = re.compile(r"(?<![\w./-])(?P<name>[\w-]+):[ \t]+(?=[^\s\d]*\d)")
+LEAST_CHARACTERS_IN_PROSE = 6
 WHOLE_ENV = re.compile(r"((?:stages\.)?[a-z0-9_]+\.env=).*", re.DOTALL)
 
 
 def is_secret(name: object) -> bool:
-    return isinstance(name, str) and SECRET.search(name) is not None
+    if not isinstance(name, str) or SECRET.search(name) is None or FAULTS.search(name):
+        return False
+    parts = {part.lower() for part in PART.findall(name)}
+    return SHOUTED.fullmatch(name) is not None or any(SECRET_PART.fullmatch(part) for part in parts - HARMLESS_PARTS)
 
 
 def text(words: str) -> str:
@@ -32,9 +48,27 @@ def text(words: str) -> str:
     if not SECRET.search(words) and "://" not in words:
         return words
     words = IN_URL.sub(rf"\1:{HIDDEN}@", words)
-    for pattern in (ASSIGNED, OPTION, QUOTED_KEY, UPPER_KEY, LOWER_KEY):
-        words = pattern.sub(rf"\1{HIDDEN}", words)
-    return words
+    for pattern in (ASSIGNED, OPTION, QUOTED_KEY, QUOTED_BOTH, PLAIN_KEY):
+        words = _without_secrets(pattern, words)
+    return _without_secrets(IN_PROSE, words, LEAST_CHARACTERS_IN_PROSE)
+
+
+def _without_secrets(pattern: re.Pattern[str], words: str, least_characters: int = 1) -> str:
+    """What stands behind a harmless name is looked at again: `env=API_KEY=x`."""
+    shown, place = [], 0
+    while (found := pattern.search(words, place)) is not None:
+        shown.append(words[place : found.end()])
+        place = found.end()
+        value = VALUE.match(words, place) if is_secret(found["name"]) else None
+        if value is not None and len(value[0]) >= least_characters and not _is_harmless(found["name"], value[0]):
+            shown.append(HIDDEN)
+            place = value.end()
+    return "".join([*shown, words[place:]])
+
+
+def _is_harmless(name: str, found: str) -> bool:
+    """`tokens=512` is no secret."""
+    return HARMLESS_VALUE.fullmatch(found) is not None and PASSWORD.search(name) is None
 
 
 def value(record: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgen import checkpoint, commits, dist, fault, models, rng, spec
+from medgen import checkpoint, commits, dist, fault, models, planning, rng, spec
 from medgen.activity import Stragglers
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
@@ -209,9 +209,10 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     if relief.micro_batch_divisor > 1:
         work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
     context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor, work.activity)
+    problem = planning.uneven_batch((phase.batch_size for phase in model.phases()), ranks.world_size)
+    if problem is not None:
+        raise InputError(f"{work.stage.name}: a batch of {problem}")
     for phase in model.phases():
-        if phase.batch_size % ranks.world_size:
-            raise InputError(f"batch_size: {phase.batch_size} cannot be shared evenly by {ranks.world_size} ranks; use a multiple")
         context.total_steps += math.ceil(phase.epochs * len(rows) / phase.batch_size)
     work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
              f"{'bf16 autocast' if context.use_bf16 else 'float32'}")

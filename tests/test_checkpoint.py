@@ -67,7 +67,7 @@ def test_a_bad_checkpoint_is_told_and_skipped(tmp_path: Path, damage: str, recor
 def test_no_good_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path, said.append) is None
     (save(tmp_path, 1).folder / "modules.network.pt").write_bytes(b"")
-    with pytest.raises(MedgenError, match="none of them verifies; to start from zero: mv "):
+    with pytest.raises(InputError, match="none of them verifies; to start from zero: mv "):
         checkpoint.newest(tmp_path, said.append)
 
 

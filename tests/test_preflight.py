@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import TINY_NET, tiny_spec
 
-from medgen import checks, room, sbatch_options
+from medgen import checks, models, planning, room, sbatch_options, spec
 from medgen.checks import trial
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.launch import preflight, record, slurm_checks, space, submit
@@ -344,6 +344,20 @@ def test_directives_that_harm_nothing(lab: Lab, line: str) -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused_with_its_line(lab: Lab) -> None:
     message = lab.refused("stages.train_seg.resources={processes: 3, cpus: 3}")
     assert f"{lab.line('batch_size:')}" in message and "8 cannot be shared evenly by 3 ranks" in message
+
+
+@pytest.mark.parametrize("options", [["--local"], ["--local", "--dry-run"], ["--dry-run"]])
+def test_no_submit_takes_an_uneven_batch(options: list[str], write_spec: WriteSpec, medgen: Medgen, tmp_path: Path) -> None:
+    path = write_spec(tiny_spec())
+    said = medgen("submit", path, *options, "-o", "stages.train_bravo.resources={processes: 3, cpus: 3}", expect=2).stderr
+    assert said.startswith(f"medgen: {path}:") and "batch_size: 8 cannot be shared evenly by 3 ranks; use a multiple" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_of_a_family_with_a_batch_per_phase_every_one_is_looked_at() -> None:
+    knob, sizes = spec.family_config({"model": "pacgan", **models.config_class("pacgan").examples()["grey"], "batch_sizes": [8, 8, 4]}).global_batch_sizes
+    assert knob == "batch_sizes" and planning.uneven_batch(sizes, 4) is None
+    assert planning.uneven_batch(sizes, 8) == "4 cannot be shared evenly by 8 ranks; use a multiple"
 
 
 def known(prepared: Prepared, stage: str, checkpoint_bytes: int, seconds: float | None = 0.1) -> None:

@@ -385,6 +385,44 @@ def test_other_texts_stay_as_they_are(text: str) -> None:
     assert redact.text(text) == text
 
 
+@pytest.mark.parametrize("name", ["API_KEY", "APIKEY", "apikey", "access-token", "PASSWORD", "passwd", "db_pass", "dbpass", "secretKey", "PGPASSWORD", "My.Token", "WANDB_KEY_2", "githubtoken", "KEYFRAMES"])
+def test_a_name_with_a_secret_word_as_a_part_is_one_of_a_secret(name: str) -> None:
+    assert redact.is_secret(name) and redact.value({name: HUSH}) == {name: redact.HIDDEN}
+
+
+@pytest.mark.parametrize("name", ["monkey", "passes", "passed", "keyframes", "tokenizer", "compass", "bypass_rate", "n_keypoints", "KeyError"])
+def test_a_secret_word_inside_another_word_is_none(name: str) -> None:
+    assert not redact.is_secret(name) and redact.text(f"{name}=left") == f"{name}=left"
+
+
+@pytest.mark.parametrize("text", [
+    "passes=3 tokens=512 keyframes=7 monkey=4", "no column 'passed': found 3", "/etc/passwd: expected `key: value` lines", "tokens: 1.5e6, key_norm=0.25, use_token=true", "--tokens 512 --tokenizer bert",
+    "-o foo: write NAME.SUBNAME=VALUE", "an unexpected token: found one",
+])  # fmt: skip
+def test_harmless_words_of_logs_stay(text: str) -> None:
+    assert redact.text(text) == text
+
+
+PARTS = st.sampled_from(["db", "my", "wandb", "aws", "x", "n1"])
+SECRET_WORDS = st.sampled_from(["key", "token", "secret", "pass", "password", "passwd", "apikey"])
+JOINED = st.sampled_from([str.lower, str.upper, str.title])
+WRITTEN = st.sampled_from(["{}={}", "export {}='{}'", "--env={}={}", "--{} {}", '{{"{}": "{}"}}', '{{"a": 1, "{}": "{}"}}', "{}: {}", "a: 1\n  {}: {}\n", "- {}: {}", "-H '{}: {}'", "INFO the {}: {}", "a=b {} = {}"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(PARTS, max_size=2), SECRET_WORDS, st.lists(PARTS, max_size=2), st.sampled_from(["_", "-"]), JOINED, WRITTEN)
+def test_a_secret_is_hidden_whatever_its_name_is_made_of(before: list[str], word: str, behind: list[str], between: str, spell: Callable[[str], str], written: str) -> None:
+    text = written.format(between.join(spell(part) for part in [*before, word, *behind]), HUSH)
+    assert HUSH not in redact.text(text) and redact.HIDDEN in redact.text(text), text
+
+
+@pytest.mark.parametrize("verb", [["submit", "/etc/passwd", "--local"], ["submit", "tiny.yaml", "--local", "-o", "foo"]])
+def test_medgens_own_messages_hide_nothing(verb: list[str], tmp_path: Path, medgen: Medgen) -> None:
+    (tmp_path / "tiny.yaml").write_text(PLAIN)
+    said = medgen(*verb, expect=2).stderr
+    assert redact.HIDDEN not in said and ("`key: value` lines" in said or "write NAME.SUBNAME=VALUE" in said)
+
+
 def test_secrets_reach_the_job_and_nothing_that_is_shown(tmp_path: Path, write_spec: WriteSpec, medgen: Medgen) -> None:
     given = commands(
         run=f"printf %s \"$API_KEY\" > seen; export DB_PASSWORD={HUSH}; echo \"login with token={HUSH} to https://me:{HUSH}@host failed\"; printf '\\033]0;owned\\007\\n'; exit 3",

@@ -105,7 +105,7 @@ def test_overrides_reach_configs_and_are_checked(tmp_path: Path) -> None:
         load(tmp_path, GOOD, "stages.train.config.lrr=1")
     with pytest.raises(InputError, match="no stage 'trian'; the stages are: train"):
         load(tmp_path, GOOD, "stages.trian.config.lr=1")
-    with pytest.raises(InputError, match=r"write key.subkey=value"):
+    with pytest.raises(InputError, match=r"write NAME.SUBNAME=VALUE"):
         load(tmp_path, GOOD, "size")
 
 

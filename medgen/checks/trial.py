@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from medgen import files, spec
 from medgen.errors import InputError
-from medgen.launch import preflight, record
+from medgen.launch import record
 from medgen.launch.findings import Finding
 from medgen.launch.space import amount
 from medgen.launch.submit import Prepared
@@ -123,9 +123,6 @@ def _try_model(trial: Trial, say: Callable[[str], None]) -> Finding:
     steps = 0
     for phase in _build(trial, "meta").phases():
         steps += math.ceil(phase.epochs * len(rows) / phase.batch_size)
-        problem = preflight.uneven_batch(phase.batch_size, trial.ranks)
-        if problem is not None:
-            raise InputError(problem)
     facts: dict[str, Any] = {"parameters": size.parameters, "steps": steps, "first_loss": None, "step_seconds": None, "save_seconds": None,
                              "checkpoint_bytes": size.state + 8 * size.parameters}
     too_much, started = _too_much(size), time.monotonic()

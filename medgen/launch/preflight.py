@@ -23,7 +23,7 @@ from medgen.launch.slurm import SlurmError
 from medgen.launch.submit import Prepared
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, PlannedStage, grace_needed_seconds
 from medgen.site import Site
-from medgen.spec import CommandStage, TrainStage
+from medgen.spec import CommandStage
 
 ENVIRONMENT_SECONDS = 60.0  # modules and conda on a busy login node
 SLOW_BYTES_PER_SECOND = 100e6  # a shared disk on a bad day
@@ -120,20 +120,11 @@ def _bash(lines: list[str], site: Site) -> tuple[int, str, str]:
 # --- what a stage asks for -------------------------------------------------------------------------------------------
 
 
-def uneven_batch(batch_size: int, ranks: int) -> str | None:
-    """Why this many ranks cannot share a batch, in words; None if they can."""
-    return None if batch_size % ranks == 0 else f"batch_size: {batch_size} cannot be shared evenly by {ranks} ranks; use a multiple"
-
-
 def _processes(item: Prepared) -> list[Finding]:
-    """Batches against ranks, and the user's own directives against the processes that the plan counts on."""
+    """The user's own directives against the processes that the plan counts on."""
     findings = []
     for stage in item.plan.stages:
         asked = item.spec.stages.get(stage.name)
-        if isinstance(asked, TrainStage) and "batch_size" in asked.config:
-            problem = uneven_batch(asked.config["batch_size"], stage.ranks)
-            if problem:
-                findings.append(Finding(stage.name, "wrong", str(item.point.document.error(("stages", stage.name, "config", "batch_size"), problem.removeprefix("batch_size: ")))))
         if isinstance(asked, CommandStage) and asked.submits_itself is not None and undone(item.run, stage):
             findings.append(Finding(stage.name, "wrong", str(item.point.document.error(("stages", stage.name, "run"), asked.submits_itself))))
         if asked is not None and stage.launcher != "none":

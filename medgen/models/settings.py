@@ -63,6 +63,11 @@ class FamilyConfig(Settings):
         """True if each training image needs the label of its class, and each generated one is made for a class."""
         return False
 
+    @property
+    def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
+        """The knob, and its batch sizes over all ranks: one per phase of training."""
+        raise NotImplementedError
+
     def trains_positive_only(self, data: DataSpec) -> bool:
         """True if training uses only slices whose mask is not empty."""
         return data.positive_only

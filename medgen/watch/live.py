@@ -171,7 +171,7 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind in ("checkpoint_skipped", "checkpoint_lost", "starts_over", "dataset_set_aside", "dataset_damaged"):
         return f"{event['stage']}: {event['cause']}"
     if kind == "submitted":
-        return f"{event['tasks']} tasks to run"
+        return f"{_tasks(event['tasks'])} to run"
     if kind == "job_submitted":
         return f"queued as job {event['job_id']}: {event['name']}"
     if kind == "jobs_released":
@@ -185,7 +185,7 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
     if kind == "stage_blocked":
         return f"{event['stage']}: not started, because {', '.join(event['needs'])} failed"
     if kind == "stopping":
-        return f"stopping: {event['tasks']} tasks have {event['seconds']} s to save"
+        return f"stopping: {_tasks(event['tasks'])} {'has' if event['tasks'] == 1 else 'have'} {event['seconds']} s to save"
     if kind == "stopped":
         return f"stopped; {event['next']}"
     if kind == "finished":
@@ -204,6 +204,10 @@ def _of_rank(kind: str, event: dict[str, Any]) -> str:
 
 def _numbers(ids: list[int]) -> str:
     return f"job{'s' if len(ids) != 1 else ''} {', '.join(map(str, ids[:6]))}" + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'s' if count != 1 else ''}"
 
 
 def list_runs(as_json: bool = False) -> Exit:

@@ -107,6 +107,10 @@ class Config(FamilyConfig):
         return {f"{strategy}_{mode}": {"strategy": strategy, "mode": mode, **tiny} for strategy in SAMPLERS for mode in MODES}
 
     @property
+    def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
+        return "batch_size", (self.batch_size,)
+
+    @property
     def mode_class(self) -> type[Mode]:
         return find_mode(self.mode)
 

@@ -88,6 +88,10 @@ class Config(FamilyConfig):
             raise ValueError(f"loop.micro_batch: {self.loop.micro_batch} is no multiple of std_group: {group}")
 
     @property
+    def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
+        return "batch_sizes", self.batch_sizes
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Pixels per side of every phase."""
         return tuple(FIRST_SIZE * 2**level for level in range(len(self.factors)))
