@@ -275,12 +275,12 @@ class RunDir:
 
         Contents are re-hashed by `collect` and by whoever reads them."""
         outcome = self._done_outcome(stage, shard, task_hash)
-        return outcome is not None and all(self._has_size(item) for item in outcome.files)
+        return outcome is not None and all(self.size_problem(item) is None for item in outcome.files)
 
     def verifies(self, stage: str, shard: int, task_hash: str) -> bool:
         """`is_done`, and every file still has the sha256 it was written with: reads all of them."""
         outcome = self._done_outcome(stage, shard, task_hash)
-        if outcome is None or not all(self._has_size(item) for item in outcome.files):
+        if outcome is None or any(self.size_problem(item) is not None for item in outcome.files):
             return False
         return all(files.sha256_file(self.root / item.path) == item.sha256 for item in outcome.files)
 
@@ -290,11 +290,13 @@ class RunDir:
             return None
         return outcome if outcome.task_hash == task_hash and outcome.run_id == self.run_id else None
 
-    def _has_size(self, item: Produced) -> bool:
+    def size_problem(self, item: Produced) -> str | None:
+        """What is wrong with a file without reading it; None if it is there with the right size."""
         try:
-            return (self.root / item.path).stat().st_size == item.size_bytes
-        except OSError:
-            return False
+            found_bytes = (self.root / item.path).stat().st_size
+        except OSError as error:
+            return f"{item.path}: {error.strerror}"
+        return None if found_bytes == item.size_bytes else f"{item.path} has {found_bytes:,} bytes, not {item.size_bytes:,}"
 
     def produced(self, path: Path) -> Produced:
         return Produced(str(path.relative_to(self.root)), path.stat().st_size, files.sha256_file(path))

@@ -202,13 +202,38 @@ def test_shards_with_the_same_cause_are_one_finding(run: RunDir, medgen: Medgen)
     assert [(item["cause"]["kind"], item["shards"]) for item in findings] == [("USER", [0, 1, 3]), ("DEPENDENCY", [2]), ("DEPENDENCY", [0])]
 
 
-def test_files_that_vanished_after_the_task_was_done(run: RunDir, medgen: Medgen) -> None:
+def vanish(run: RunDir) -> None:
+    (run.stage("train") / "0.bin").unlink()
+
+
+def shorten(run: RunDir) -> None:
+    (run.stage("train") / "0.bin").write_text("")
+
+
+def garble(run: RunDir) -> None:
+    run.outcome_file("train", 0).write_text("garbage")
+
+
+def lose(run: RunDir) -> None:
+    run.outcome_file("train", 0).unlink()
+
+
+@pytest.mark.parametrize(("damage", "detail", "said"), [
+    (vanish, "its files are missing", "done; train/0.bin: No such file or directory"),
+    (shorten, "its files are missing", "done; train/0.bin has 0 bytes, not 1"),
+    (garble, "the record of that is missing, cannot be read", "outcome/train.0.json cannot be read"),
+    (lose, "the record of that is missing", "outcome/train.0.json is missing"),
+])  # fmt: skip
+def test_damage_after_the_task_was_done(run: RunDir, medgen: Medgen, damage: Callable[[RunDir], None], detail: str, said: str) -> None:
     started(run)
     outcome(run, "done")
     ended(run, "done", 0, next_action="done")
-    (run.stage("train") / "0.bin").unlink()
-    cause = first(medgen)["cause"]
-    assert cause["kind"] == "USER" and "missing" in cause["detail"]
+    damage(run)
+    found = first(medgen)
+    assert found["cause"]["kind"] == "DAMAGED" and detail in found["cause"]["detail"]
+    assert found["cause"]["evidence"] == [{"record": "outcome", "said": said}]
+    assert f"medgen fsck {run.run_id}" in found["advice"] and not any(str(run.code) in line for line in found["advice"])
+    assert found["cause"]["detail"] in medgen("watch", "stub", "--once", expect=1).stdout, "watch says the same"
 
 
 def test_a_task_that_runs_is_not_judged(run: RunDir, medgen: Medgen) -> None:

@@ -191,6 +191,10 @@ def _dependency(case: Case) -> list[str]:
     return ["Mend what failed before it; the same submit then queues this too:", case.submit]
 
 
+def _damaged(case: Case) -> list[str]:
+    return ["Submit again: exactly this is made again:", case.submit, "What is damaged, and whether anything must be done first:", f"medgen fsck {case.run_root.name}"]
+
+
 def _input(case: Case) -> list[str]:
     return ["It would fail in the same way again: mend what the message names, then:", case.submit]
 
@@ -206,5 +210,5 @@ def _user(case: Case) -> list[str]:
 
 ADVICE: dict[Kind, Callable[[Case], list[str]]] = {
     "OOM": _memory, "TIMEOUT": _time_limit, "PREEMPTED": _preempted, "NODE_FAIL": _node, "SETUP": _set_up, "NAN": _not_finite, "DISK_FULL": _disk,
-    "RENDEZVOUS": _rendezvous, "CANCELLED": _cancelled, "DEPENDENCY": _dependency, "INPUT": _input, "USER": _user,
+    "RENDEZVOUS": _rendezvous, "CANCELLED": _cancelled, "DEPENDENCY": _dependency, "DAMAGED": _damaged, "INPUT": _input, "USER": _user,
 }  # fmt: skip

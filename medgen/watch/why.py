@@ -32,6 +32,7 @@ from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 from medgen.watch.accounted import ROUNDING_SECONDS, Accounting, read_accounting, rows_of, was_cancelled
 from medgen.watch.advice import Case, advise, submit_command
+from medgen.watch.judge import damage_in_words
 from medgen.watch.reasons import reason_in_words
 from medgen.watch.slurm_jobs import Submitted, SubmittedJob, read_submitted
 
@@ -222,9 +223,22 @@ def _trouble(inquiry: Inquiry, stage: PlannedStage, task: Task, stuck: set[str])
     if last is None:
         return _not_started(inquiry, stage, stuck)
     if last.status == "done":
-        said = "its files are missing or were changed since"
-        return Cause("USER", said, (Evidence("outcome", "done, but its files do not verify"),)), last
+        return _damage(inquiry.run, task), last
     return classify(inquiry.records(stage, last)), last
+
+
+def _damage(run: RunDir, task: Task) -> Cause:
+    """Of a task that the events call done, and that is not."""
+    outcome, file = run.read_outcome(task.stage, task.shard), run.outcome_file(task.stage, task.shard)
+    said = str(file.relative_to(run.root))
+    if outcome is None:
+        problem = "cannot be read" if file.exists() else "is missing"
+        return Cause("DAMAGED", damage_in_words(None), (Evidence("outcome", f"{said} {problem}"),))
+    if outcome.task_hash != task.hash or outcome.run_id != run.run_id:
+        return Cause("DAMAGED", damage_in_words(None), (Evidence("outcome", f"{said} is of another plan"),))
+    wrong = [problem for item in outcome.files if (problem := run.size_problem(item)) is not None]
+    more = f", and {len(wrong) - 1} more of its {len(outcome.files)} files" if len(wrong) > 1 else ""
+    return Cause("DAMAGED", damage_in_words(outcome.status), (Evidence("outcome", f"{outcome.status}; {wrong[0] if wrong else 'it names no files'}{more}"),))
 
 
 def _goes_on(inquiry: Inquiry, key: Key, last: Try | None, stage: PlannedStage, stuck: set[str]) -> bool:
