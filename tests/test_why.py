@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from seeing import (
     queue_row,
     queued,
     started,
+    write_beat,
+    write_rank_beat,
 )
 
 from medgen.launch.causes import Records, classify
 from medgen.launch.local import LocalBackend
 from medgen.launch.slurm import AccountingRow
+from medgen.launch.supervisor import register
 from medgen.launch.tries import Try
-from medgen.rundir import RunDir
+from medgen.rundir import Heartbeat, RankBeat, RunDir
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -243,6 +247,36 @@ def test_a_task_that_runs_is_not_judged(run: RunDir, medgen: Medgen) -> None:
     beat(run, 10, seconds_ago=300)  # and nobody supervises it
     cause = first(medgen)["cause"]
     assert (cause["kind"], cause["certain"]) == ("CANCELLED", False)
+
+
+def test_a_task_that_stands_still_is_told_as_watch_tells_it(run: RunDir, medgen: Medgen) -> None:
+    register(run, False)
+    started(run, 3600)
+    beat(run, 10)
+    assert told(medgen, expect=0)["findings"] == []
+    beat(run, 10, seconds_ago=300)
+    (found,) = told(medgen)["findings"]
+    assert found["cause"]["kind"] == "STALLED" and found["cause"]["detail"].startswith("no heartbeat for 30")
+    assert f"medgen cancel {run.run_id}" in found["advice"] and found["attempt"] == 0
+    now = time.time()
+    write_beat(run, Heartbeat("train", 0, 0, 10, 1000, "steps", 0.5, now, "n0", 1, now - 130, "exchanging gradients"))
+    write_rank_beat(run, RankBeat(1, 0, 10, now - 130, "reading data", now - 130, "n1", 2))
+    detail = first(medgen)["cause"]["detail"]
+    assert "nothing was heard of rank 1 on n1" in detail and "to give it up: `medgen cancel`" in detail
+    assert "nothing is wrong" not in medgen("why", "stub", expect=1).stdout
+
+
+def test_a_job_that_slurm_says_runs_and_nobody_hears_of(run: RunDir, slurm: FakeSlurm, medgen: Medgen) -> None:
+    event(run, "submitted", 3700, backend="slurm", tasks=6)
+    name = queued(run, 7, seconds_ago=3650)
+    started(run, 3600, job=7)
+    slurm.queue(queue_row(7, name, "RUNNING", "None"))
+    beat(run, 10)
+    assert told(medgen, expect=0)["findings"] == []
+    beat(run, 10, seconds_ago=1000)
+    found = first(medgen)
+    assert found["cause"]["kind"] == "STALLED" and "Slurm says it runs" in found["cause"]["detail"]
+    assert "  scancel 7" in found["advice"]
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Why one attempt ended as it did: one word of thirteen, and the records that say so. Pure; used by why and usage.
+"""Why one attempt ended as it did: one word of fourteen, and the records that say so. Pure; used by why and usage.
 
 Truth order: what the task told, the batch log, the guilty rank's log, the accounting, the exit code alone."""
 
@@ -14,7 +14,7 @@ from medgen.launch.tries import Try
 from medgen.rundir import Outcome
 
 Kind = Literal[
-    "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "DEPENDENCY", "DAMAGED", "INPUT", "USER",
+    "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "DEPENDENCY", "DAMAGED", "STALLED", "INPUT", "USER",
 ]  # fmt: skip
 Where = Literal["host", "GPU", ""]
 
