@@ -4,6 +4,7 @@ Outcomes, heartbeats and events are small JSON files; see docs/architecture.md f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -162,6 +163,19 @@ class RunDir:
     def supervisor(self) -> Path:
         """Who holds the lock: pid, start, host; rewritten every few seconds while it lives."""
         return self.root / ".supervisor.json"
+
+    @property
+    def written_at(self) -> float:
+        """When its plan was written, or what else makes a folder a run; unix seconds, 0 if nothing of that can be seen."""
+        for path in (self.plan, self.spec, self.events_file):
+            with contextlib.suppress(OSError):
+                return path.stat().st_mtime
+        return 0.0
+
+    @property
+    def is_begun(self) -> bool:
+        """True if the folder is a run, with or without its plan."""
+        return self.written_at > 0
 
     @property
     def cancel_mark(self) -> Path:
@@ -442,16 +456,21 @@ def cache_root(runs: Path) -> Path:
 
 
 def find_run(name: str) -> RunDir:
-    """A run by path, by run id, or by the name in its spec: the newest if several runs have it, which is told on stderr."""
+    """A run by path, by run id, or by the name in its spec: the newest if several runs have it, which is told on stderr.
+
+    Also one that has lost its plan, last of all by path: a folder of the user's own may hold a spec.yaml too."""
     for candidate in (Path(name), runs_root() / name):
         if (candidate / "plan.json").is_file():
             return RunDir(candidate.absolute())
-    matches = [path for path in all_runs() if path.run_id.rpartition("-")[0] == name]
+    runs = all_runs()
+    matches = [run for run in runs if run.run_id == name] or [run for run in runs if run.run_id.rpartition("-")[0] == name]
     if len(matches) > 1:
         print(f"{name}: the newest of {len(matches)} runs with this name is {matches[0].run_id}; `medgen ls` shows all", file=sys.stderr)
     if matches:
         return matches[0]
-    known = ", ".join(run.run_id for run in all_runs()[:10]) or "none yet"
+    if (given := RunDir(Path(name).absolute())).is_begun:
+        return given
+    known = ", ".join(run.run_id for run in runs[:10]) or "none yet"
     raise InputError(f"{name}: no such run in {runs_root()}; runs there: {known}")
 
 
@@ -465,9 +484,9 @@ def find_only_run(name: str) -> RunDir:
 
 
 def all_runs() -> list[RunDir]:
-    """Every run under the runs folder, newest first."""
-    plans = sorted(runs_root().glob("*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [RunDir(path.parent) for path in plans]
+    """Every run under the runs folder, also one that has lost its plan, newest first."""
+    runs = [RunDir(path) for path in runs_root().glob("*")]
+    return sorted((run for run in runs if run.is_begun), key=lambda run: run.written_at, reverse=True)
 
 
 def _logged_pace(line: str) -> float | None:

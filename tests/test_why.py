@@ -279,6 +279,19 @@ def test_a_job_that_slurm_says_runs_and_nobody_hears_of(run: RunDir, slurm: Fake
     assert "  scancel 7" in found["advice"]
 
 
+@pytest.mark.parametrize("kept", ["events.jsonl", "spec.yaml"])
+def test_a_run_that_lost_its_plan_is_told_as_such(run: RunDir, medgen: Medgen, kept: str) -> None:
+    run.plan.unlink()
+    for path in (run.spec, run.events_file):
+        path.unlink(missing_ok=True)
+    (run.root / kept).write_text("")
+    told = f"{run.run_id}: plan.json is missing; submit the spec again, it is written anew"
+    for verb in (["watch", "stub", "--once"], ["why", run.run_id], ["logs", "stub/train"], ["usage", run.root], ["cancel", "stub"], ["tensorboard", "stub"]):
+        assert told in medgen(*verb, expect=2).stderr, verb
+    listed = medgen("ls")
+    assert told in listed.stderr and "no runs in" not in listed.stdout
+
+
 # --- advice ----------------------------------------------------------------------------------------------------------
 
 

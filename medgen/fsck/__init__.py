@@ -74,7 +74,7 @@ def find(name: str) -> RunDir:
 
 
 def _looks_like_a_run(run: RunDir) -> bool:
-    return any(path.exists() for path in (run.manifest, run.spec, run.events_file, run.prepare_lock))
+    return run.is_begun or run.manifest.exists() or run.prepare_lock.exists()
 
 
 def examine(run: RunDir) -> Examined:
