@@ -163,6 +163,8 @@ def read(run: RunDir) -> Plan:
     try:
         record = files.read_json(run.plan)
     except FileNotFoundError:
+        if run.is_begun:
+            raise InputError(f"{run.root}: plan.json is missing; submit the spec again, it is written anew") from None
         raise InputError(f"{run.root}: not a run folder (no plan.json)") from None
     except OSError as error:
         raise InputError(f"{run.plan}: cannot be read: {error.strerror or error}") from None

@@ -4,6 +4,7 @@ Outcomes, heartbeats and events are small JSON files; see docs/architecture.md f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -164,6 +165,19 @@ class RunDir:
         return self.root / ".supervisor.json"
 
     @property
+    def written_at(self) -> float:
+        """When its plan was written, or what else makes a folder a run; unix seconds, 0 if nothing of that can be seen."""
+        for path in (self.plan, self.spec, self.events_file):
+            with contextlib.suppress(OSError):
+                return path.stat().st_mtime
+        return 0.0
+
+    @property
+    def is_begun(self) -> bool:
+        """True if the folder is a run, with or without its plan."""
+        return self.written_at > 0
+
+    @property
     def cancel_mark(self) -> Path:
         """There from `medgen cancel` to the next submit: no job starts itself again meanwhile."""
         return self.root / ".cancelled"
@@ -275,18 +289,21 @@ class RunDir:
 
         Contents are re-hashed by `collect` and by whoever reads them."""
         outcome = self.done_outcome(stage, shard, task_hash)
-        return outcome is not None and all(self._has_size(item) for item in outcome.files)
+        try:
+            return outcome is not None and all(self.size_problem(item) is None for item in outcome.files)
+        except OSError:
+            return False
 
     def damage_to(self, outcome: Outcome) -> str | None:
-        """What is wrong with the files of a DONE outcome, in words; None if each has the sha256 it was written with: reads all of them."""
+        """What is wrong with the files of a DONE outcome, in words; None if each has the sha256 it was written with: reads all of them.
+
+        Raises OSError for what is there and cannot be read: nobody knows that it is damaged."""
         for item in outcome.files:
-            path = self.root / item.path
-            if not path.is_file():
-                return f"{item.path} is missing"
-            if path.stat().st_size != item.size_bytes:
-                return f"{item.path} has {path.stat().st_size} bytes, expected {item.size_bytes}"
-            if files.sha256_file(path) != item.sha256:
-                return f"{item.path} does not match its sha256"
+            problem = self.size_problem(item)
+            if problem is None and files.sha256_file(self.root / item.path) != item.sha256:
+                problem = f"{item.path} does not match its sha256"
+            if problem is not None:
+                return problem
         return None
 
     def done_outcome(self, stage: str, shard: int, task_hash: str) -> Outcome | None:
@@ -296,11 +313,13 @@ class RunDir:
             return None
         return outcome if outcome.task_hash == task_hash and outcome.run_id == self.run_id else None
 
-    def _has_size(self, item: Produced) -> bool:
+    def size_problem(self, item: Produced) -> str | None:
+        """What is wrong with a file without reading it; None if it is there with the right size. Raises OSError if that cannot be seen."""
         try:
-            return (self.root / item.path).stat().st_size == item.size_bytes
-        except OSError:
-            return False
+            found_bytes = (self.root / item.path).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{item.path} is missing"
+        return None if found_bytes == item.size_bytes else f"{item.path} has {found_bytes:,} bytes, not {item.size_bytes:,}"
 
     def produced(self, path: Path) -> Produced:
         return Produced(str(path.relative_to(self.root)), path.stat().st_size, files.sha256_file(path))
@@ -383,6 +402,10 @@ EVENT_FACTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "jobs_cancelled": {"job_ids": list},
     "task_started": {"stage": str, "shard": int, "attempt": int, "devices": int, "from_step": int},
     "task_ended": {"stage": str, "shard": int, "seconds": (int, float), "status": str, "next": str, "again": bool, "cause": (str, type(None))},
+    "outcome_withdrawn": {"stage": str, "shard": int},
+    "shard_set_aside": {"stage": str, "shard": int},
+    "dataset_damaged": {"stage": str},
+    "checkpoint_lost": {"stage": str},
     "requeue_refused": {"stage": str, "shard": int},
     "rank_lost": {"stage": str, "shard": int, "attempt": int, "cause": str},
     "rank_ended": {"stage": str, "shard": int, "attempt": int, "cause": str},
@@ -446,16 +469,21 @@ def cache_root(runs: Path) -> Path:
 
 
 def find_run(name: str) -> RunDir:
-    """A run by path, by run id, or by the name in its spec: the newest if several runs have it, which is told on stderr."""
+    """A run by path, by run id, or by the name in its spec: the newest if several runs have it, which is told on stderr.
+
+    Also one that has lost its plan, last of all by path: a folder of the user's own may hold a spec.yaml too."""
     for candidate in (Path(name), runs_root() / name):
         if (candidate / "plan.json").is_file():
             return RunDir(candidate.absolute())
-    matches = [path for path in all_runs() if path.run_id.rpartition("-")[0] == name]
+    runs = all_runs()
+    matches = [run for run in runs if run.run_id == name] or [run for run in runs if run.run_id.rpartition("-")[0] == name]
     if len(matches) > 1:
         print(f"{name}: the newest of {len(matches)} runs with this name is {matches[0].run_id}; `medgen ls` shows all", file=sys.stderr)
     if matches:
         return matches[0]
-    known = ", ".join(run.run_id for run in all_runs()[:10]) or "none yet"
+    if (given := RunDir(Path(name).absolute())).is_begun:
+        return given
+    known = ", ".join(run.run_id for run in runs[:10]) or "none yet"
     raise InputError(f"{name}: no such run in {runs_root()}; runs there: {known}")
 
 
@@ -469,9 +497,9 @@ def find_only_run(name: str) -> RunDir:
 
 
 def all_runs() -> list[RunDir]:
-    """Every run under the runs folder, newest first."""
-    plans = sorted(runs_root().glob("*/plan.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [RunDir(path.parent) for path in plans]
+    """Every run under the runs folder, also one that has lost its plan, newest first."""
+    runs = [RunDir(path) for path in runs_root().glob("*")]
+    return sorted((run for run in runs if run.is_begun), key=lambda run: run.written_at, reverse=True)
 
 
 def _logged_pace(line: str) -> float | None:

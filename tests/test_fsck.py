@@ -20,6 +20,7 @@ from test_damage import flip_last_byte
 from test_pipeline import Medgen, only_run, tree
 
 from medgen import checkpoint, files
+from medgen.rundir import RunDir
 
 SPEC = "fscked.yaml"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
@@ -229,6 +230,7 @@ def test_nothing_is_safe_where_slurm_cannot_be_asked(run: Path, medgen: Medgen, 
     environment["PATH"] = "/nonexistent"
     record = examine(medgen, run, expect=0)
     assert "cannot be seen from here" in record["at_work"] and record["safe"] == []
+    assert "Somebody may work on this run now" in medgen("fsck", run).stdout
     medgen("fsck", run, "--clean")
     assert (run / "outcome" / ".x.json.0123abcd.tmp").exists()
 
@@ -268,6 +270,8 @@ def test_while_somebody_works_nothing_is_safe_and_nothing_is_a_lie(run: Path, tm
     shutil.rmtree(run / "masks" / "dataset")
     for path in [*(run / "outcome").glob("*masks*"), run / "outcome" / "report.0.json"]:
         path.unlink()
+        stage, shard, _ = path.name.split(".")
+        RunDir(run).event("outcome_withdrawn", stage=stage, shard=int(shard), cause="a test")
     shutil.rmtree(run / "masks" / "shards" / "00000")
     armed = {**environment, "MEDGEN_FAULT": "site=shard.write,shard=0,nth=3,action=stop"}
     with subprocess.Popen([sys.executable, "-m", "medgen", "submit", SPEC, "--local"], cwd=tmp_path, env=armed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -314,6 +318,39 @@ def test_after_every_kill_the_same_submit_goes_on(whole: Path, tmp_path: Path, m
     assert tree(run / "masks" / "dataset") == tree(whole / "masks" / "dataset")
     medgen("fsck", run, "--clean")
     assert examine(medgen, run, expect=0)["safe"] == []
+
+
+def test_records_that_are_lost_after_the_events_called_them_done(run: Path, medgen: Medgen) -> None:
+    shutil.rmtree(run / "outcome")
+    parts = examine(medgen, run, expect=1)["parts"]
+    stages = [part for name, part in parts.items() if name in ("train_seg", "masks", "collect_masks", "report")]
+    assert len(stages) == 4 and all(part["state"] == DAMAGED for part in stages)
+    assert all("done according to the events, but its record outcome/" in problem["what"] for part in stages for problem in part["problems"])
+    assert "goes on to its end" in parts["train_seg"]["problems"][0]["next"] and "made again" in parts["masks"]["problems"][0]["next"]
+    medgen("submit", SPEC, "--local")
+    assert {part["state"] for part in examine(medgen, run, expect=0)["parts"].values()} == {"whole"}
+
+
+def test_what_medgen_itself_took_back_is_not_lost(run: Path, medgen: Medgen) -> None:
+    (run / "outcome" / "report.0.json").unlink()
+    RunDir(run).event("outcome_withdrawn", stage="report", shard=0, cause="a file does not match the sha256 it was written with")
+    assert examine(medgen, run, expect=0)["parts"]["report"]["text"] == "not done"
+
+
+@pytest.mark.parametrize("content", ["", "garbage\n"])
+def test_events_that_are_there_and_tell_nothing(run: Path, medgen: Medgen, content: str) -> None:
+    (run / "events.jsonl").write_text(content)
+    assert "begins anew" in only_problem(examine(medgen, run, expect=1), "events")["next"]
+
+
+def test_an_outcome_of_an_earlier_attempt_is_not_told(run: Path, medgen: Medgen) -> None:
+    file = run / "outcome" / "report.0.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "interrupted", "cause": "stopped by SIGTERM", "files": []}))
+    assert examine(medgen, run, expect=0)["parts"]["report"]["text"] == "interrupted: stopped by SIGTERM"
+    RunDir(run).event("task_started", stage="report", shard=0, attempt=7, devices=1, from_step=0)
+    assert examine(medgen, run, expect=0)["parts"]["report"]["text"] == "attempt 7 has begun, and told no end"
+    RunDir(run).event("task_ended", stage="report", shard=0, attempt=7, seconds=1, status="failed", next="not tried again", again=False, cause="ValueError: no", rc=1)
+    assert examine(medgen, run, expect=0)["parts"]["report"]["text"] == "failed: ValueError: no"
 
 
 def test_a_submit_that_was_stopped_early_is_no_damage(run: Path, medgen: Medgen) -> None:

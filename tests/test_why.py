@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from seeing import (
     queue_row,
     queued,
     started,
+    write_beat,
+    write_rank_beat,
 )
 
 from medgen.launch.causes import Records, classify
 from medgen.launch.local import LocalBackend
 from medgen.launch.slurm import AccountingRow
+from medgen.launch.supervisor import register
 from medgen.launch.tries import Try
-from medgen.rundir import RunDir
+from medgen.rundir import Heartbeat, RankBeat, RunDir
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -202,13 +206,38 @@ def test_shards_with_the_same_cause_are_one_finding(run: RunDir, medgen: Medgen)
     assert [(item["cause"]["kind"], item["shards"]) for item in findings] == [("USER", [0, 1, 3]), ("DEPENDENCY", [2]), ("DEPENDENCY", [0])]
 
 
-def test_files_that_vanished_after_the_task_was_done(run: RunDir, medgen: Medgen) -> None:
+def vanish(run: RunDir) -> None:
+    (run.stage("train") / "0.bin").unlink()
+
+
+def shorten(run: RunDir) -> None:
+    (run.stage("train") / "0.bin").write_text("")
+
+
+def garble(run: RunDir) -> None:
+    run.outcome_file("train", 0).write_text("garbage")
+
+
+def lose(run: RunDir) -> None:
+    run.outcome_file("train", 0).unlink()
+
+
+@pytest.mark.parametrize(("damage", "detail", "said"), [
+    (vanish, "its files are missing", "done; train/0.bin: No such file or directory"),
+    (shorten, "its files are missing", "done; train/0.bin has 0 bytes, not 1"),
+    (garble, "the record of that is missing, cannot be read", "outcome/train.0.json cannot be read"),
+    (lose, "the record of that is missing", "outcome/train.0.json is missing"),
+])  # fmt: skip
+def test_damage_after_the_task_was_done(run: RunDir, medgen: Medgen, damage: Callable[[RunDir], None], detail: str, said: str) -> None:
     started(run)
     outcome(run, "done")
     ended(run, "done", 0, next_action="done")
-    (run.stage("train") / "0.bin").unlink()
-    cause = first(medgen)["cause"]
-    assert cause["kind"] == "USER" and "missing" in cause["detail"]
+    damage(run)
+    found = first(medgen)
+    assert found["cause"]["kind"] == "DAMAGED" and detail in found["cause"]["detail"]
+    assert found["cause"]["evidence"] == [{"record": "outcome", "said": said}]
+    assert f"medgen fsck {run.run_id}" in found["advice"] and not any(str(run.code) in line for line in found["advice"])
+    assert found["cause"]["detail"] in medgen("watch", "stub", "--once", expect=1).stdout, "watch says the same"
 
 
 def test_a_task_that_runs_is_not_judged(run: RunDir, medgen: Medgen) -> None:
@@ -218,6 +247,49 @@ def test_a_task_that_runs_is_not_judged(run: RunDir, medgen: Medgen) -> None:
     beat(run, 10, seconds_ago=300)  # and nobody supervises it
     cause = first(medgen)["cause"]
     assert (cause["kind"], cause["certain"]) == ("LOST", True)
+
+
+def test_a_task_that_stands_still_is_told_as_watch_tells_it(run: RunDir, medgen: Medgen) -> None:
+    register(run, False)
+    started(run, 3600)
+    beat(run, 10)
+    assert told(medgen, expect=0)["findings"] == []
+    beat(run, 10, seconds_ago=300)
+    (found,) = told(medgen)["findings"]
+    assert found["cause"]["kind"] == "STALLED" and found["cause"]["detail"].startswith("no heartbeat for 30")
+    assert f"medgen cancel {run.run_id}" in found["advice"] and found["attempt"] == 0
+    now = time.time()
+    write_beat(run, Heartbeat("train", 0, 0, 10, 1000, "steps", 0.5, now, "n0", 1, now - 130, "exchanging gradients"))
+    write_rank_beat(run, RankBeat(1, 0, 10, now - 130, "reading data", now - 130, "n1", 2))
+    detail = first(medgen)["cause"]["detail"]
+    assert "nothing was heard of rank 1 on n1" in detail and "to give it up: `medgen cancel`" in detail
+    assert "nothing is wrong" not in medgen("why", "stub", expect=1).stdout
+
+
+def test_a_job_that_slurm_says_runs_and_nobody_hears_of(run: RunDir, slurm: FakeSlurm, medgen: Medgen) -> None:
+    event(run, "submitted", 3700, backend="slurm", tasks=6)
+    name = queued(run, 7, seconds_ago=3650)
+    started(run, 3600, job=7)
+    slurm.queue(queue_row(7, name, "RUNNING", "None"))
+    beat(run, 10)
+    assert told(medgen, expect=0)["findings"] == []
+    beat(run, 10, seconds_ago=1000)
+    found = first(medgen)
+    assert found["cause"]["kind"] == "STALLED" and "Slurm says it runs" in found["cause"]["detail"]
+    assert "  scancel 7" in found["advice"]
+
+
+@pytest.mark.parametrize("kept", ["events.jsonl", "spec.yaml"])
+def test_a_run_that_lost_its_plan_is_told_as_such(run: RunDir, medgen: Medgen, kept: str) -> None:
+    run.plan.unlink()
+    for path in (run.spec, run.events_file):
+        path.unlink(missing_ok=True)
+    (run.root / kept).write_text("")
+    told = f"{run.run_id}: plan.json is missing; submit the spec again, it is written anew"
+    for verb in (["watch", "stub", "--once"], ["why", run.run_id], ["logs", "stub/train"], ["usage", run.root], ["cancel", "stub"], ["tensorboard", "stub"]):
+        assert told in medgen(*verb, expect=2).stderr, verb
+    listed = medgen("ls")
+    assert told in listed.stderr and "no runs in" not in listed.stdout
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------

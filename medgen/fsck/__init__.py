@@ -21,12 +21,13 @@ from medgen.rundir import RunDir, find_run, runs_root
 
 @dataclass(frozen=True)
 class Examined:
-    """All that fsck found. `at_work`: who works on the run now, in words; then nothing is called safe to delete."""
+    """All that fsck found. `at_work`: who works on the run now, or why it cannot be told that nobody does; then nothing is called safe to delete."""
 
     run_id: str
     path: str
     parts: list[Part]
     at_work: str | None
+    at_work_is_certain: bool
     safe: list[Leftover]
     notes: list[str]
     files_read: int
@@ -74,7 +75,7 @@ def find(name: str) -> RunDir:
 
 
 def _looks_like_a_run(run: RunDir) -> bool:
-    return any(path.exists() for path in (run.manifest, run.spec, run.events_file, run.prepare_lock))
+    return run.is_begun or run.manifest.exists() or run.prepare_lock.exists()
 
 
 def examine(run: RunDir) -> Examined:
@@ -86,7 +87,7 @@ def examine(run: RunDir) -> Examined:
         parts = verify.parts(run, plan, problem, working, hasher)
     is_seen = plan is not None and working.words is None and not any(part.name == verify.FOLDERS for part in parts)
     safe = leftovers.find(run, plan, parts, hasher) if plan is not None and is_seen else []
-    return Examined(run.run_id, str(run.root), parts, working.words, safe, leftovers.notes(run), hasher.files, hasher.bytes, round(hasher.seconds, 1))
+    return Examined(run.run_id, str(run.root), parts, working.words, working.is_certain, safe, leftovers.notes(run), hasher.files, hasher.bytes, round(hasher.seconds, 1))
 
 
 def _plan(run: RunDir) -> tuple[Plan | None, str | None]:

@@ -19,16 +19,19 @@ from medgen.rundir import RunDir
 
 @dataclass(frozen=True)
 class AtWork:
-    """`words`: None if nobody is. `tasks`: (stage, shard) of what is being worked on, as far as that can be seen from here."""
+    """`words`: None if nobody is. `is_certain`: False where it only cannot be told that nobody is.
+
+    `tasks`: (stage, shard) of what is being worked on, as far as that can be seen from here."""
 
     words: str | None
     tasks: frozenset[tuple[str, int]]
+    is_certain: bool = True
 
 
 def look(run: RunDir, plan: Plan | None) -> AtWork:
     """Reads only; asks Slurm if the run was ever given to it."""
     found = tasks(run, plan)
-    if found.words is None and (is_held(run.lock) or is_held(run.prepare_lock)):
+    if not (found.words and found.is_certain) and (is_held(run.lock) or is_held(run.prepare_lock)):
         return AtWork("a submit of it is at work", found.tasks)
     return found
 
@@ -37,15 +40,15 @@ def tasks(run: RunDir, plan: Plan | None) -> AtWork:
     """The same for whoever holds the locks of submit."""
     known = [(task.stage, task.shard) for stage in plan.stages for task in stage.tasks] if plan is not None else []
     busy = {task for task in known if is_held(run.task_lock(*task)) or _beats(run, *task)}
-    words = []
+    words, doubts = [], []
     if (supervisor := living_supervisor(run)) is not None:
         words.append(f"it is supervised by {supervisor}")
     try:
         queued = queued_tasks(run) if was_queued(run) else []
     except SlurmError as error:
-        words.append(f"it was queued on Slurm, and whether jobs of it are left cannot be seen from here ({error})")
+        doubts.append(f"it was queued on Slurm, and whether jobs of it are left cannot be seen from here ({error})")
     except OSError as error:
-        words.append(f"whether jobs of it are left in Slurm's queue cannot be told ({error.filename}: {error.strerror})")
+        doubts.append(f"whether jobs of it are left in Slurm's queue cannot be told ({error.filename}: {error.strerror})")
     else:
         busy |= {(task.stage, task.shard) for task in queued if not task.is_pending}
         words += [f"{len(queued)} of its tasks are in Slurm's queue"] if queued else []
@@ -53,7 +56,7 @@ def tasks(run: RunDir, plan: Plan | None) -> AtWork:
         words.append("a task of it runs: " + ", ".join(f"{stage} shard {shard}" for stage, shard in sorted(busy)[:3]))
     if not words and marked(run.root):
         words.append("processes that a supervisor of it started are still there")
-    return AtWork("; ".join(words) or None, frozenset(busy))
+    return AtWork("; ".join([*words, *doubts]) or None, frozenset(busy), is_certain=bool(words) or not doubts)
 
 
 def is_held(lock: Path) -> bool:

@@ -20,12 +20,15 @@ from medgen.fsck.at_work import AtWork
 from medgen.fsck.checkpoints import Saved
 from medgen.fsck.hashing import Hasher, unreadable
 from medgen.launch import snapshot
+from medgen.launch.tries import Key, Try, read_tries
 from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Outcome, RunDir
 
 FOLDERS = "folders"  # the part that is there only if one cannot be read
+WITHDRAWN = ("outcome_withdrawn", "shard_set_aside", "dataset_damaged", "checkpoint_lost")  # events: medgen itself took an outcome away
 DEEPEST_RECORDS = 3  # <stage>/ckpt/step-000123, <stage>/shards/00042, logs/<stage>/s0
 CLOSED = "what is in this folder counts as missing, or stops it; run the command below first"
+BEGINS_ANEW = "it begins anew; times and GPU-hours of what was done before are lost, nothing else"
 State = Literal["whole", "told", "working", "unfinished", "damaged"]  # told: in order, with something to know
 
 
@@ -50,12 +53,15 @@ class Part:
 
 
 def parts(run: RunDir, plan: Plan | None, plan_problem: str | None, working: AtWork, hasher: Hasher) -> list[Part]:
-    found = [*_folders(run), _spec(run, plan), _plan(run, plan, plan_problem), _manifest(run), _code(run, plan), _events(run)]
+    found = [*_folders(run), _spec(run, plan), _plan(run, plan, plan_problem), _manifest(run), _code(run, plan), _events(run, plan)]
     if plan is None and not _has_begun(run):
         files_of = {"spec": run.spec, "plan": run.plan, "manifest": run.manifest, "code": run.code, "events": run.events_file}
         missing = {name for name, path in files_of.items() if not path.exists()}
         found = [Part(part.name, "unfinished", "not written yet: a submit was stopped, the next one writes it") if part.name in missing else part for part in found]
-    return found + [_stage(run, plan, stage, working, hasher) for stage in plan.stages] if plan is not None else found
+    if plan is None:
+        return found
+    told = _read_told(run, working)
+    return found + [_stage(run, plan, stage, working, hasher, told) for stage in plan.stages]
 
 
 def _has_begun(run: RunDir) -> bool:
@@ -169,14 +175,17 @@ def _code(run: RunDir, plan: Plan | None) -> Part:
     return Part("code", "whole", "is what was copied when the run was made")
 
 
-def _events(run: RunDir) -> Part:
+def _events(run: RunDir, plan: Plan | None) -> Part:
     try:
         lines = [line for line in run.events_file.read_text(errors="replace").splitlines() if line.strip()]
     except FileNotFoundError:
-        return _damaged("events", "events.jsonl is missing", "it begins anew; times and GPU-hours of what was done before are lost, nothing else")
+        return _damaged("events", "events.jsonl is missing", BEGINS_ANEW)
     except OSError as error:
         return _damaged("events", f"events.jsonl cannot be read: {error.strerror or error}", "it stops and says so")
     unsound = sum(not _is_event(line) for line in lines)
+    if unsound == len(lines) and plan is not None and any(run.read_outcome(task.stage, task.shard) for stage in plan.stages for task in stage.tasks):
+        what = f"none of the {_count(unsound, 'line')} of events.jsonl can be read" if lines else "events.jsonl is empty, though tasks have ended"
+        return _damaged("events", what, BEGINS_ANEW)
     if unsound:
         return Part("events", "told", f"{len(lines) - unsound:,} events; {unsound:,} lines that were cut or damaged are left out by everything that reads them")
     return Part("events", "whole", f"{len(lines):,} events")
@@ -193,6 +202,29 @@ def _is_event(line: str) -> bool:
 
 
 @dataclass(frozen=True)
+class _Told:
+    """What the events tell. `last`: of every task its newest start; `done`: those that must have an outcome, because nobody works on
+    the run and it was not taken back."""
+
+    last: dict[Key, Try]
+    done: frozenset[Key]
+
+
+def _read_told(run: RunDir, working: AtWork) -> _Told:
+    try:
+        events = run.events()
+    except OSError:  # a damage of its own
+        events = []
+    done: set[Key] = set()
+    for event in events:
+        if event["event"] == "task_ended" and event["status"] == "done":
+            done.add((event["stage"], event["shard"]))
+        elif event["event"] in ("task_started", *WITHDRAWN):
+            done.discard((event["stage"], event.get("shard", 0)))
+    return _Told({key: items[-1] for key, items in read_tries(events).items()}, frozenset(done if working.words is None else ()))
+
+
+@dataclass(frozen=True)
 class _TaskState:
     """`seen`: whether a submit that only compares sizes notices the damage; `command`: what makes a file readable."""
 
@@ -203,8 +235,8 @@ class _TaskState:
     command: str | None = None
 
 
-def _stage(run: RunDir, plan: Plan, stage: PlannedStage, working: AtWork, hasher: Hasher) -> Part:
-    states = {task.shard: _task(run, task, (task.stage, task.shard) in working.tasks, hasher) for task in stage.tasks}
+def _stage(run: RunDir, plan: Plan, stage: PlannedStage, working: AtWork, hasher: Hasher, told: _Told) -> Part:
+    states = {task.shard: _task(run, task, working, hasher, told) for task in stage.tasks}
     if stage.kind == "train":
         return _training(run, plan, stage, states[0], working, hasher)
     problems = [_problem(run, plan, stage, shard, state) for shard, state in states.items() if state.state == "damaged"]
@@ -217,12 +249,12 @@ def _worst(states: list[State]) -> State:
     return next(state for state in order if state in states)
 
 
-def _task(run: RunDir, task: Task, is_working: bool, hasher: Hasher) -> _TaskState:
+def _task(run: RunDir, task: Task, working: AtWork, hasher: Hasher, told: _Told) -> _TaskState:
     """Looked at twice if something is wrong: whoever makes it again takes its outcome away first."""
-    if is_working:
+    if (task.stage, task.shard) in working.tasks:
         return _TaskState("working", "being worked on, not judged")
     before = _bytes(run.outcome_file(task.stage, task.shard))
-    found = _task_now(run, task, hasher)
+    found = _task_now(run, task, hasher, told)
     if found.state == "damaged" and _bytes(run.outcome_file(task.stage, task.shard)) != before:
         return _TaskState("working", "changed while it was read, not judged")
     return found
@@ -235,19 +267,25 @@ def _bytes(path: Path) -> bytes | None:
         return None
 
 
-def _task_now(run: RunDir, task: Task, hasher: Hasher) -> _TaskState:
-    file = run.outcome_file(task.stage, task.shard)
+def _task_now(run: RunDir, task: Task, hasher: Hasher, told: _Told) -> _TaskState:
+    file, key = run.outcome_file(task.stage, task.shard), (task.stage, task.shard)
+    lost = _TaskState("damaged", f"done according to the events, but its record {file.relative_to(run.root)} is lost")
     try:
         file.lstat()
     except FileNotFoundError:
-        return _TaskState("unfinished", "not done")
+        return lost if key in told.done else _TaskState("unfinished", "not done")
     except OSError as error:
         return _TaskState("unfinished", f"not known: {file.parent.name}/ cannot be read: {error.strerror}")
     outcome = run.read_outcome(task.stage, task.shard)
     if outcome is None:
         return _TaskState("damaged", f"{file.relative_to(run.root)} is not readable")
     if outcome.status != "done":
-        return _TaskState("unfinished", f"{outcome.status}: {str(outcome.cause).splitlines()[0]}" if outcome.cause else outcome.status)
+        last = told.last.get(key)
+        if last is None or last.attempt <= outcome.attempt:
+            return _TaskState("unfinished", _ending_in_words(outcome.status, outcome.cause))
+        if last.status is None:
+            return _TaskState("unfinished", f"attempt {last.attempt} has begun, and told no end")
+        return lost if key in told.done else _TaskState("unfinished", _ending_in_words(last.status, last.cause))
     if outcome.task_hash != task.hash or outcome.run_id != run.run_id:
         return _TaskState("unfinished", "not done: what is there was made for another plan")
     if not outcome.files:
@@ -258,6 +296,10 @@ def _task_now(run: RunDir, task: Task, hasher: Hasher) -> _TaskState:
     path, first = next((item for item in wrong if item[1].kind == "unreadable"), wrong[0])
     more = f", and {len(wrong) - 1} more of its {len(outcome.files)} files" if len(wrong) > 1 else ""
     return _TaskState("damaged", f"{path} {first.words}{more}", any(problem.kind == "size" for _, problem in wrong), outcome, first.command)
+
+
+def _ending_in_words(status: str, cause: str | None) -> str:
+    return f"{status}: {cause.splitlines()[0]}" if cause else status
 
 
 STOPS = "it stops where it meets this file, and changes nothing; after the command below it goes on"

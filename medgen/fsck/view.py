@@ -28,7 +28,8 @@ def show(found: Examined, cleaned: list[Leftover] | None) -> None:
         _show_damage(out, part)
     if found.at_work is not None:
         out.print()
-        write(out, f"Somebody works on this run now: {found.at_work}. Nothing is called safe to delete until that has ended.", indent=0)
+        works, until = ("works", "that has ended") if found.at_work_is_certain else ("may work", "that can be told")
+        write(out, f"Somebody {works} on this run now: {found.at_work}. Nothing is called safe to delete until {until}.", indent=0)
     elif cleaned is not None:
         _show_cleaned(out, cleaned)
     else:

@@ -14,7 +14,7 @@ from medgen.launch.tries import Try
 from medgen.rundir import Outcome
 
 Kind = Literal[
-    "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "LOST", "DEPENDENCY", "INPUT", "USER",
+    "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "LOST", "DEPENDENCY", "DAMAGED", "STALLED", "INPUT", "USER",
 ]  # fmt: skip
 Where = Literal["host", "GPU", ""]
 

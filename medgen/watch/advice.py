@@ -45,7 +45,7 @@ class Case:
 def advise(case: Case) -> list[str]:
     """Lines; those that begin with `medgen` or a space are to be copied."""
     lines = ADVICE[case.cause.kind](case)
-    if not case.waits or case.cause.kind == "DEPENDENCY":
+    if not case.waits or case.cause.kind in ("DEPENDENCY", "STALLED"):
         return lines
     return ["Submit leaves alone what is in the queue. If this job cannot be released, take it out first:", f"medgen cancel {case.run_root.name}", *lines]
 
@@ -191,6 +191,15 @@ def _dependency(case: Case) -> list[str]:
     return ["Mend what failed before it; the same submit then queues this too:", case.submit]
 
 
+def _damaged(case: Case) -> list[str]:
+    return ["Submit again: exactly this is made again:", case.submit, "What is damaged, and whether anything must be done first:", f"medgen fsck {case.run_root.name}"]
+
+
+def _stalled(case: Case) -> list[str]:
+    stop = f"  scancel {case.job_id}" if case.on_slurm and case.job_id else f"medgen cancel {case.run_root.name}"
+    return ["It may yet go on by itself. To give it up, and go on from what it saved:", stop, case.submit]
+
+
 def _input(case: Case) -> list[str]:
     return ["It would fail in the same way again: mend what the message names, then:", case.submit]
 
@@ -206,5 +215,5 @@ def _user(case: Case) -> list[str]:
 
 ADVICE: dict[Kind, Callable[[Case], list[str]]] = {
     "OOM": _memory, "TIMEOUT": _time_limit, "PREEMPTED": _preempted, "NODE_FAIL": _node, "SETUP": _set_up, "NAN": _not_finite, "DISK_FULL": _disk,
-    "RENDEZVOUS": _rendezvous, "CANCELLED": _cancelled, "LOST": _cancelled, "DEPENDENCY": _dependency, "INPUT": _input, "USER": _user,
+    "RENDEZVOUS": _rendezvous, "CANCELLED": _cancelled, "LOST": _cancelled, "DEPENDENCY": _dependency, "DAMAGED": _damaged, "STALLED": _stalled, "INPUT": _input, "USER": _user,
 }  # fmt: skip

@@ -223,12 +223,21 @@ def proof_of_absence(facts: Facts, asked: float | None, submitted: float | None)
     return asked > max(sign or 0.0 for sign in signs)
 
 
+def damage_in_words(recorded: str | None) -> str:
+    """Of a task whose last attempt was done, and which is not. `recorded`: the status in its outcome, None where this plan has none that can be read."""
+    if recorded is None:
+        return "it was done; the record of that is missing, cannot be read or is of another plan"
+    if recorded == "done":
+        return "it was done; its files are missing or have another size now"
+    return f"it was done; the record of it says {recorded} now"
+
+
 def _of_ending(last: Try, left: Left | None) -> Judgement:
     if last.status == "interrupted":
         given_up = not last.comes_back and last.kind != "CANCELLED"  # not by a person, who knows what to do
         return "interrupted", "; ".join(part for part in (last.cause, last.next if given_up else None) if part) or None
     if last.status == "done":
-        return "failed", "its files are missing or were changed since; submit again to make them again"
+        return "failed", f"{damage_in_words(left.status if left is not None else None)}; submit again: exactly this is made again"
     return "failed", (left.cause if left is not None and left.attempt == last.attempt else None) or last.cause
 
 

@@ -222,7 +222,7 @@ def list_runs(as_json: bool = False) -> Exit:
     if as_json:
         keys = ("run_id", "name", "verdict", "fraction", "device_hours", "created", "changed", "path")
         print(json.dumps([{key: value for key, value in {**to_json(state), "fraction": state.fraction}.items() if key in keys} for state in states], indent=1))
-    else:
+    elif states or not unreadable:
         _print_runs(states)
     for message in unreadable:
         print(message, file=sys.stderr)

@@ -1,6 +1,6 @@
 """Why a run stands still or failed: every task that will not get done by itself, the cause, the records that say so, what to do.
 
-Called by the verb `why`. Reads only; Slurm is asked once each for its queue and its accounting, and neither has to answer."""
+Called by the verb `why`. Reads only; Slurm is asked once each for its queue and its accounting, by watch once more if a task runs, and none has to answer."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import RunDir
 from medgen.watch.accounted import ROUNDING_SECONDS, Accounting, read_accounting, rows_of, was_cancelled
 from medgen.watch.advice import Case, advise, submit_command
+from medgen.watch.judge import damage_in_words
 from medgen.watch.reasons import reason_in_words
 from medgen.watch.slurm_jobs import Submitted, SubmittedJob, read_submitted
+from medgen.watch.state import TaskState, read_state
 
 LAST_LINES = 30
 NUMBER = re.compile(r"\d+")
@@ -122,6 +124,11 @@ class Inquiry:
         return read_accounting(self.submitted)
 
     @cached_property
+    def watched(self) -> dict[Key, TaskState]:
+        """What watch says of every task."""
+        return {(stage.name, task.shard): task for stage in read_state(self.run).stages for task in stage.tasks}
+
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             manifest = files.read_json(self.run.manifest)
@@ -192,7 +199,7 @@ def diagnose(run: RunDir) -> Diagnosis:
                 found.append((stage, trouble[1], _finding(inquiry, stage, task, *trouble)))
             elif (ended := _last_ended(inquiry, task)) is not None:
                 again.append((stage, ended, _finding(inquiry, stage, task, classify(inquiry.records(stage, ended)), ended)))
-        stuck |= {stage.name} if any(finding.stage == stage.name for _, _, finding in found) else set()
+        stuck |= {stage.name} if any(finding.stage == stage.name and finding.cause.kind != "STALLED" for _, _, finding in found) else set()
     notes = [inquiry.queue_problem] if inquiry.queue_problem else []
     if inquiry.on_slurm and "accounting" in vars(inquiry) and inquiry.accounting.problem:  # it was needed
         notes.append(f"without the accounting: {inquiry.accounting.problem}")
@@ -209,22 +216,38 @@ def _trouble(inquiry: Inquiry, stage: PlannedStage, task: Task, stuck: set[str])
     """Why a task that is not done will not get done by itself, and the attempt to blame; None if it will, or was never asked for."""
     key = (task.stage, task.shard)
     queued = inquiry.queue.get(key)
-    if queued is not None:
-        cause = _waits_forever(queued, stage, stuck)
+    if queued is not None and ((cause := _waits_forever(queued, stage, stuck)) is not None or queued.is_pending):
         return (cause, None) if cause is not None else None
     tries = all_tries(inquiry.run, task.stage, task.shard, inquiry.tries.get(key, []))
     last = tries[-1] if tries else None
-    if _goes_on(inquiry, key, last, stage, stuck):
-        return None
+    if queued is not None or _goes_on(inquiry, key, last, stage, stuck):
+        cause = _stands_still(inquiry, key) if queued is not None or (last is not None and last.status is None) else None
+        return (cause, last) if cause is not None else None
     job = inquiry.submitted.newest.get(key)
     if job is not None and job.numbers and (last is None or last.started < job.time - ROUNDING_SECONDS) and inquiry.queue_problem is None:
         return _never_began(inquiry, stage, key, job, stuck), None  # the newest job ended before its script began
     if last is None:
         return _not_started(inquiry, stage, stuck)
     if last.status == "done":
-        said = "its files are missing or were changed since"
-        return Cause("USER", said, (Evidence("outcome", "done, but its files do not verify"),)), last
+        return _damage(inquiry.run, task), last
     return classify(inquiry.records(stage, last)), last
+
+
+def _damage(run: RunDir, task: Task) -> Cause:
+    """Of a task that the events call done, and that is not."""
+    outcome, file = run.read_outcome(task.stage, task.shard), run.outcome_file(task.stage, task.shard)
+    said = str(file.relative_to(run.root))
+    if outcome is None:
+        problem = "cannot be read" if file.exists() else "is missing"
+        return Cause("DAMAGED", damage_in_words(None), (Evidence("outcome", f"{said} {problem}"),))
+    if outcome.task_hash != task.hash or outcome.run_id != run.run_id:
+        return Cause("DAMAGED", damage_in_words(None), (Evidence("outcome", f"{said} is of another plan"),))
+    try:
+        wrong = [problem for problem in map(run.size_problem, outcome.files) if problem is not None]
+    except OSError as error:
+        wrong = [f"{error.filename} cannot be read: {error.strerror}"]
+    more = f", and {len(wrong) - 1} more of its {len(outcome.files)} files" if len(wrong) > 1 else ""
+    return Cause("DAMAGED", damage_in_words(outcome.status), (Evidence("outcome", f"{outcome.status}; {wrong[0] if wrong else 'it names no files'}{more}"),))
 
 
 def _goes_on(inquiry: Inquiry, key: Key, last: Try | None, stage: PlannedStage, stuck: set[str]) -> bool:
@@ -236,6 +259,14 @@ def _goes_on(inquiry: Inquiry, key: Key, last: Try | None, stage: PlannedStage, 
         return inquiry.supervisor is not None or (last.told and not gone and beats(inquiry, last))
     waits = inquiry.supervisor is not None or inquiry.queue_problem is not None
     return last.comes_back and waits
+
+
+def _stands_still(inquiry: Inquiry, key: Key) -> Cause | None:
+    """Of a task that runs: what watch says if it is not heard of or does not advance."""
+    seen = inquiry.watched[key]
+    if seen.word not in ("stalled", "lost"):
+        return None
+    return Cause("STALLED", seen.cause or seen.word, (Evidence("watch", seen.word),))
 
 
 def _last_ended(inquiry: Inquiry, task: Task) -> Try | None:
