@@ -223,7 +223,7 @@ def lose(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(("damage", "detail", "said"), [
-    (vanish, "its files are missing", "done; train/0.bin: No such file or directory"),
+    (vanish, "its files are missing", "done; train/0.bin is missing"),
     (shorten, "its files are missing", "done; train/0.bin has 0 bytes, not 1"),
     (garble, "the record of that is missing, cannot be read", "outcome/train.0.json cannot be read"),
     (lose, "the record of that is missing", "outcome/train.0.json is missing"),
