@@ -40,7 +40,7 @@ def tasks(run: RunDir, plan: Plan | None) -> AtWork:
     """The same for whoever holds the locks of submit."""
     known = [(task.stage, task.shard) for stage in plan.stages for task in stage.tasks] if plan is not None else []
     busy = {task for task in known if is_held(run.task_lock(*task)) or _beats(run, *task)}
-    words, doubts = [], []
+    words, doubts = list[str](), list[str]()
     if (supervisor := living_supervisor(run)) is not None:
         words.append(f"it is supervised by {supervisor}")
     try:
