@@ -13,7 +13,7 @@ import launch_stub
 import pytest
 from launch_stub import build, calls, events, wait_until
 
-from medgen.errors import Exit
+from medgen.errors import Exit, MedgenError
 from medgen.launch import local
 from medgen.launch.local import LocalBackend, cancel
 from medgen.launch.processes import marked, start_ticks
@@ -161,6 +161,8 @@ def test_a_signal_lets_tasks_save_and_the_same_command_goes_on(tmp_path: Path, n
     os.killpg(supervisor.pid, number)
     assert supervisor.wait(15) == Exit.INTERRUPTED
     assert run.read_outcome("train", 0).cause == "stopped by SIGTERM"  # type: ignore[union-attr]
+    [ended] = events(run, "task_ended")
+    assert (ended["cause"], ended["next"]) == ("stopped", "waits for the next submit"), "the user sent no SIGTERM"
     assert not marked(run.root)
     (run.root / "behaviour.json").write_text("{}")
     assert backend(tmp_path).submit(run, plan) == Exit.DONE
@@ -204,7 +206,8 @@ def test_kill_9_of_the_supervisor_leaves_nothing_and_the_run_goes_on(tmp_path: P
     (run.root / "behaviour.json").write_text("{}")
     assert backend(tmp_path).submit(run, plan) == Exit.DONE
     assert not marked(run.root)  # not even the children of the ranks
-    assert [event["cause"] for event in events(run, "task_ended")] == ["its supervisor was killed", None]
+    assert [event["cause"] for event in events(run, "task_ended")] == ["its supervisor was killed, or the machine went down", None]
+    assert events(run, "task_ended")[0]["cause_kind"] == "LOST"
 
 
 def test_two_submits_at_once_run_everything_once(tmp_path: Path) -> None:
@@ -250,3 +253,12 @@ def test_a_detached_run_outlives_the_session_that_started_it(tmp_path: Path) -> 
         local.detach(run, 2, 0)
     wait_until(lambda: living_supervisor(run) is None, 30)
     assert run.read_outcome("train", 0).status == "done"  # type: ignore[union-attr]
+
+
+def test_a_file_that_cannot_be_read_is_not_told_as_one_that_cannot_be_written(tmp_path: Path) -> None:
+    run, plan = build(tmp_path, CHAIN[:1])
+    loop = run.root / "events.jsonl"
+    loop.unlink(missing_ok=True)
+    loop.symlink_to(loop)
+    with pytest.raises(MedgenError, match=r"events\.jsonl: cannot be read, everything was stopped: .*chmod u\+r.*medgen fsck"):
+        backend(tmp_path).submit(run, plan)

@@ -235,6 +235,8 @@ def test_a_run_that_is_going_on_is_watched_and_not_started_twice(spec_path: Path
     assert submit(*arguments, display=live.display, watch=watch, here=True, detached=True) == Exit.DONE
     assert len(watched) == 1
     assert "already running here" in capsys.readouterr().err
+    assert submit(*arguments, display=live.display, watch=lambda seen: Exit.UNFINISHED, here=True) == Exit.UNFINISHED, "Ctrl-C"
+    assert f"the run goes on; `medgen cancel {run.run_id}` stops it" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"queued or running with other resources \(train_seg.time_minutes 90 -> 120\)"):
         make(spec_path, "stages.train_seg.resources.time=2h")
     assert not events(run, "submitted")

@@ -449,6 +449,8 @@ def test_a_task_that_was_killed_with_its_supervisor_is_seen_at_once(tmp_path: Pa
 
 def test_what_happens_to_ranks_has_words() -> None:
     about = {"stage": "train", "shard": 0, "rank": 3, "node": "n2", "step": 5, "doing": "saving"}
+    assert describe_event({"event": "submitted", "tasks": 1}) == "1 task to run"
+    assert describe_event({"event": "stopping", "tasks": 1, "seconds": 20}) == "stopping: 1 task has 20 s to save"
     assert describe_event({"event": "rank_silent", "seconds": 90, **about}) == "train shard 0: nothing was heard of rank 3 on n2 for 90 s; last heard of at step 5, saving"
     assert describe_event({"event": "slow_rank", "factor": 2.4, **about}) == "train shard 0: rank 3 on n2 is 2.4 times slower than the others"
     assert describe_event({"event": "rank_lost", "cause": "gone", **about}) == "train shard 0: gone"

@@ -217,7 +217,7 @@ def test_a_task_that_runs_is_not_judged(run: RunDir, medgen: Medgen) -> None:
     assert told(medgen, expect=0)["findings"] == []
     beat(run, 10, seconds_ago=300)  # and nobody supervises it
     cause = first(medgen)["cause"]
-    assert (cause["kind"], cause["certain"]) == ("CANCELLED", False)
+    assert (cause["kind"], cause["certain"]) == ("LOST", True)
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------

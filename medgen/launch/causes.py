@@ -1,4 +1,4 @@
-"""Why one attempt ended as it did: one word of thirteen, and the records that say so. Pure; used by why and usage.
+"""Why one attempt ended as it did: one word of fourteen, and the records that say so. Pure; used by why and usage.
 
 Truth order: what the task told, the batch log, the guilty rank's log, the accounting, the exit code alone."""
 
@@ -14,7 +14,7 @@ from medgen.launch.tries import Try
 from medgen.rundir import Outcome
 
 Kind = Literal[
-    "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "DEPENDENCY", "INPUT", "USER",
+    "OOM", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "SETUP", "NAN", "DISK_FULL", "RENDEZVOUS", "CANCELLED", "LOST", "DEPENDENCY", "INPUT", "USER",
 ]  # fmt: skip
 Where = Literal["host", "GPU", ""]
 
@@ -203,6 +203,8 @@ def _interrupted(records: Records) -> Cause | None:
     evidence = (Evidence("outcome" if outcome is not None and outcome.cause == detail else "event task_ended", detail),)
     if records.cancelled or item.kind == "CANCELLED":
         return Cause("CANCELLED", detail, evidence)
+    if item.kind == "LOST":
+        return Cause("LOST", detail, evidence)
     slurms = _batch_log(records) or _accounting(records)
     if slurms is not None:
         return Cause(slurms.kind, f"{detail}; {slurms.detail}", (*slurms.evidence, *evidence), where=slurms.where)
@@ -270,7 +272,7 @@ def _exit_code(records: Records) -> Cause:
     if code is None and records.on_slurm:
         return Cause("NODE_FAIL", "it stopped without a word: its node failed, or everything was killed at once", (), certain=False)
     if code is None:
-        return Cause("CANCELLED", "it stopped without a word: its supervisor was killed, or the machine went down", (), certain=False)
+        return Cause("LOST", "it stopped without a word: its supervisor was killed, or the machine went down")
     kind: Kind = "INPUT" if code == Exit.BAD_INPUT and records.stage_kind != "command" else "USER"
     ended = f"exit code {code}" if code else "exit code 0, but no outcome that verifies"
     last = _last(list(records.rank_lines))

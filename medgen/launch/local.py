@@ -83,7 +83,7 @@ class LocalBackend:
             register(run, self.detached)
             return _Supervision(self, run, planned).supervise()
         except OSError as error:
-            raise MedgenError(f"{run.root}: cannot be written, everything was stopped: {error}") from None
+            raise MedgenError(_explained(run, error)) from None
         finally:
             retire(run)
             lock.release()
@@ -106,6 +106,19 @@ class LocalBackend:
 
     def cancel(self, run: RunDir, planned: Plan) -> str:
         return cancel(run)
+
+
+def _explained(run: RunDir, error: OSError) -> str:
+    """The system does not say whether it was read or written; a file that is there and cannot be opened was read."""
+    reason = error.strerror or str(error)
+    if error.filename is None or not os.path.lexists(error.filename):
+        return f"{run.root}: cannot be written, everything was stopped: {error}"
+    try:
+        os.close(os.open(error.filename, os.O_RDONLY))
+    except OSError:
+        return (f"{error.filename}: cannot be read, everything was stopped: {reason}; make it readable (chmod u+r), "
+                f"or see what is safe to delete (medgen fsck {run.run_id}), and run the same command again")  # fmt: skip
+    return f"{error.filename}: cannot be written, everything was stopped: {reason}; mend that and run the same command again"
 
 
 class _Supervision:
@@ -143,7 +156,7 @@ class _Supervision:
     def _tell_lost(self) -> None:
         """End in the events what a killed supervisor could not end."""
         for lost in close_lost(self.run, read_tries(self.run.events())):
-            verdict = Verdict("interrupted", "its supervisor was killed", "CANCELLED", True, GOES_ON)
+            verdict = Verdict("interrupted", "its supervisor was killed, or the machine went down", "LOST", True, GOES_ON)
             after.tell(self.run, self.plan.stage(lost.stage), lost.shard, lost.attempt, verdict, None, lost.seconds(time.time()))
 
     def supervise(self) -> Exit:
@@ -240,7 +253,9 @@ class _Supervision:
         if not self.backend.stop_asked or code not in (0, Exit.INTERRUPTED, 130, 137, 143):
             return None
         fresh = fresh_outcome(self.run, item.job.task, item.attempt)
-        return Taken((fresh.cause if fresh is not None else None) or "stopped before it could save", "CANCELLED", "stopped", comes_back=False)
+        told = fresh.cause if fresh is not None else None
+        # the signal came from this supervisor, which is nothing to a person who has pressed Ctrl-C
+        return Taken((told or "stopped before it could save").replace("stopped by SIGTERM", "stopped"), "CANCELLED", "waits for the next submit", comes_back=False)
 
     def _stop(self) -> Exit:
         """TERM to everything, time to save, KILL at the end of it or at the second signal."""

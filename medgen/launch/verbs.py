@@ -82,7 +82,12 @@ def _submit_one(item: Prepared, display: Display, watch: Callable[[RunDir], Exit
             code = _start_here(item, display, detached)
         except AlreadyRunning as already:
             tell([str(already)])
-            return Exit.DONE if detached else watch(item.run)
+            if detached:
+                return Exit.DONE
+            code = watch(item.run)
+            if code == Exit.UNFINISHED:
+                tell([f"the run goes on; `medgen cancel {item.run.run_id}` stops it"])
+            return code
     if as_json:
         print(json.dumps({"run_id": item.run.run_id, "path": str(item.run.root), "exit": int(code)}))
     return code

@@ -206,5 +206,5 @@ def _user(case: Case) -> list[str]:
 
 ADVICE: dict[Kind, Callable[[Case], list[str]]] = {
     "OOM": _memory, "TIMEOUT": _time_limit, "PREEMPTED": _preempted, "NODE_FAIL": _node, "SETUP": _set_up, "NAN": _not_finite, "DISK_FULL": _disk,
-    "RENDEZVOUS": _rendezvous, "CANCELLED": _cancelled, "DEPENDENCY": _dependency, "INPUT": _input, "USER": _user,
+    "RENDEZVOUS": _rendezvous, "CANCELLED": _cancelled, "LOST": _cancelled, "DEPENDENCY": _dependency, "INPUT": _input, "USER": _user,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from medgen.watch.why import Diagnosis, Finding
 PLAIN_COLUMNS = 120
 NAMES = {
     "OOM": "out of memory", "TIMEOUT": "time limit", "PREEMPTED": "preempted", "NODE_FAIL": "node failure", "SETUP": "set-up failed", "NAN": "not a number",
-    "DISK_FULL": "disk full", "RENDEZVOUS": "ranks did not meet", "CANCELLED": "cancelled", "DEPENDENCY": "blocked", "INPUT": "wrong input", "USER": "failed",
+    "DISK_FULL": "disk full", "RENDEZVOUS": "ranks did not meet", "CANCELLED": "cancelled", "LOST": "nobody saw its end", "DEPENDENCY": "blocked", "INPUT": "wrong input", "USER": "failed",
 }  # fmt: skip
 
 
