@@ -113,7 +113,7 @@ def test_a_running_attempt_counts_until_now_and_a_lost_one_until_its_last_heartb
     beat(run, 10, seconds_ago=HOUR / 2)
     record = measured(medgen)
     assert record["running"] == 0 and stage(record)["gpu_hours"] == pytest.approx(1.0, rel=0.01)
-    assert list(stage(record)["wasted_hours"]) == ["CANCELLED"]
+    assert list(stage(record)["wasted_hours"]) == ["LOST"]
 
 
 def slurm_run(run: RunDir, slurm: FakeSlurm) -> list[str]:
