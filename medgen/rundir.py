@@ -165,17 +165,17 @@ class RunDir:
         return self.root / ".supervisor.json"
 
     @property
-    def written_at(self) -> float:
-        """When its plan was written, or what else makes a folder a run; unix seconds, 0 if nothing of that can be seen."""
+    def written_at(self) -> float | None:
+        """When its plan was written, or what else makes a folder a run; unix seconds, None if nothing of that can be seen."""
         for path in (self.plan, self.spec, self.events_file):
             with contextlib.suppress(OSError):
                 return path.stat().st_mtime
-        return 0.0
+        return None
 
     @property
     def is_begun(self) -> bool:
         """True if the folder is a run, with or without its plan."""
-        return self.written_at > 0
+        return self.written_at is not None
 
     @property
     def cancel_mark(self) -> Path:
@@ -499,7 +499,7 @@ def find_only_run(name: str) -> RunDir:
 def all_runs() -> list[RunDir]:
     """Every run under the runs folder, also one that has lost its plan, newest first."""
     runs = [RunDir(path) for path in runs_root().glob("*")]
-    return sorted((run for run in runs if run.is_begun), key=lambda run: run.written_at, reverse=True)
+    return sorted((run for run in runs if run.is_begun), key=lambda run: run.written_at or 0.0, reverse=True)
 
 
 def _logged_pace(line: str) -> float | None:

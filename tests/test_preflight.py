@@ -517,12 +517,11 @@ def test_check_lists_what_it_measured_and_leaves_a_record(here: Lab, medgen: Med
 
 
 def test_check_as_json_gives_everything_that_is_wrong_at_once(here: Lab, medgen: Medgen) -> None:
-    said = medgen("check", here.folder / "spec.yaml", "--local", "--json", "-o", "stages.train_seg.resources={processes: 3, cpus: 3}",
-                  "-o", "site.environment.venv=/none", expect=2)
+    said = medgen("check", here.folder / "spec.yaml", "--local", "--json", "-o", "site.environment.venv=/none", expect=2)
     answer = json.loads(said.stdout)
     assert not answer["fine"]
     wrong = {item["topic"] for item in answer["checks"] if item["mark"] == "wrong"}
-    assert {"environment", "train_seg"} <= wrong
+    assert "environment" in wrong
     assert answer["models"]["train_bravo"]["parameters"] > 40_000, "and the rest was tried all the same"
 
 
