@@ -72,6 +72,7 @@ def test_altered_images_are_noticed_at_the_next_submit(masks_run: tuple[Path, Pa
     assert tree(run / "masks" / "dataset") == expected
 
 
+@pytest.mark.slow
 def test_what_was_altered_after_it_was_collected_is_not_scored(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
     """And the next submit makes it again, also on Slurm, where it compares sizes only: the outcome is gone."""
     stages = tiny_spec()["stages"]

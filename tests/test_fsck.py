@@ -162,6 +162,7 @@ def test_no_checkpoint_that_verifies_takes_one_command_and_never_a_silent_restar
     assert "train_seg/bad-ckpt" in {item["path"] for item in examine(medgen, run, expect=0)["safe"]}
 
 
+@pytest.mark.slow
 def test_a_lost_best_checkpoint_takes_one_command(run: Path, medgen: Medgen) -> None:
     older = steps(run)[0]
     commit = json.loads((older / "commit.json").read_text())

@@ -213,6 +213,7 @@ def test_a_bad_checkpoint_is_passed_over_and_one_of_other_data_refused(tmp_path:
     assert "another model configuration; use the run it belongs to, or another name for this one (differs in: channels)" in medgen("train", run, expect=2).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F41")
 def test_divergence_is_told(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, record_property: Callable[[str, object], None]) -> None:
     config = {**TRAIN_ONLY, "lr": 1e8, "warmup_epochs": 0, "clip_norm": 1e8}

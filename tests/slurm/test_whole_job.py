@@ -93,7 +93,7 @@ def test_a_disturbed_job_on_two_nodes_equals_an_undisturbed_local_one(lab: Lab, 
     assert files_of(run / "images" / "dataset") == files_of(local / "images" / "dataset")
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_both_launchers_train_on_two_nodes_with_several_ranks_each(lab: Lab, launcher: str) -> None:  # noqa: F811
     config = {**NET, "epochs": 2, "loop": {"log_steps": 1, "preview_images": 0, "validate_epochs": 1.0}}
     resources = {"nodes": 2, "gpus_per_node": 2, "cpus": 2, "time": "10m", "mem": "4G"}
