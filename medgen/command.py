@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from medgen import files, spec
 from medgen.errors import InputError, Interrupted, MedgenError
+from medgen.launch.processes import die_with_parent, end_with_parent
 from medgen.task import Done, Work
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -22,6 +24,8 @@ def command(work: Work) -> Done:
     stage = spec.CommandStage.model_validate(work.stage.settings)
     if stage.submits_itself is not None:
         raise InputError(f"stages.{work.stage.name}.run: {stage.submits_itself}")
+    if "SLURM_JOB_ID" in os.environ:
+        end_with_parent()  # the job script: where Slurm tracks processes by their parents, an orphan would go on unseen
     folder = Path(files.read_json(work.run.manifest)["folder"])
     if not folder.is_dir():
         raise InputError(f"{folder}: the folder where the run was submitted is gone; the command of {work.stage.name} starts there")
@@ -55,7 +59,7 @@ def _run(work: Work, stage: spec.CommandStage, folder: Path, out: Path) -> tuple
         "MEDGEN_INDEX": str(work.task.shard), **({"MEDGEN_ITEM": item} if item is not None else {}),
     }  # fmt: skip
     text = "\n".join([*(["set -e", *work.stage.command_setup, "set +e"] if work.stage.command_setup else []), stage.run])
-    process = subprocess.Popen(["bash", "-c", text, work.stage.name], cwd=folder, env=environment, preexec_fn=_with_plain_signals)
+    process = subprocess.Popen(["bash", "-c", text, work.stage.name], cwd=folder, env=environment, preexec_fn=_as_a_child())
     names: list[str] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -73,10 +77,16 @@ def _run(work: Work, stage: spec.CommandStage, folder: Path, out: Path) -> tuple
     return (code if code >= 0 else 128 - code), (names[0] if names else None)
 
 
-def _with_plain_signals() -> None:
-    """What the job script ignores, a command need not."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+def _as_a_child() -> Callable[[], None]:
+    """It dies with this process, and hears what the job script ignores."""
+    bound = die_with_parent()
+
+    def in_child() -> None:
+        bound()
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+    return in_child
 
 
 def _outputs(stage: spec.CommandStage, folder: Path) -> list[dict[str, object]]:
