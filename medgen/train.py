@@ -305,28 +305,36 @@ def _scores(training: Training, mine: dict[int, dict[str, torch.Tensor]]) -> dic
 
 
 def _metrics(training: Training, values: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """What checkpoints may be selected by: the validation loss, and the model's own scores late enough in a phase.
+    """What checkpoints may be selected by: the validation loss, and the model's own scores late enough in a phase."""
+    better = {"loss": "lower", **(training.model.selection_metrics if training.context.phase_progress >= training.phase.select_from else {})}
+    return {_of_phase(training, name): {"value": values[f"val_{name}"], "better": better[name]} for name in better if f"val_{name}" in values}
 
-    Each under the phase's name if there are several: what is good at one size says nothing of another."""
-    phases, phase = training.model.phases(), training.phase
-    better = {"loss": "lower", **(training.model.selection_metrics if training.context.phase_progress >= phase.select_from else {})}
-    names = {name: f"{'val' if name == 'loss' else name}{f'_{phase.name}' if len(phases) > 1 else ''}" for name in better}
-    return {names[name]: {"value": values[f"val_{name}"], "better": better[name]} for name in better if f"val_{name}" in values}
+
+def _of_phase(training: Training, score: str) -> str:
+    """The name of a metric in checkpoints: with the phase's if there are several, as what is good at one size says nothing of another."""
+    name = "val" if score == "loss" else score
+    return f"{name}_{training.phase.name}" if len(training.model.phases()) > 1 else name
 
 
 def _go_back_to_best(training: Training) -> None:
     """What a phase that selects hands on is its best checkpoint, not its last. Doing it twice changes nothing."""
-    phase, phases, clock = training.phase, training.model.phases(), training.clock
+    phase = training.phase
     if phase.select is None or not len(training.val_rows):
         return
-    name = f"best-{phase.select}_{phase.name}" if len(phases) > 1 else f"best-{phase.select}"
-    found = dist.on_main(lambda: checkpoint.selectable(training.folder, training.work.say).get(name), training.ranks)
-    if found is None or found.step == clock.step:
+    name = _of_phase(training, phase.select)
+    found = dist.on_main(lambda: _best_by(training, name), training.ranks)
+    if found is None or found.step == training.clock.step:
         return
-    training.work.say(f"{phase.name}: step {found.step} is the {name} of this phase; going on from there")
+    training.work.say(f"{phase.name}: step {found.step} is the best-{name} of this phase; going on from there")
     _load_weights(training, found)
-    if phase == phases[-1]:
+    if phase == training.model.phases()[-1]:
         _save(training, {})
+
+
+def _best_by(training: Training, name: str) -> Checkpoint | None:
+    """Verified, it alone; None if no checkpoint has this metric."""
+    known = commits.best(commits.committed(training.folder))
+    return checkpoint.select(training.folder, f"best-{name}", training.work.say) if name in known else None
 
 
 def _validate_and_show(training: Training, epoch: float, log: TrainingLog | None) -> dict[str, dict[str, Any]]:

@@ -197,6 +197,11 @@ class Model(ABC):
         """Lines for the log at the start: parameters, the EMA's true horizon, the schedule."""
 
 
+def joined(channels: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    """[0, 1] channels by name as one [-1, 1] tensor [N, C, H, W]."""
+    return torch.cat([channels[name] for name in names], dim=1) * 2 - 1
+
+
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

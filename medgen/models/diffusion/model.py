@@ -20,6 +20,7 @@ from medgen.models.base import (
     StepContext,
     StepReport,
     count_parameters,
+    joined,
 )
 from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, SamplingSettings
@@ -105,7 +106,7 @@ class Model(Family):
 
     def _losses(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean squared error of each sample [B] in float32, and its time as a fraction [B]."""
-        clean = self._joined(batch.channels, self.mode.targets)
+        clean = joined(batch.channels, self.mode.targets)
         times = self.strategy.times(batch.uniform("time"))
         noisy, target = self.strategy.noised(clean, batch.normal("noise", self.image_shape), times)
         prediction = network(self._network_input(noisy, batch.channels), self.strategy.network_time(times))
@@ -114,14 +115,10 @@ class Model(Family):
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
 
-    def _joined(self, channels: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
-        """[0, 1] channels by name as one [-1, 1] tensor [N, C, H, W]."""
-        return torch.cat([channels[name] for name in names], dim=1) * 2 - 1
-
     def _network_input(self, noisy: Tensor, channels: dict[str, Tensor]) -> Tensor:
         if not self.mode.conditions:
             return noisy
-        return torch.cat([noisy, self._joined(channels, self.mode.conditions)], dim=1)
+        return torch.cat([noisy, joined(channels, self.mode.conditions)], dim=1)
 
     @torch.no_grad()
     def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:

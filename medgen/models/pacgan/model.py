@@ -10,7 +10,17 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgen.models.base import Batch, DataShape, Given, Phase, SampleNoise, StepContext, StepReport, count_parameters
+from medgen.models.base import (
+    Batch,
+    DataShape,
+    Given,
+    Phase,
+    SampleNoise,
+    StepContext,
+    StepReport,
+    count_parameters,
+    joined,
+)
 from medgen.models.base import Model as Family
 from medgen.models.pacgan.config import Config
 from medgen.models.pacgan.losses import Weights, critic_loss, generator_loss, gradient_penalty
@@ -80,7 +90,7 @@ class Model(Family):
         for part, share in context.micro_batches(batch, self.critic):
             labels = _labels(part)
             latent, mix = part.normal(f"latent/{iteration}", (self.config.latent,)), part.uniform(f"mix/{iteration}")
-            real = _joined(part, self.config.channels)
+            real = joined(part.channels, self.config.channels)
             with context.autocast():
                 with torch.no_grad():
                     fake = self.generator(latent, labels, level, alpha).float()
@@ -115,7 +125,7 @@ class Model(Family):
         """`loss`: cross entropy of the classes of real images. Each image is judged as if the others were not there."""
         labels = _labels(batch)
         fake = self._images(batch.normal("latent", (self.config.latent,)), labels)
-        real_logits, fake_logits = self._class_logits(_joined(batch, self.config.channels)), self._class_logits(fake)
+        real_logits, fake_logits = self._class_logits(joined(batch.channels, self.config.channels)), self._class_logits(fake)
         samples = {"label": labels, "real": real_logits.softmax(dim=1), "fake": fake_logits.softmax(dim=1)}
         return StepReport({"loss": functional.cross_entropy(real_logits, labels)}, samples=samples)
 
@@ -166,11 +176,6 @@ def _exact(judged: Judged) -> Judged:
 def _labels(batch: Batch) -> Tensor:
     assert batch.labels is not None, "the family uses labels"
     return batch.labels
-
-
-def _joined(batch: Batch, names: tuple[str, ...]) -> Tensor:
-    """[0, 1] channels by name as one [-1, 1] tensor [N, C, H, W]."""
-    return torch.cat([batch.channels[name] for name in names], dim=1) * 2 - 1
 
 
 def _added(sums: dict[str, Tensor], terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:

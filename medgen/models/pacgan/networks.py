@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-FIRST_SIZE = 4  # pixels per side at step 0; each step doubles it
+from medgen.models.pacgan.config import FIRST_SIZE
+
 SLOPE = 0.2  # of the leaky ReLU below zero
 HIDDEN = 150  # units of the class head, which are linear: it is a matrix of that rank at most
 EPSILON = 1e-8
