@@ -261,6 +261,15 @@ def build_model(family: str, config: FamilyConfig, shape: DataShape, seed: int, 
     return model
 
 
+def trained_model(found: Checkpoint, family: str, config: FamilyConfig, shape: DataShape, device: torch.device) -> Model:
+    """A model with the weights of a checkpoint."""
+    model = build_model(family, config, shape, 0, "loaded")
+    for name, module in model.modules().items():
+        module.load_state_dict(found.tensors(f"modules.{name}"))
+        module.to(device)
+    return model
+
+
 def _select_or_empty(store: SliceStore, split: str, positive_only: bool) -> np.ndarray:
     try:
         return store.select(split, positive_only)

@@ -68,7 +68,7 @@ def weights(run: Path) -> dict[str, Any]:
 
 
 def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
-    images = {"kind": "generate", "from": "train", "per_class": [3, 2], "chunk": 2}
+    images = {"kind": "generate", "from": "train", "per_class": [3, 2], "chunk": 2, "shards": 2, "stack": True}
     grown = {"kind": "generate", "from": "train", "count": 3, "checkpoint": "best-auc_8px"}
     medgen("submit", write_spec(spec_of(cohort, "pacgan", images=images, smaller=grown, report={"kind": "report"})), "--local")
     run = only_run(tmp_path, "pacgan")
@@ -90,6 +90,19 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
         rows = list(csv.DictReader(handle))
     assert [row["label"] for row in rows] == ["CN"] * 3 + ["AD"] * 2
     assert nibabel.load(run / "images" / "dataset" / rows[0]["image"]).shape[:2] == (16, 16)
+    stack = nibabel.load(run / "images" / "dataset" / "Generated16x16.nii.gz")
+    assert stack.shape == (16, 16, 1, 5) and stack.get_data_dtype() == np.float32
+    for number, row in enumerate(rows):
+        np.testing.assert_allclose(stack.get_fdata()[:, :, 0, number], nibabel.load(run / "images" / "dataset" / row["image"]).get_fdata()[:, :, 0].T * 2 - 1, atol=1e-6)
+    with open(run / "images" / "dataset" / "labels_syn.csv") as handle:
+        labels = list(csv.DictReader(handle))
+    assert [(row["ID"], row["Label"]) for row in labels] == [("0", "0"), ("1", "0"), ("2", "0"), ("3", "1"), ("4", "1")]
+    generated = run / "images" / "dataset"
+    told = medgen("classify", run, generated / "Generated16x16.nii.gz", "--labels", generated / "labels_syn.csv").stdout
+    assert ("5 images of" in told and "no interval" in told) or "5 subjects" in told
+    told = medgen("classify", run, cohort / "adni_test", "--checkpoint", "best-auc_8px", "--out", "of_test").stdout
+    assert "Real8x8.nii.gz" in told and "8 subjects" in told
+
     with open(run / "smaller" / "dataset" / "index.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert [row["label"] for row in rows] == ["CN", "CN", "AD"]

@@ -74,6 +74,11 @@ class FamilyConfig(Settings):
         return False
 
     @property
+    def classifies(self) -> bool:
+        """True if the model tells the class of an image."""
+        return False
+
+    @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
         """The knob, and its batch sizes over all ranks: one per phase of training."""
         raise NotImplementedError

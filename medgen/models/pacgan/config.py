@@ -132,6 +132,10 @@ class Config(FamilyConfig):
     def uses_labels(self) -> bool:
         return True
 
+    @property
+    def classifies(self) -> bool:
+        return True
+
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
         tiny = {"in_channels": 8, "factors": [1, 1, 0.5], "latent": 8, "epochs": 2, "batch_sizes": 4, "critic_iterations": 1, "std_group": 2}
