@@ -411,6 +411,8 @@ def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:
     advice = "lower lr, lengthen the warm-up or lower clip_norm; the last good checkpoint is kept"
     if not math.isfinite(loss):
         raise MedgenError(f"the loss became {loss} between steps {clock.step - steps + 1} and {clock.step}; {advice}")
+    if not training.config.loss_falls:
+        return
     clock.best_loss = min(clock.best_loss, loss)
     clock.steps_above = clock.steps_above + steps if loss > loop.divergence_factor * clock.best_loss else 0
     if clock.steps_above >= loop.divergence_steps:
