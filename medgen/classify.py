@@ -8,25 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from medgen import checkpoint, commits, files, plan, rundir, spec
 from medgen.checkpoint import Checkpoint
 from medgen.data import csv_files, stacks
 from medgen.errors import InputError
 from medgen.evaluate import classification
-from medgen.evaluate.classification import Estimate, Performance
-from medgen.models.base import DataShape, Model
+from medgen.evaluate.classification import Classifier, Estimate, Performance
 from medgen.prepare.page import Table
 from medgen.prepare.words import require_new
 from medgen.rundir import RunDir
-from medgen.training import trained_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PREDICTIONS, PERFORMANCE, PICTURE = "predictions.csv", "performance.json", "performance.png"
-BATCH = 64
 SEED = 42  # of the bootstrap
 CURVE_BINS = 10  # of the calibration plot, of equal numbers of images
 
@@ -40,28 +36,17 @@ class Truth:
     subjects: np.ndarray
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A model with the weights of a checkpoint. `channels`: what the images hold, in their order."""
-
-    found: Checkpoint
-    model: Model
-    channels: tuple[str, ...]
-    classes: tuple[str, ...]
-    device: torch.device
-
-
 def classify(which: str, images: Path, stage: str | None, selector: str, labels: Path | None, out: Path) -> str:
     """Write predictions.csv into the new folder `out`, and how right they are where labels are known; returns that in words.
 
     which: a run, or the folder of a checkpoint. images: a NIfTI stack, or a folder of such. Raises InputError."""
     require_new(out)
-    classifier = _load(_checkpoint(which, stage, selector))
+    classifier = classification.load(_checkpoint(which, stage, selector))
     path = _file_of_size(images, classifier.model.judged_size)
     arrays = stacks.read_images(path)
     _check_shape(path, arrays, classifier)
     truth = _truth(path, labels, len(arrays), classifier.classes)
-    probabilities = predict(classifier, arrays)
+    probabilities = classifier.predict({name: (arrays[:, place] + 1) / 2 for place, name in enumerate(classifier.channels)})
     lines = [f"{len(arrays)} images of {path}, classified by {classifier.found.folder} ({classifier.model.judged_size} px)"]
     with files.folder_in_one_move(out) as folder:
         _write_predictions(folder / PREDICTIONS, classifier.classes, probabilities, truth)
@@ -73,16 +58,6 @@ def classify(which: str, images: Path, stage: str | None, selector: str, labels:
             _draw(folder / PICTURE, classifier.classes, probabilities, truth.labels, found)
             lines += [f"labels of {truth.path}", "", _confusion(classifier.classes, found).text(), "", *_in_words(found), "", f"{out}: {PREDICTIONS}, {PERFORMANCE}, {PICTURE}"]
     return "\n".join(lines)
-
-
-def predict(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """Probabilities of the classes, float64 [n, classes]; images float32 [n, c, h, w] in [-1, 1]."""
-    parts = []
-    for start in range(0, len(images), BATCH):
-        block = torch.from_numpy(images[start : start + BATCH]).to(classifier.device)
-        channels = {name: (block[:, place : place + 1] + 1) / 2 for place, name in enumerate(classifier.channels)}
-        parts.append(classifier.model.classify(channels).double().cpu().numpy())
-    return np.concatenate(parts)
 
 
 # the model
@@ -106,17 +81,6 @@ def _classifying_stage(run: RunDir, stage: str | None) -> str:
     if stage is not None and stage not in fitting:
         raise InputError(f"--stage {stage}: {run.run_id} has no such train stage that classifies; there is: {', '.join(fitting)}")
     return stage if stage is not None else fitting[0]
-
-
-def _load(found: Checkpoint) -> Classifier:
-    state = found.state()
-    config = spec.family_config(state["config"])
-    if not config.classifies:
-        raise InputError(f"{found.folder}: its model ({state['config']['model']}) does not tell classes apart")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]))
-    model = trained_model(found, state["config"]["model"], config, shape, device)
-    return Classifier(found, model, config.input_channels, shape.classes, device)
 
 
 # images and labels

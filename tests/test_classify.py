@@ -15,6 +15,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from medgen import checkpoint
+from medgen.classify import classify
+from medgen.errors import InputError
 from medgen.evaluate import classification
 from medgen.models import model_class
 from medgen.models.base import DataShape
@@ -101,37 +103,39 @@ def test_labels_beside_the_images_tell_how_right_it_is(tmp_path: Path, medgen: M
     assert (tmp_path / "scored" / "performance.png").stat().st_size > 20_000
 
 
-def test_what_cannot_be_classified_is_told(tmp_path: Path, medgen: Medgen, trained: Path) -> None:
-    def refused(*arguments: object) -> str:
-        told: str = medgen("classify", *arguments, expect=2).stderr
-        assert "Traceback" not in told and not (tmp_path / "predictions").exists()
-        return told
+def test_what_cannot_be_classified_is_told(tmp_path: Path, medgen: Medgen, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def refused(which: Path | str, images: str, words: str, labels: str | None = None) -> None:
+        with pytest.raises(InputError, match=words):
+            classify(str(which), Path(images), None, "last", Path(labels) if labels else None, Path("predictions"))
+        assert not Path("predictions").exists() and not list(tmp_path.glob(".predictions*"))
 
     write_stack(tmp_path / "large.nii.gz", 3, size=16)
-    assert "holds images of 16 x 16 px" in refused(trained, "large.nii.gz") and "give Real8x8.nii.gz" in refused(trained, "large.nii.gz")
+    told = medgen("classify", trained, "large.nii.gz", expect=2).stderr
+    assert "holds images of 16 x 16 px" in told and "give Real8x8.nii.gz" in told and "Traceback" not in told
     write_stack(tmp_path / "colour.nii.gz", 3, channels=3)
-    assert "has 3 channels, the model takes 1: image" in refused(trained, "colour.nii.gz")
+    refused(trained, "colour.nii.gz", "has 3 channels, the model takes 1: image")
     write_stack(tmp_path / "bright.nii.gz", 3, scale=200)
-    assert "slice 0 holds values from" in refused(trained, "bright.nii.gz") and "allowed is -1 to 1" in refused(trained, "bright.nii.gz")
-    assert "nowhere.nii.gz: no such file" in refused(trained, "nowhere.nii.gz")
+    refused(trained, "bright.nii.gz", "slice 0 holds values from .* allowed is -1 to 1")
+    refused(trained, "nowhere.nii.gz", "nowhere.nii.gz: no such file")
     (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "large.nii.gz").read_bytes()[:200])
-    assert "cut.nii.gz" in refused(trained, "cut.nii.gz")
+    refused(trained, "cut.nii.gz", "cut.nii.gz")
     write_stack(tmp_path / "fine.nii.gz", 3)
     write_labels(tmp_path / "four.csv", [0, 1, 2, 0])
-    assert "four.csv: has 4 rows for the 3 images" in refused(trained, "fine.nii.gz", "--labels", "four.csv")
+    refused(trained, "fine.nii.gz", "four.csv: has 4 rows for the 3 images", labels="four.csv")
     write_labels(tmp_path / "high.csv", [0, 1, 3])
-    assert "has the Label 3, but the model knows 3 classes: 0 CN, 1 AD, 2 MCI" in refused(trained, "fine.nii.gz", "--labels", "high.csv")
+    refused(trained, "fine.nii.gz", "has the Label 3, but the model knows 3 classes: 0 CN, 1 AD, 2 MCI", labels="high.csv")
     write_labels(tmp_path / "labels.csv", [0, 1, 2])
     (tmp_path / "classes.json").write_text(json.dumps({"AD": 0, "CN": 1, "MCI": 2}))
-    assert "number them alike" in refused(trained, "fine.nii.gz")
-    diffusion = {"model": "diffusion", "strategy": "rflow", "mode": "seg", **next(iter(model_examples("diffusion").values()))}
-    assert "does not tell classes apart" in refused(write_checkpoint(tmp_path / "other", diffusion, ()), "fine.nii.gz")
+    refused(trained, "fine.nii.gz", "number them alike")
+    diffusion = {"model": "diffusion", **next(iter(model_examples("diffusion").values()))}
+    refused(write_checkpoint(tmp_path / "other", diffusion, ()), "fine.nii.gz", "does not tell classes apart")
     (trained / "state.json").write_text("{}")
-    assert "this checkpoint cannot be used: state.json" in refused(trained, "fine.nii.gz")
-    assert "no such run" in refused("nobody", "fine.nii.gz")
-    (tmp_path / "classes.json").unlink()
+    refused(trained, "fine.nii.gz", "this checkpoint cannot be used: state.json")
+    refused("nobody", "fine.nii.gz", "no such run")
     (tmp_path / "there").mkdir()
-    assert "there exists; name a new folder" in refused(trained, "fine.nii.gz", "--out", "there")
+    assert "there exists; name a new folder" in medgen("classify", trained, "fine.nii.gz", "--out", "there", expect=2).stderr
 
 
 def model_examples(family: str) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,57 @@
-"""How well probabilities of classes tell images apart: AUC, accuracy, confusion, calibration. Used by the classify verb and by run.py.
+"""A trained model as a classifier, and how well it tells images apart: AUC, accuracy, confusion, calibration. Used by classify.py and run.py.
 
 Intervals resample whole subjects. Labels are int64 [n], probabilities float [n, classes] whose rows sum to 1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from medgen import spec
+from medgen.checkpoint import Checkpoint
 from medgen.classification import area_under_curve
+from medgen.errors import InputError
 from medgen.evaluate import intervals
 from medgen.evaluate.intervals import COVERAGE_PERCENTILES, FEWEST_GROUPS, REPLICATES
+from medgen.models.base import DataShape, Model
+from medgen.training import trained_model
 
+BATCH = 64
 BINS = 10  # of confidences
 STREAM = "classification"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with the weights of a checkpoint. `channels`: what its images hold."""
+
+    found: Checkpoint
+    model: Model
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    device: torch.device
+
+    def predict(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Probabilities of the classes, float64 [n, classes]; images by channel, float32 [n, h, w] in [0, 1]."""
+        count, parts = len(images[self.channels[0]]), []
+        for start in range(0, count, BATCH):
+            block = {name: torch.from_numpy(images[name][start : start + BATCH])[:, None].to(self.device) for name in self.channels}
+            parts.append(self.model.classify(block).double().cpu().numpy())
+        return np.concatenate(parts)
+
+
+def load(found: Checkpoint) -> Classifier:
+    """Raises InputError if its model tells no classes apart."""
+    state = found.state()
+    config = spec.family_config(state["config"])
+    if not config.classifies:
+        raise InputError(f"{found.folder}: its model ({state['config']['model']}) does not tell classes apart")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]))
+    return Classifier(found, trained_model(found, state["config"]["model"], config, shape, device), shape.channels, shape.classes, device)
 
 
 @dataclass(frozen=True)
