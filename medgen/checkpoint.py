@@ -223,6 +223,14 @@ def problem_with(folder: Path) -> str | None:
     return None
 
 
+def open_verified(folder: Path) -> Checkpoint:
+    """The one in this folder. Raises InputError if it does not verify."""
+    problem = problem_with(folder)
+    if problem is not None:
+        raise InputError(f"{folder}: this checkpoint cannot be used: {problem}")
+    return _open(folder)
+
+
 def _open(folder: Path) -> Checkpoint:
     """One that `problem_with` has nothing to say against."""
     return Checkpoint(**vars(commits.read(folder)))
@@ -255,18 +263,16 @@ def set_aside_newer(folder: Path, good: Checkpoint) -> None:
 
 
 def select(folder: Path, selector: str, say: Callable[[str], None]) -> Checkpoint:
-    """`last`, or `best-<metric>`; verified. Raises MedgenError if there is none, InputError for an unknown metric."""
+    """`last`, `last-<phase>` or `best-<metric>`; verified. Raises MedgenError if there is none, InputError for an unknown one."""
     if selector == "last":
         chosen = newest(folder, say)
         if chosen is None:
             raise MedgenError(f"{folder}: no checkpoint yet; train first")
         return chosen
-    metric = selector.removeprefix("best-")
-    best = commits.best(commits.committed(folder))
-    if metric not in best:
-        known = [f"best-{name}" for name in best]
-        raise InputError(f"checkpoint: {selector}: no checkpoint has this metric; use one of: {', '.join(['last', *known])}")
-    path = best[metric].folder
+    best = _by_selector(folder)
+    if selector not in best:
+        raise InputError(f"checkpoint: {selector}: there is none; use one of: {', '.join(['last', *best])}")
+    path = best[selector].folder
     problem = problem_with(path)
     if problem is not None:
         raise MedgenError(f"{path}: the {selector} checkpoint cannot be used: {problem}; choose another with checkpoint: last")
@@ -274,9 +280,13 @@ def select(folder: Path, selector: str, say: Callable[[str], None]) -> Checkpoin
 
 
 def selectable(folder: Path, say: Callable[[str], None]) -> dict[str, Checkpoint]:
-    """What every selector stands for now: `last`, and `best-<metric>` for every metric there is."""
-    metrics = commits.best(commits.committed(folder))
-    return {selector: select(folder, selector, say) for selector in ["last", *(f"best-{name}" for name in metrics)]}
+    """What every selector stands for now: `last`, and one for every metric there is."""
+    return {selector: select(folder, selector, say) for selector in ["last", *_by_selector(folder)]}
+
+
+def _by_selector(folder: Path) -> dict[str, Commit]:
+    best = commits.best(commits.committed(folder))
+    return {f"last-{name.removeprefix(commits.LAST)}" if name.startswith(commits.LAST) else f"best-{name}": found for name, found in best.items()}
 
 
 def prune(folder: Path, keep: int) -> list[Path]:

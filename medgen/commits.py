@@ -16,6 +16,7 @@ from medgen import files
 
 FORMAT_VERSION = 2
 COMMIT = "commit.json"
+LAST = "last_"  # begins the name of a metric that is the step itself: the best by it is the last of a phase
 STATE = "state.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 SET_ASIDE = "bad-step-*"

@@ -237,14 +237,29 @@ class StageSpec(Frozen):
 
 
 class TrainStage(StageSpec):
-    """`segments`: into how many time limits the training may be cut; it saves before each and goes on after it.
+    """`repeat`: another train stage, instead of a configuration: what it chose by the val split is trained again, on train and
+    val together, each phase for as many epochs as its best checkpoint had there. `config` is then that stage's.
+
+    `segments`: into how many time limits the training may be cut; it saves before each and goes on after it.
 
     None: into as many as it takes, for as long as it progresses."""
 
     kind: Literal["train"]
-    config: dict[str, Any]
+    config: dict[str, Any] = {}
+    repeat: StageName | None = None
     segments: int | None = Field(None, ge=1)
     launcher: Literal["srun", "torchrun"] = "srun"  # one srun task per GPU, or one torchrun agent per node
+
+    @model_validator(mode="after")
+    def _config_or_repeat(self) -> TrainStage:
+        if self.repeat is None and not self.config:
+            raise ValueError("config is missing: a YAML file, or its keys; or repeat: another train stage")
+        if self.repeat is not None and self.config:
+            raise ValueError(f"config has no effect beside repeat: {self.repeat}, which trains with that stage's; remove one of them")
+        return self
+
+    def inputs(self) -> list[str]:
+        return [*self.needs, *([self.repeat] if self.repeat is not None else [])]
 
 
 class Accept(Frozen):
@@ -261,7 +276,7 @@ class GenerateStage(StageSpec):
     count: int = Field(ge=1)
     per_class: list[int] | None = None  # images of each class, in the order of the classes; default: as equal as count allows
     condition: str | None = None  # a generate stage of masks, or a split of the real data
-    checkpoint: str = "last"  # last | best-val | best-<metric>
+    checkpoint: str = "last"  # last | last-<phase> | best-val | best-<metric>
     sampling: dict[str, Any] = {}  # checked by the model family
     chunk: int = Field(16, ge=1)  # images drawn together; fixed, so that bytes do not depend on shards
     shards: int = Field(1, ge=1, le=1_000_000)
@@ -272,9 +287,9 @@ class GenerateStage(StageSpec):
     @field_validator("checkpoint")
     @classmethod
     def _known_selector(cls, value: str) -> str:
-        if value == "last" or re.fullmatch(r"best-[a-z0-9_]+", value):
+        if value == "last" or re.fullmatch(r"(best|last)-[a-z0-9_]+", value):
             return value
-        raise ValueError(f"write last, best-val or best-<metric>, got {value!r}")
+        raise ValueError(f"write last, last-<phase>, best-val or best-<metric>, got {value!r}")
 
     @model_validator(mode="before")
     @classmethod
@@ -461,8 +476,11 @@ def check(spec_document: Document) -> Spec:
     for name, stage in spec.stages.items():
         if name in RESERVED_STAGE_NAMES or name.startswith("collect_"):
             raise spec_document.error(("stages", name), "this name is used inside the run folder; choose another")
-        if isinstance(stage, TrainStage):
+        if isinstance(stage, TrainStage) and stage.repeat is None:
             _check_config(spec, spec_document, name)
+    for name, stage in spec.stages.items():
+        if isinstance(stage, TrainStage) and stage.repeat is not None:
+            _take_config(spec, spec_document, name, stage.repeat, stage.config)
     for name, stage in spec.stages.items():
         _check_references(spec, spec_document, name, stage)
     _check_cycles(spec, spec_document)
@@ -516,6 +534,18 @@ def _check_config(spec: Spec, spec_document: Document, name: str) -> None:
     resolved = {"model": config["model"], **checked.model_dump(mode="json")}
     spec.stages[name].config.clear()  # type: ignore[union-attr]
     spec.stages[name].config.update(resolved)  # type: ignore[union-attr]
+
+
+def _take_config(spec: Spec, spec_document: Document, name: str, repeated: str, config: dict[str, Any]) -> None:
+    """Fill in the configuration of the stage that is repeated."""
+    source = spec.stages.get(repeated)
+    path = ("stages", name, "repeat")
+    if not isinstance(source, TrainStage):
+        trains = ", ".join(other for other, stage in spec.stages.items() if isinstance(stage, TrainStage) and other != name)
+        raise spec_document.error(path, f"{repeated} is no train stage; name one of: {trains or 'none is there'}")
+    if source.repeat is not None:
+        raise spec_document.error(path, f"{repeated} repeats {source.repeat} itself; name a stage with a config")
+    config.update(source.config)
 
 
 def _with_prefix(message: str, prefix: str) -> str:

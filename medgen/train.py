@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -58,6 +58,7 @@ class Training:
     rows: np.ndarray
     val_rows: np.ndarray
     model: Model
+    phases: list[Phase]
     context: Context
     clock: Clock = field(default_factory=Clock)
     grace_looked_at: bool = False
@@ -68,7 +69,7 @@ class Training:
 
     @property
     def phase(self) -> Phase:
-        return self.model.phases()[self.clock.phase]
+        return self.phases[self.clock.phase]
 
     @property
     def store(self) -> SliceStore:
@@ -123,13 +124,13 @@ def _run(training: Training, log: TrainingLog | None) -> None:
     activity, stragglers = work.activity, Stragglers()
     context.take_own_seconds()  # of what came before
 
-    for number, phase in enumerate(model.phases()):
+    for number, phase in enumerate(training.phases):
         if number < clock.phase:
             continue  # finished before this attempt
         clock.phase = number
         samples = len(training.rows)
         context.steps_per_epoch = samples / phase.batch_size
-        phase_end = clock.phase_start_step + math.ceil(phase.epochs * samples / phase.batch_size)
+        phase_end = clock.phase_start_step + _steps_in(phase, samples)
         validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
 
         while clock.step < phase_end:
@@ -197,26 +198,47 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     data = spec.DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     positive_only = config.trains_positive_only(data)
-    rows = store.select("train", positive_only)
-    val_rows = _evenly(_select_or_empty(store, "val", positive_only), config.loop.validate_samples)
-    if len(val_rows) == 0:
+    rows, val_rows = store.select("train", positive_only), _select_or_empty(store, "val", positive_only)
+    repeated: str | None = work.stage.settings["repeat"]
+    if repeated is not None:
+        rows, val_rows = np.sort(np.concatenate([rows, val_rows])), val_rows[:0]
+    elif len(val_rows) == 0:
         work.say("no validation slices: best-val will not exist; give the data a val split to have it")
+    val_rows = _evenly(val_rows, config.loop.validate_samples)
     model = build_model(work.stage.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, work.stage.name)
-    stores = {store.size: store, **{phase.size: _of_size(work, data, phase.size, store) for phase in model.phases() if phase.size != store.size}}
+    phases = model.phases() if repeated is None else _repeated_phases(work, repeated, model)
+    stores = {store.size: store, **{phase.size: _of_size(work, data, phase.size, store) for phase in phases if phase.size != store.size}}
     for module in model.modules().values():
         module.to(ranks.device)
     relief = work.run.read_relief(work.stage.name, work.task.shard)
     if relief.micro_batch_divisor > 1:
         work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
     context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor, work.activity)
-    problem = planning.uneven_batch((phase.batch_size for phase in model.phases()), ranks.world_size)
+    problem = planning.uneven_batch((phase.batch_size for phase in phases), ranks.world_size)
     if problem is not None:
         raise InputError(f"{work.stage.name}: a batch of {problem}")
-    for phase in model.phases():
-        context.total_steps += math.ceil(phase.epochs * len(rows) / phase.batch_size)
+    context.total_steps = sum(_steps_in(phase, len(rows)) for phase in phases)
     work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
              f"{'bf16 autocast' if context.use_bf16 else 'float32'}")
-    return Training(work, ranks, config, stores, rows, val_rows, model, context)
+    return Training(work, ranks, config, stores, rows, val_rows, model, phases, context)
+
+
+def _repeated_phases(work: Work, repeated: str, model: Model) -> list[Phase]:
+    """Each for as many epochs as the best checkpoint of the other stage had then. Raises InputError if that stage chose nothing."""
+    work.require(repeated)
+    outcome = work.run.read_outcome(repeated, 0)
+    best: dict[str, float] = outcome.facts["best_epochs"] if outcome is not None else {}
+    chosen = [phase for phase in model.phases() if phase.epochs > 0]
+    unknown = [phase.name for phase in chosen if phase.name not in best]
+    if unknown:
+        raise InputError(f"repeat: {repeated} has no best epoch of its phase {unknown[0]}: it had no val split to choose by; give the data one")
+    for phase in chosen:
+        work.say(f"{phase.name}: {best[phase.name]:g} epochs, as many as the best checkpoint of {repeated} had; on train and val together")
+    return [replace(phase, epochs=best[phase.name] if phase.epochs > 0 else 0.0, select=None) for phase in model.phases()]
+
+
+def _steps_in(phase: Phase, samples: int) -> int:
+    return math.ceil(phase.epochs * samples / phase.batch_size)
 
 
 def shape_of(config: FamilyConfig, store: SliceStore) -> DataShape:
@@ -307,13 +329,24 @@ def _scores(training: Training, mine: dict[int, dict[str, torch.Tensor]]) -> dic
 def _metrics(training: Training, values: dict[str, float]) -> dict[str, dict[str, Any]]:
     """What checkpoints may be selected by: the validation loss, and the model's own scores late enough in a phase."""
     better = {"loss": "lower", **(training.model.selection_metrics if training.context.phase_progress >= training.phase.select_from else {})}
-    return {_of_phase(training, name): {"value": values[f"val_{name}"], "better": better[name]} for name in better if f"val_{name}" in values}
+    return {_of_phase(training, training.phase, name): {"value": values[f"val_{name}"], "better": better[name]} for name in better if f"val_{name}" in values}
 
 
-def _of_phase(training: Training, score: str) -> str:
+def _of_phase(training: Training, phase: Phase, score: str) -> str:
     """The name of a metric in checkpoints: with the phase's if there are several, as what is good at one size says nothing of another."""
     name = "val" if score == "loss" else score
-    return f"{name}_{training.phase.name}" if len(training.model.phases()) > 1 else name
+    return f"{name}_{phase.name}" if len(training.phases) > 1 else name
+
+
+def _best_epochs(training: Training) -> dict[str, float]:
+    """How many epochs each phase had behind it at its best checkpoint, by what it selects by, else by the validation loss."""
+    known, found, start_step = commits.best(commits.committed(training.folder)), dict[str, float](), 0
+    for phase in training.phases:
+        name = _of_phase(training, phase, phase.select or "loss")
+        if name in known:
+            found[phase.name] = (known[name].step - start_step) * phase.batch_size / len(training.rows)
+        start_step += _steps_in(phase, len(training.rows))
+    return found
 
 
 def _go_back_to_best(training: Training) -> None:
@@ -321,13 +354,13 @@ def _go_back_to_best(training: Training) -> None:
     phase = training.phase
     if phase.select is None or not len(training.val_rows):
         return
-    name = _of_phase(training, phase.select)
+    name = _of_phase(training, phase, phase.select)
     found = dist.on_main(lambda: _best_by(training, name), training.ranks)
     if found is None or found.step == training.clock.step:
         return
     training.work.say(f"{phase.name}: step {found.step} is the best-{name} of this phase; going on from there")
     _load_weights(training, found)
-    if phase == training.model.phases()[-1]:
+    if phase == training.phases[-1]:
         _save(training, {})
 
 
@@ -382,7 +415,8 @@ def _identity(training: Training) -> dict[str, Any]:
     """What must be equal for a checkpoint to continue this training."""
     work = training.work
     config = {key: value for key, value in work.stage.settings["config"].items() if key != "loop"}
-    return {"config": config, "seed": work.plan.seed, "data": training.store.fingerprint, "size": training.store.size}
+    epochs = {phase.name: phase.epochs for phase in training.phases}  # a stage that repeats another one has that one's
+    return {"config": config, "seed": work.plan.seed, "data": training.store.fingerprint, "size": training.store.size, "epochs": epochs}
 
 
 def _save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
@@ -391,7 +425,11 @@ def _save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     started, keep = time.monotonic(), training.config.loop.keep
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
-    state = {**_identity(training), "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
+    classes = shape_of(training.config, training.store).classes  # for whoever has this checkpoint and not the data
+    state = {**_identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
+    selects = training.phase.select is not None and len(training.val_rows) > 0  # then its best is kept, else its last
+    if not selects and len(training.phases) > 1:
+        metrics = {**metrics, f"{commits.LAST}{training.phase.name}": {"value": clock.step, "better": "higher"}}
     if ranks.is_main:
         checkpoint.prune(training.folder, keep)
     checkpoint.save(training.folder, clock.step, objects, state, metrics, ranks)
@@ -426,6 +464,10 @@ def _resume(training: Training) -> None:
     if found is None:
         for line in training.model.describe(training.context.total_steps):
             training.work.say(line)
+        if training.phases[-1].select is not None and len(training.val_rows):
+            training.work.say(f"each phase hands on its best checkpoint by {training.phases[-1].select} on the val split")
+        if training.config.start_from is not None:
+            _start_from(training, training.config.start_from)
         return
     state = found.state()
     _load_weights(training, found)
@@ -434,11 +476,31 @@ def _resume(training: Training) -> None:
     training.work.say(f"resuming from {found.folder} (step {found.step} of {training.context.total_steps})")
 
 
+def _start_from(training: Training, folder: Path) -> None:
+    """Take over the weights of another training, and save them here: from now on nothing depends on that folder."""
+    found = dist.on_main(lambda: checkpoint.open_verified(folder), training.ranks)
+    there, here = found.state()["config"]["model"], training.work.stage.settings["config"]["model"]
+    if there != here:
+        raise InputError(f"start_from: {folder} is a checkpoint of the model {there}, not {here}")
+    try:
+        _load_weights(training, found)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"start_from: {folder} is of a network of another shape: {str(error).splitlines()[-1].strip()}; its config: {found.folder / commits.STATE}") from None
+    training.model.check_start()
+    training.work.say(f"starting from {folder} (its step {found.step})" + ("" if _has_optimizers(found) else "; it has no optimizers, which begin anew"))
+    _save(training, {})
+
+
+def _has_optimizers(found: Checkpoint) -> bool:
+    """One that was converted from another system's weights may have none."""
+    return any(name.startswith("optimizers.") for name in found.files)
+
+
 def _load_weights(training: Training, found: Checkpoint) -> None:
     """And what the optimizers remember."""
     for name, module in training.model.modules().items():
         module.load_state_dict(found.tensors(f"modules.{name}", like=module.state_dict()))
-    for name, optimizer in training.model.optimizers().items():
+    for name, optimizer in training.model.optimizers().items() if _has_optimizers(found) else ():
         optimizer.load_state_dict(found.tensors(f"optimizers.{name}", like=checkpoint.layout_of(optimizer)))
 
 
@@ -461,7 +523,8 @@ def _newest_alone(training: Training) -> Checkpoint | None:
 
 def check_identity(found: Checkpoint, state: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise InputError naming what differs between a checkpoint and what it is wanted for."""
-    for key, meaning in (("config", "another model configuration"), ("data", "other data"), ("size", "another image size"), ("seed", "another seed")):
+    for key, meaning in (("config", "another model configuration"), ("data", "other data"), ("size", "another image size"), ("seed", "another seed"),
+                         ("epochs", "other numbers of epochs")):
         if key in expected and state.get(key) != expected[key]:
             raise InputError(f"{found.folder}: this checkpoint is of {meaning}; use the run it belongs to, or another name for this one"
                              + _difference(state.get(key), expected[key]))
@@ -491,6 +554,7 @@ def _finish(training: Training) -> Done:
         "training_slices": len(training.rows),
         "data": training.store.fingerprint,
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
+        "best_epochs": _best_epochs(training),
     }
     folders = {found.folder: found for found in chosen.values()}
     produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]

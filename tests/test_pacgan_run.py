@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,63 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
     assert small.shape[:2] == (8, 8) and small.header.get_zooms()[:2] == (2.0, 2.0), "the same field of view in fewer pixels"
 
 
+def test_what_was_chosen_is_trained_again_on_train_and_val(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
+    """The published VALIDATE, then TESTING with the best epochs. Smaller sizes can be drawn from the end of their phase."""
+    images = {"kind": "generate", "from": "final", "count": 2, "checkpoint": "last-8px"}
+    stages = {"final": {"kind": "train", "repeat": "train", "resources": {"cpus": 1}}, "smaller": images}
+    medgen("submit", write_spec(spec_of(cohort, "again", **stages)), "--local")
+    run = only_run(tmp_path, "again")
+    search, final = (json.loads((run / "outcome" / f"{name}.0.json").read_text())["facts"] for name in ("train", "final"))
+    assert final["training_slices"] == 48 and search["training_slices"] == 36
+    commits = [json.loads(path.read_text()) for path in (run / "train" / "ckpt").glob("step-*/commit.json")]
+    per_phase = search["steps"] // len(SIZES)
+    steps = 0
+    for phase, size in enumerate(SIZES):
+        name = f"auc_{size}px"
+        scored = sorted((-commit["metrics"][name]["value"], commit["step"]) for commit in commits if name in commit["metrics"])
+        assert search["best_epochs"][f"{size}px"] == (scored[0][1] - phase * per_phase) * 8 / 36, "of the earliest of the best"
+        steps += math.ceil(search["best_epochs"][f"{size}px"] * 48 / 8)
+    assert final["steps"] == steps
+    assert set(final["checkpoints"]) == {"last", "last-4px", "last-8px", "last-16px"}, "nothing is chosen where nothing is held out"
+    (small,) = (run / "smaller" / "dataset" / "images").glob("000000/image.nii.gz")
+    assert nibabel.load(small).shape[:2] == (8, 8)
+
+
+def test_a_training_goes_on_from_another_ones_size(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
+    """The published LOAD_MODEL with START_TRAIN_AT_IMG_SIZE; with nothing left to train the weights are taken over as they are."""
+    medgen("submit", write_spec(spec_of(cohort, "first")), "--local")
+    first = only_run(tmp_path, "first")
+    commits = [json.loads(path.read_text()) | {"folder": path.parent} for path in (first / "train" / "ckpt").glob("step-*/commit.json")]
+    grown = max((commit for commit in commits if "auc_8px" in commit["metrics"]), key=lambda commit: (commit["metrics"]["auc_8px"]["value"], -commit["step"]))["folder"]
+
+    spec = spec_of(cohort, "second")
+    spec["stages"]["train"]["config"] = {**NET, "epochs": [0, 0, 2], "start_from": str(grown)}
+    medgen("submit", write_spec(spec), "--local")
+    whole, second = weights(first), weights(only_run(tmp_path, "second"))
+    last_phase = (json.loads((first / "outcome" / "train.0.json").read_text())["facts"]["steps"]) // len(SIZES)
+    assert json.loads((only_run(tmp_path, "second") / "outcome" / "train.0.json").read_text())["facts"]["steps"] == last_phase
+    assert whole.keys() == second.keys()
+    for name, state in whole.items():
+        torch.testing.assert_close(second[name], state, rtol=0, atol=0, msg=f"{name}: the same as if it had never been left")
+
+    spec["name"], spec["stages"]["train"]["config"]["epochs"] = "third", [0, 0, 0]
+    medgen("submit", write_spec(spec), "--local", expect=1)
+    cause = json.loads((only_run(tmp_path, "third") / "outcome" / "train.0.json").read_text())["cause"]
+    assert "start_from: it is grown to 8 px, but epochs has 0 for the sizes up to 16 px; give 16 px and what follows their epochs" in cause
+    spec["name"], spec["stages"]["train"]["config"]["start_from"] = "fourth", str(max((first / "train" / "ckpt").glob("step-*")))
+    medgen("submit", write_spec(spec), "--local")
+    fourth = weights(only_run(tmp_path, "fourth"))
+    for name, state in whole.items():
+        torch.testing.assert_close(fourth[name], state, rtol=0, atol=0, msg=name)
+
+    spec["name"], spec["stages"]["train"]["config"]["in_channels"] = "fifth", 16
+    medgen("submit", write_spec(spec), "--local", expect=1)
+    cause = json.loads((only_run(tmp_path, "fifth") / "outcome" / "train.0.json").read_text())["cause"]
+    assert "is of a network of another shape" in cause and "Traceback" not in cause
+    spec["stages"]["train"]["config"]["start_from"] = "elsewhere"
+    assert "elsewhere is no checkpoint; name a folder such as" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+
+
 def test_cut_anywhere_it_gives_the_same_bits(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path, environment: dict[str, str]) -> None:
     """Killed in the first phase, in the middle of a fade-in, and at the end of a phase before its best was taken up."""
     medgen("submit", write_spec(spec_of(cohort, "whole")), "--local")
@@ -124,7 +182,8 @@ def test_cut_anywhere_it_gives_the_same_bits(tmp_path: Path, medgen: Medgen, wri
     [
         ({"batch_sizes": [8, 8]}, "batch_sizes has 2 entries, factors has 3"), ({"std_group": 3}, "8 at 4 px is no multiple of std_group: 3"),
         ({"factors": [1, 0.3, 1]}, "0.3 x in_channels 8 is 2.4 channels at 8 px"), ({"factors": [1, 1]}, "end at 8 px, but data.size is 16"),
-        ({"select": False}, "select_from has no effect with select: false"), ({"epochs": 0}, "epochs: 0 is not above 0"), ({"channels": ["t1"]}, "needs data.images.t1; the data have: image"),
+        ({"select": False}, "select_from has no effect with select: false"), ({"epochs": 0}, "epochs: 0 at 4 px leaves that size to start_from, which is not given"),
+        ({"epochs": [1, 0, 1], "start_from": "elsewhere"}, "only the first sizes can be left to start_from"), ({"channels": ["t1"]}, "needs data.images.t1; the data have: image"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_its_name(medgen: Medgen, write_spec: WriteSpec, cohort: Path, change: dict[str, Any], words: str) -> None:

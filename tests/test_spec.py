@@ -72,7 +72,7 @@ MISTAKES = [
     ("count: 8", "count: 8, sampling: {sampler: euler}", "sampler: 'euler' does not fit strategy ddpm; use one of: ddpm, ddim"),
     ("count: 8", "count: 8, sampling: {stps: 3}", "unknown key 'stps'"),
     ("count: 8", "count: 8, sampling: {eta: 0.5}", "eta has no effect with the ddpm sampler"),
-    ("count: 8", "count: 8, checkpoint: best", "write last, best-val or best-<metric>"),
+    ("count: 8", "count: 8, checkpoint: best", "write last, last-<phase>, best-val or best-<metric>"),
     ("of: images", "of: images, metrics: [fid9]", "unknown metric 'fid9'"),
     ("gpus: 1", "gpus: 1, gpus_per_node: 1", "gpus and gpus_per_node both given"),
     ("gpus: 1", "gpus: 1, processes: 2", "processes is for runs without GPUs"),

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from medgen import document, files, plan, planning, redact, rundir, site, spec
+from medgen import commits, document, files, plan, planning, redact, rundir, site, spec
 from medgen.errors import InputError, MedgenError
 from medgen.launch import nodes, snapshot
 from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
@@ -95,9 +95,12 @@ def _plan_before(run: RunDir) -> Plan | None:
 def check_data(checked: spec.Spec) -> str:
     """Look at every file's header before anything is queued; returns one line about the data.
 
-    Raises InputError for unusable files, or if a stage names a split that has no patients."""
+    Raises InputError for unusable files, if a stage names a split that has no patients, or a checkpoint that is none."""
     from medgen.data.index import check_headers
 
+    for name, stage in checked.stages.items():
+        if isinstance(stage, spec.TrainStage):
+            _check_start(name, spec.family_config(stage.config).start_from)
     if checked.data is None:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
@@ -109,6 +112,16 @@ def check_data(checked: spec.Spec) -> str:
                 have = ", ".join(f"{count} {known}" for known, count in report.patients.items())
                 raise InputError(f"stages.{name} uses the {split} split, which has no patients; the data have: {have}")
     return report.text()
+
+
+def _check_start(name: str, start_from: Path | None) -> None:
+    if start_from is None:
+        return
+    try:
+        commits.read(start_from)
+    except (OSError, ValueError):
+        raise InputError(f"stages.{name}.config.start_from: {start_from} is no checkpoint; name a folder such as runs/<run>/<stage>/ckpt/step-001000, "
+                         f"which holds a {commits.COMMIT}") from None  # fmt: skip
 
 
 def create(prepared: Prepared) -> list[str]:
@@ -198,7 +211,7 @@ def spec_yaml(checked: spec.Spec) -> str:
     record = _without_none(checked.model_dump(mode="json", by_alias=True))
     for name, stage in checked.stages.items():
         if isinstance(stage, spec.TrainStage):
-            record["stages"][name]["config"] = stage.config  # null is a value there
+            record["stages"][name]["config"] = stage.config if stage.repeat is None else {}  # null is a value there
     return yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -174,6 +174,10 @@ class Model(ABC):
     @abstractmethod
     def phases(self) -> list[Phase]: ...
 
+    def check_start(self) -> None:
+        """Raise InputError if weights of another training, which were loaded now, are not what this one can go on from."""
+        return
+
     @abstractmethod
     def step(self, batch: Batch, context: StepContext) -> StepReport:
         """One optimizer update of the main network, with whatever passes the family needs around it."""

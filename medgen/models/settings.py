@@ -4,9 +4,12 @@ A family's config.py defines `Config(FamilyConfig)`; medgen/spec.py checks it an
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from medgen.names import absolute
 
 if TYPE_CHECKING:
     from medgen.spec import DataSpec
@@ -38,6 +41,13 @@ class FamilyConfig(Settings):
     """Base of every family's Config. Properties tell the planner what the model eats and makes."""
 
     loop: LoopSettings = LoopSettings()
+    start_from: Path | None = None  # a checkpoint's folder, step-...: its weights (and optimizers, if it has them) instead of fresh ones
+
+    @field_validator("start_from")
+    @classmethod
+    def _start_counts_from_here(cls, value: Path | None) -> Path | None:
+        """Absolute, so that the run goes on from any folder."""
+        return absolute(value) if value is not None else None
 
     @property
     def output_kind(self) -> Literal["image", "mask"]:

@@ -34,7 +34,7 @@ class Config(FamilyConfig):
     latent: int = Field(512, ge=1)
     embedding: int = Field(3, ge=1)  # numbers that stand for a class beside the latent ones
 
-    epochs: tuple[float, ...]
+    epochs: tuple[float, ...]  # 0: that size is left to start_from
     batch_sizes: tuple[int, ...]  # global: over all GPUs and accumulation steps
     critic_iterations: tuple[int, ...]  # critic updates per generator update, on the same real images
     fade_share: float = Field(0.5, gt=0, le=1)  # of a phase, in which the new layers are blended in
@@ -66,8 +66,9 @@ class Config(FamilyConfig):
             entries = getattr(self, name)
             if len(entries) != len(self.factors):
                 raise ValueError(f"{name} has {len(entries)} entries, factors has {len(self.factors)}; give one per phase, or one number for all")
-            if min(entries) <= 0:
+            if min(entries) <= 0 and name != "epochs":
                 raise ValueError(f"{name}: {min(entries):g} is not above 0")
+        self._check_epochs()
         for size, factor in zip(self.sizes, self.factors, strict=True):
             width = self.in_channels * factor
             if width < 1 or not math.isclose(width, round(width)):
@@ -79,6 +80,15 @@ class Config(FamilyConfig):
         if not self.select and "select_from" in self.model_fields_set:
             raise ValueError("select_from has no effect with select: false; remove it")
         return self
+
+    def _check_epochs(self) -> None:
+        """A 0 says that start_from has that size behind it, which can only be true of the first sizes."""
+        if min(self.epochs) < 0:
+            raise ValueError(f"epochs: {min(self.epochs):g} is below 0")
+        if 0 in self.epochs and self.start_from is None:
+            raise ValueError(f"epochs: 0 at {self.sizes[self.epochs.index(0)]} px leaves that size to start_from, which is not given; name a checkpoint grown that far")
+        if 0 in self.epochs[self.done_phases :]:
+            raise ValueError(f"epochs: {list(self.epochs)}: only the first sizes can be left to start_from, and each later one needs epochs above 0")
 
     def _check_groups(self, group: int) -> None:
         for size, batch_size in zip(self.sizes, self.batch_sizes, strict=True):
@@ -95,6 +105,11 @@ class Config(FamilyConfig):
     def sizes(self) -> tuple[int, ...]:
         """Pixels per side of every phase."""
         return tuple(FIRST_SIZE * 2**level for level in range(len(self.factors)))
+
+    @property
+    def done_phases(self) -> int:
+        """How many phases start_from has behind it."""
+        return next((level for level, epochs in enumerate(self.epochs) if epochs > 0), len(self.epochs))
 
     @property
     def widths(self) -> list[int]:

@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medgen.errors import InputError
 from medgen.models.base import (
     Batch,
     DataShape,
@@ -71,6 +72,12 @@ class Model(Family):
             Phase(f"{size}px", epochs, batch_size, size, "auc" if config.select else None, config.select_from)
             for size, epochs, batch_size in zip(config.sizes, config.epochs, config.batch_sizes, strict=True)
         ]
+
+    def check_start(self) -> None:
+        done, grown = self.config.done_phases, int(self.grown.level)
+        if grown < done - 1:
+            raise InputError(f"start_from: it is grown to {self.config.sizes[grown]} px, but epochs has 0 for the sizes up to {self.config.sizes[done - 1]} px; "
+                             f"give {self.config.sizes[grown + 1]} px and what follows their epochs")  # fmt: skip
 
     def step(self, batch: Batch, context: StepContext) -> StepReport:
         """Some updates of the critic on the same real images, then one of the generator."""
@@ -156,7 +163,7 @@ class Model(Family):
         config = self.config
         return [
             f"{self.classes} classes, {config.sizes[0]} to {config.sizes[-1]} px, generator {count_parameters(self.generator):,} parameters, "
-            f"critic {count_parameters(self.critic):,}; each phase goes on from its {'best epoch by AUC' if config.select else 'last epoch'}"
+            f"critic {count_parameters(self.critic):,}"
         ]
 
 
