@@ -208,6 +208,13 @@ def test_data_that_do_not_fit(medgen: Medgen, write_spec: WriteSpec, cohort: Pat
     assert words in told, told
 
 
+def test_a_training_that_selects_nothing_is_planned(medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
+    """Its resolved configuration holds the default of select_from, which then says nothing."""
+    spec = spec_of(cohort, "straight", images={"kind": "generate", "from": "train", "count": 2})
+    spec["stages"]["train"]["config"] = {key: value for key, value in NET.items() if key != "select_from"} | {"select": False}
+    medgen("submit", write_spec(spec), "--local", "--dry-run")
+
+
 def test_classes_are_counted_in_their_order(medgen: Medgen, write_spec: WriteSpec, cohort: Path, tmp_path: Path) -> None:
     images = {"kind": "generate", "from": "train", "per_class": [1, 1, 1]}
     medgen("submit", write_spec(spec_of(cohort, "three", images=images)), "--local", expect=1)
