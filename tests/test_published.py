@@ -7,34 +7,30 @@ import json
 import math
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from test_pacgan_run import write_side
+from test_structure import HEAVY
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medgen import checkpoint, spec
+from medgen.data.image_files import read_slice
 from medgen.errors import InputError
 from medgen.importing import run_import
+from medgen.models.base import SampleNoise
 from medgen.models.pacgan.networks import Critic, Generator
 from medgen.published.expressions import ExpressionError, evaluate
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 # every option of its README, with the defaults that stand there
-DEFAULT: dict[str, Any] = {
-    "DATA_TRAIN_DIRECTORY": "data/ADNI/ADNI_train/", "LABEL_TRAIN_DIRECTORY": "data/ADNI/ADNI_train/labels.csv",
-    "DATA_TEST_DIRECTORY": "data/ADNI/ADNI_test/", "LABEL_TEST_DIRECTORY": "data/ADNI/ADNI_test/labels.csv",
-    "IMAGE_DIRECTORY": "saved_images/PACGAN", "MODEL_DIRECTORY": "saved_models/PACGAN", "IMAGE_CHANNELS": 1, "CLASS_SIZE": 2,
-    "IN_CHANNELS": 512, "FACTORS": "[1, 1, 1/2, 1/4, 1/8, 1/16, 1/32]", "PROGRESSIVE_EPOCHS": "100*len(FACTORS)", "LEARNING_RATE": "1e-3",
-    "BATCH_SIZES": "[32, 32, 32, 16, 16, 16, 16]", "EMBEDDING_DIM": 3, "Z_DIM": 512, "CRITIC_ITERATIONS": "[1, 1, 1, 1, 1, 2, 2]",
-    "LAMBDA_GP": 10, "LAMBDA_CLS1": 4, "LAMBDA_CLS2": "LAMBDA_CLS1/2", "DEVICE": "torch.device('cuda' if torch.cuda.is_available() else 'cpu')", "GPUS_N": 0,
-    "VALIDATE": True, "START_CHECK_AT": 0.6, "TESTING": False, "TEST_USING_BEST_MODEL": True, "GENERATE": True, "N_IMAGES_GENERATED": "[200]",
-    "LOAD_MODEL": False, "START_TRAIN_AT_IMG_SIZE": 4,
-}  # fmt: skip
+DEFAULT: dict[str, Any] = json.loads((REPOSITORY / "tests" / "imported" / "config.json").read_text())
 SMALL = {"FACTORS": [1, 1, "1/2"], "BATCH_SIZES": "[4]*3", "CRITIC_ITERATIONS": "[1]*len(FACTORS)", "IN_CHANNELS": 8, "Z_DIM": 6}
 
 
@@ -91,7 +87,7 @@ def test_the_published_defaults_become_a_spec_that_submits(tmp_path: Path, medge
     medgen("submit", "jobs/pacgan_ADNI.yaml", "--local", "--dry-run")
     made = spec.load(tmp_path / "jobs" / "pacgan_ADNI.yaml")
     train = made.stages["train"].config  # type: ignore[union-attr]
-    published = spec.document.load(Path(__file__).parent.parent / "configs" / "pacgan" / "pacgan_256.yaml").data
+    published = spec.document.load(REPOSITORY / "configs" / "pacgan" / "pacgan_256.yaml").data
     assert {key: train[key] for key in published} == published
     assert (train["std_group"], train["betas"], train["drift"], train["select"], train["loop"]["precision"]) == (None, [0.5, 0.999], 0.001, True, "fp32")
     assert made.data is not None and made.data.root is not None
@@ -108,10 +104,17 @@ def test_every_option_is_named_in_the_spec(tmp_path: Path) -> None:
         assert [name for name in DEFAULT if name not in text] == []
 
 
+def test_a_configuration_is_read_without_anything_heavy(tmp_path: Path, environment: dict[str, str]) -> None:
+    code = f"import sys; from pathlib import Path; from medgen.importing import run_import; run_import([Path('config.json')], None, False, None); print([name for name in {HEAVY!r} if name in sys.modules])"
+    write_config(tmp_path)
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("modes", "stages", "selects", "shares"),
     [
-        ({"VALIDATE": True}, ["train"], True, (0.8, 0.2)), ({"VALIDATE": "True", "TESTING": "True"}, ["train"], True, (0.8, 0.2)),
+        ({"VALIDATE": False, "TESTING": True}, ["train", "final"], True, (0.8, 0.2)), ({"VALIDATE": True}, ["train"], True, (0.8, 0.2)),
+        ({"VALIDATE": "True", "TESTING": "True"}, ["train"], True, (0.8, 0.2)),
         ({"VALIDATE": False, "TESTING": True, "TEST_USING_BEST_MODEL": False}, ["train"], False, (1, 0)), ({"VALIDATE": False}, ["train"], False, (1, 0)),
     ],
 )  # fmt: skip
@@ -120,6 +123,20 @@ def test_modes(tmp_path: Path, modes: dict[str, Any], stages: list[str], selects
     assert list(made.stages) == [*stages, "report"]
     assert made.stages["train"].config["select"] is selects  # type: ignore[union-attr]
     assert made.data is not None and (made.data.splits.train, made.data.splits.val) == shares
+    if "final" in stages:
+        made, _ = imported(tmp_path, **modes)
+        assert made.stages["final"].repeat == "train" and made.stages["images"].source == "final"  # type: ignore[union-attr]
+
+
+def test_going_on_from_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made, told = imported(tmp_path, LOAD_MODEL="True", START_TRAIN_AT_IMG_SIZE=64)
+    config = made.stages["train"].config  # type: ignore[union-attr]
+    assert config["epochs"] == [0, 0, 0, 0, 100, 100, 100]
+    assert config["start_from"] == str(tmp_path / "weights" / "pacgan_32px" / "step-000000")
+    assert "medgen import generator_best.pt discriminator_best.pt --size 32 --out weights/pacgan_32px" in told
+    made, told = imported(tmp_path, START_TRAIN_AT_IMG_SIZE=64)
+    assert made.stages["train"].config["start_from"] is None and "START_TRAIN_AT_IMG_SIZE: counts only with LOAD_MODEL" in told  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -332,13 +349,41 @@ def test_what_a_checkpoint_of_weights_says(tmp_path: Path, medgen: Medgen) -> No
     paths = write_pair(tmp_path / "PACGAN_16x16", published())
     told = medgen("import", *paths, write_config(tmp_path, **SMALL, LAMBDA_CLS1=5), "--out", "weights").stdout
     assert "weights/step-000000: generator" in told and "from generator_best.pt (epoch 87) and discriminator_best.pt (epoch 87)" in told
-    assert "grown to 16 px: the folder PACGAN_16x16 says so" in told and "typical difference" in told and "start_from: weights/step-000000" in told
+    assert "grown to 16 px: the folder PACGAN_16x16 says so" in told and "typical difference" in told
+    assert "then: config: {model: pacgan, start_from: weights/step-000000, in_channels: 8, factors: [1.0, 1.0, 0.5], latent: 6}" in told
     _, critic, state = opened(tmp_path / "weights")
     assert (int(state["grown"]["level"]), float(state["grown"]["alpha"])) == (2, 1.0)
     assert state["config"]["model"] == "pacgan" and (state["size"], state["classes"]) == (16, ["0", "1"])
     assert (state["config"]["aimed_class"], state["config"]["other_class"], state["config"]["latent"], state["config"]["factors"]) == (5, 2.5, 6, [1, 1, 0.5])
     assert float(critic.typical_difference) > 0
     assert "exists and is not overwritten" in medgen("import", *paths, "--out", "weights", expect=2).stderr
+
+
+def test_training_and_images_from_published_weights(tmp_path: Path, medgen: Medgen) -> None:
+    """The way of the page: convert, go on where the published system stopped, and images of the weights as they are."""
+    write_side(tmp_path / "adni_train", range(12))
+    write_side(tmp_path / "adni_test", range(12, 16))
+    theirs = published()
+    for size in (8, 16):
+        run_import(write_pair(tmp_path / f"PACGAN_{size}x{size}", theirs), tmp_path / "weights" / f"pacgan_{size}px", False, None)
+    folders = {f"{kind}_{side.upper()}_DIRECTORY": f"adni_{side}" for kind in ("DATA", "LABEL") for side in ("train", "test")}
+    modes = {"VALIDATE": False, "LOAD_MODEL": True, "START_TRAIN_AT_IMG_SIZE": 16, "GENERATE": False, "DEVICE": "cpu"}
+    medgen("import", write_config(tmp_path, **SMALL, **folders, **modes, PROGRESSIVE_EPOCHS=[1, 1, 1]), "--out", "go_on.yaml")
+    medgen("submit", "go_on.yaml", "--local")
+    (run,) = (tmp_path / "runs").glob("pacgan_adni-*")
+    state = checkpoint.select(run / "train" / "ckpt", "last", print).state()
+    assert state["clock"]["phase"] == 2 and state["epochs"] == {"4px": 0, "8px": 0, "16px": 1}
+
+    record = spec.document.load(tmp_path / "go_on.yaml").data
+    record["stages"]["train"]["config"] |= {"epochs": 0, "start_from": "weights/pacgan_16px/step-000000"}
+    record["stages"] = {"train": record["stages"]["train"], "images": {"kind": "generate", "from": "train", "per_class": [1, 2]}}
+    (tmp_path / "as_they_are.yaml").write_text(json.dumps({**record, "name": "as_they_are"}))
+    medgen("submit", "as_they_are.yaml", "--local")
+    (run,) = (tmp_path / "runs").glob("as_they_are-*")
+    latent = SampleNoise(42, "images", [(number, 0) for number in range(3)], torch.device("cpu")).normal((6,))
+    wanted = (theirs[0](latent, torch.tensor([0, 1, 1]), 2, 1.0) + 1) / 2
+    for number, path in enumerate(sorted((run / "images" / "dataset" / "images").rglob("*.nii.gz"))):
+        torch.testing.assert_close(torch.tensor(read_slice(path).array).squeeze(), wanted[number, 0].detach(), rtol=0, atol=1e-4)
 
 
 def test_the_size_that_weights_were_trained_to(tmp_path: Path) -> None:
@@ -382,30 +427,40 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path, which: int, chan
 
 
 class Harmful:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self) -> Any:
-        return Path.touch, (Path("harm_was_done"),)
+        return open, (str(self.path), "w")
 
 
 def test_files_that_are_no_weights(tmp_path: Path, medgen: Medgen) -> None:
     generator, critic = write_pair(tmp_path, published())
 
-    def refused(*files: object) -> str:
-        return medgen("import", *files, expect=2).stderr
+    def refused(*paths: Path, portable: bool = False) -> str:
+        with pytest.raises(InputError) as error:
+            run_import(paths, tmp_path / "out", portable, None)
+        return str(error.value)
 
-    assert "generators; give one generator_best.pt and the discriminator_best.pt" in refused(generator, generator)
+    assert "generators; give one generator_best.pt and the discriminator_best.pt" in medgen("import", generator, generator, expect=2).stderr
     assert "1 file of weights; give one generator_best.pt" in refused(generator)
     assert "Z_DIM: 7 there, 6 in the weights" in refused(generator, critic, write_config(tmp_path, **{**SMALL, "Z_DIM": 7}))
     bad = tmp_path / "bad.pt"
     bad.write_bytes(critic.read_bytes()[:-3000])
-    assert "bad.pt: cannot be read as a file of torch" in refused(generator, bad)
-    for content in (pickle.dumps(Harmful()), pickle.dumps({"a": Harmful()}, protocol=2)):
+    assert "bad.pt: cannot be read as a file of torch" in medgen("import", generator, bad, expect=2).stderr
+    harm = tmp_path / "harm_was_done"
+    for content in (pickle.dumps(Harmful(harm)), pickle.dumps({"a": Harmful(harm)}, protocol=2)):
         bad.write_bytes(content)
-        assert "bad.pt: it holds more than tensors and numbers" in refused(generator, bad)
-        assert not list(tmp_path.rglob("harm_was_done"))
+        assert "bad.pt: it holds more than tensors and numbers" in medgen("import", generator, bad, expect=2).stderr
+    torch.save({"model_state_dict": Harmful(harm)}, bad)
+    assert "bad.pt: it holds more than tensors and numbers" in refused(generator, bad)
+    assert not harm.exists()
     torch.save([1, 2], bad)
     assert "expected tensors by name" in refused(generator, bad)
     torch.save({"a": torch.zeros(2)}, bad)
     assert "neither a generator nor a critic of the published system" in refused(generator, bad)
-    assert "imported apart" in refused(generator, critic, "train.slurm")
-    assert "--portable is about the directives" in refused(generator, critic, "--portable")
-    assert "no such file" in refused(generator, "nowhere.pt")
+    assert "imported apart" in refused(generator, critic, Path("train.slurm"))
+    assert "--portable is about the directives" in refused(generator, critic, portable=True)
+    assert "no such file" in refused(generator, Path("nowhere.pt"))

@@ -170,6 +170,7 @@ def _images_lines(job: Job) -> list[str]:
     if not job.data.has_test:
         return lines
     job.stages.append("evaluate")
+    job.note("GENERATE", "the scores are medgen's usual ones, against the test side; FID, KID and SSIM as published are not among them")
     return [*lines, "  evaluate: {kind: evaluate, of: images, against: test}"]
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from medgen import checkpoint, commits, files
 from medgen.checkpoint import Checkpoint
 from medgen.errors import InputError
+from medgen.launch.importing.writing import WIDE
 from medgen.models.pacgan.config import FIRST_SIZE, PER_PHASE, Config
 from medgen.models.pacgan.model import Grown
 from medgen.published.job import channel_names, folder_of_weights
@@ -70,7 +72,7 @@ def import_weights(paths: Sequence[Path], options: Options | None, size: int | N
         raise InputError(f"{folder}: exists and is not overwritten; remove it, or choose another folder with --out")
     objects = {"modules.generator": states["generator"], "modules.critic": states["critic"], "modules.grown": grown.state_dict()}
     saved = checkpoint.save(folder.parent, 0, objects, _state(config, form, generator, critic), {})
-    return _told(saved, form, networks, (generator, critic), level, trained, difference)
+    return _told(saved, config, networks, (generator, critic), level, trained, difference)
 
 
 def _config(form: Form, options: Options | None) -> Config:
@@ -143,14 +145,14 @@ def _state(config: Config, form: Form, generator: Network, critic: Network) -> d
 
 
 def _told(
-    saved: Checkpoint, form: Form, networks: dict[str, nn.Module], sources: Sequence[Network], level: Level, trained: int, difference: Tensor
+    saved: Checkpoint, config: Config, networks: dict[str, nn.Module], sources: Sequence[Network], level: Level, trained: int, difference: Tensor
 ) -> list[str]:  # fmt: skip
     counts = {name: sum(tensor.numel() for tensor in network.parameters()) for name, network in networks.items()}
     from_files = " and ".join(f"{network.path.name}{f' (epoch {network.epoch})' if network.epoch is not None else ''}" for network in sources)
     lines = [
         f"{saved.folder}: generator {counts['generator']:,} and critic {counts['critic']:,} parameters, from {from_files}",
-        f"  {form.classes} classes, {'grey' if form.image_channels == 1 else 'colour'}, latent {form.latent}, embedding {form.embedding}, "
-        f"channels {', '.join(map(str, form.widths))} at 4 to {FIRST_SIZE * 2 ** (len(form.widths) - 1)} px",
+        f"  {len(saved.state()['classes'])} classes, {'grey' if len(config.channels) == 1 else 'colour'} images, latent {config.latent}, embedding {config.embedding}, "
+        f"channels {', '.join(map(str, config.widths))} at {config.sizes[0]} to {config.sizes[-1]} px",
         f"  grown to {level.size} px: {level.reason}",
         "  left out: what Adam remembered; training goes on with a fresh one",
         f"  check typical difference {float(difference):.4g}: the weights do not say it; measured on {GROUPS} batches of generated images, training makes it that of real ones",
@@ -159,4 +161,10 @@ def _told(
         lines.append(f"  check {level.size} px: the layers of {2 * FIRST_SIZE * 2 ** trained} px look untrained (their biases are 0); choose --size {FIRST_SIZE * 2 ** trained}")
     if level.number < trained:
         lines.append(f"  check {level.size} px: training went on to {FIRST_SIZE * 2 ** trained} px, and the head of {level.size} px was not kept up with it")
-    return [*lines, f"  start_from: {saved.folder}"]
+    return [*lines, f"  then: config: {_config_to_write(saved, config)}"]
+
+
+def _config_to_write(saved: Checkpoint, config: Config) -> str:
+    """What the config of a train stage needs to go on from here: the form of these networks, as far as it is not the usual one."""
+    form = config.model_dump(mode="json", include={"channels", "in_channels", "factors", "latent", "embedding"}, exclude_defaults=True)
+    return yaml.safe_dump({"model": "pacgan", "start_from": str(saved.folder), **form}, default_flow_style=True, sort_keys=False, width=WIDE).strip()
