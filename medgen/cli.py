@@ -294,6 +294,21 @@ def phantoms(
     print(f"{patients} patients in {folder}")
 
 
+@app.command(rich_help_panel="Data")
+def classify(
+    which: Annotated[str, typer.Argument(metavar="RUN", help="a run, or the folder of a checkpoint", show_default=False)],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="a NIfTI stack [W, H, channels, N] in [-1, 1], or a folder of `prepare stack`", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="the folder to make; it must not exist")] = Path("predictions"),
+    stage: StageName = None,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="last, or best-<metric>, such as best-auc_64px")] = "last",
+    labels: Annotated[Path | None, typer.Option("--labels", help="ID, Label, Subject_ID of the images; default: labels.csv beside them", show_default=False)] = None,
+) -> None:
+    """Tell the class of each image by a trained model; with labels also how right it is: ROC, confusion matrix, calibration."""
+    from medgen import classify as classifying
+
+    print(names.printable(classifying.classify(which, images, stage, checkpoint, labels, out)))
+
+
 @prepare.command("match")
 def prepare_match(
     table: TablePath, out: NewFolder, preset: PresetName = Preset.PLAIN,

@@ -9,10 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pandas as pd
 
 from medgen import files
-from medgen.collected import INDEX, MANIFEST
+from medgen.collected import INDEX, MANIFEST, SHA_SUFFIX
+from medgen.data import csv_files
+from medgen.data.image_files import read_slice
 from medgen.errors import MedgenError
 from medgen.plan import PlannedStage
 from medgen.shards import read_manifest, set_aside, shard_problem
@@ -39,7 +43,8 @@ def collect(work: Work) -> Done:
         for task, manifest in zip(source.tasks, manifests, strict=True):
             _link_images(work.run.shard(source.name, task.shard), folder, manifest)
         table.to_csv(folder / INDEX, index=False, lineterminator="\n")
-        files.write_json(folder / MANIFEST, _dataset_manifest(work, source, table, manifests, files.sha256_file(folder / INDEX)))
+        stacked = _write_stack(folder, table) if source.settings["stack"] else []
+        files.write_json(folder / MANIFEST, _dataset_manifest(work, source, table, manifests, files.sha256_file(folder / INDEX), stacked))
     work.say(f"{work.stage.name}: {len(table)} images in {target}")
     return _done(target, table, manifests)
 
@@ -87,11 +92,28 @@ def _link_images(shard_folder: Path, dataset: Path, manifest: dict[str, Any]) ->
                 shutil.copyfile(shard_folder / facts["path"], target)
 
 
+def _write_stack(folder: Path, table: pd.DataFrame) -> list[Path]:
+    """All images in one file [W, H, channels, N] in [-1, 1], in the order of the index, which is that of the classes; and their labels."""
+    channels = _channels(table)
+    slices = [np.stack([read_slice(folder / row[channel]).array.T for channel in channels], axis=2) for _, row in table.iterrows()]
+    size = slices[0].shape[0]
+    stack, labels = folder / f"Generated{size}x{size}.nii.gz", folder / "labels_syn.csv"
+    nibabel.save(nibabel.Nifti1Image(np.stack(slices, axis=3).astype(np.float32) * 2 - 1, np.eye(4)), stack)
+    rows = [{"ID": number, "Label": row["label_number"], "Subject_ID": row["patient"]} for number, row in enumerate(table.to_dict("records"))]
+    csv_files.write_rows(labels, ["ID", "Label", "Subject_ID"], rows)
+    return [stack, labels]
+
+
+def _channels(table: pd.DataFrame) -> list[str]:
+    """Columns that hold files."""
+    return [name for name in table.columns if f"{name}{SHA_SUFFIX}" in table.columns]
+
+
 def _counts(manifests: list[dict[str, Any]]) -> dict[str, int]:
     return {key: sum(manifest["counts"][key] for manifest in manifests) for key in manifests[0]["counts"]}
 
 
-def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, manifests: list[dict[str, Any]], index_sha256: str) -> dict[str, Any]:
+def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, manifests: list[dict[str, Any]], index_sha256: str, stacked: list[Path]) -> dict[str, Any]:
     """Says the same for any number of shards."""
     return {
         "version": 1,
@@ -103,6 +125,7 @@ def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, man
         "made_on": manifests[0]["made_on"],
         "counts": _counts(manifests),
         "index_sha256": index_sha256,
+        "stack_sha256": {path.name: files.sha256_file(path) for path in stacked},
     }
 
 
@@ -113,14 +136,21 @@ def _dataset_problem(dataset: Path, table: pd.DataFrame) -> str | None:
     expected = table.to_csv(index=False, lineterminator="\n")
     if (dataset / INDEX).read_text() != expected:
         return f"{dataset / INDEX} is not what the shards say"
-    for column in [name for name in table.columns if f"{name}_sha256" in table.columns]:
-        for path, digest in zip(table[column], table[f"{column}_sha256"], strict=True):
-            if not (dataset / path).is_file() or files.sha256_file(dataset / path) != digest:
-                return f"{dataset / path} is missing or does not match its sha256"
+    listed = [item for column in _channels(table) for item in zip(table[column], table[f"{column}{SHA_SUFFIX}"], strict=True)]
+    for path, digest in [*listed, *_stacked(dataset).items()]:
+        if not (dataset / path).is_file() or files.sha256_file(dataset / path) != digest:
+            return f"{dataset / path} is missing or does not match its sha256"
     return None
 
 
+def _stacked(dataset: Path) -> dict[str, str]:
+    """Names and hashes of what was published beside the images; a manifest that cannot be read has lost them."""
+    try:
+        return dict(files.read_json(dataset / MANIFEST)["stack_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {MANIFEST: ""}
+
+
 def _done(dataset: Path, table: pd.DataFrame, manifests: list[dict[str, Any]]) -> Done:
-    columns = [name for name in table.columns if f"{name}_sha256" in table.columns]
-    images = [dataset / path for column in columns for path in table[column]]
-    return Done([dataset / INDEX, dataset / MANIFEST, *images], {"images": len(table), **_counts(manifests)})
+    images = [dataset / path for column in _channels(table) for path in table[column]]
+    return Done([dataset / INDEX, dataset / MANIFEST, *(dataset / name for name in _stacked(dataset)), *images], {"images": len(table), **_counts(manifests)})

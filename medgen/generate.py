@@ -27,7 +27,7 @@ from medgen.plan import PlannedStage
 from medgen.shards import MANIFEST, MANIFEST_VERSION, Counts, read_manifest, set_aside, shard_problem
 from medgen.spec import SPLITS, Accept
 from medgen.task import Done, Work
-from medgen.train import build_model, check_identity, load_channel, shape_of
+from medgen.train import check_identity, load_channel, shape_of, trained_model
 
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 
@@ -112,10 +112,7 @@ def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> 
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     chosen = _promised_checkpoint(work, source.name, settings.checkpoint)
     check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
-    model = build_model(source.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, source.name)
-    for name, module in model.modules().items():
-        module.load_state_dict(chosen.tensors(f"modules.{name}"))
-        module.to(device)
+    model = trained_model(chosen, source.settings["config"]["model"], config, shape_of(config, store), device)
     accept = (settings.accept or Accept()) if config.output_kind == "mask" else None
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
@@ -133,6 +130,11 @@ def _classes(settings: spec.GenerateStage, store: SliceStore) -> Classes:
     if len(counts) != len(names):
         raise InputError(f"per_class: {counts} counts {len(counts)} classes, the data have {len(names)}: {', '.join(names)}")
     return Classes(names, tuple(accumulate(counts)))
+
+
+def _label(classes: Classes, index: int) -> dict[str, Any]:
+    number = classes.of(index)
+    return {"label": classes.names[number], "label_number": number}
 
 
 def _share(number: int, count: int, shares: int) -> int:
@@ -290,7 +292,7 @@ def _write_image(generation: Generation, folder: Path, index: int, tries: int, c
         "tries": tries,
         "condition": condition.id if condition else "",
         "condition_kind": condition.kind if condition else "none",
-        **({"label": generation.classes.names[generation.classes.of(index)]} if generation.classes is not None else {}),
+        **(_label(generation.classes, index) if generation.classes is not None else {}),
         "spacing_x_mm": round(float(spacing[1]), 6),  # between columns
         "spacing_y_mm": round(float(spacing[0]), 6),  # between rows
         "thickness_mm": round(float(spacing[2]), 6),

@@ -282,6 +282,7 @@ class GenerateStage(StageSpec):
     shards: int = Field(1, ge=1, le=1_000_000)
     parallel: int | None = Field(None, ge=1)
     format: Literal["nifti", "png", "npy"] = "nifti"
+    stack: bool = False  # also all images in one file, sorted by class, and labels_syn.csv, as `format: stack` data are kept
     accept: Accept | None = None
 
     @field_validator("checkpoint")
@@ -581,6 +582,8 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "condition"), f"the model of {stage.source} takes no condition; remove it")
     if stage.per_class is not None and not config.uses_labels:
         raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
+    if stage.stack and not config.uses_labels:
+        raise spec_document.error((*path, "stack"), f"a stack is sorted by class, and the model of {stage.source} knows no classes; remove it")
     if stage.accept is not None and config.output_kind != "mask":
         raise spec_document.error((*path, "accept"), f"accept judges masks; the model of {stage.source} makes images")
     if stage.condition in spec.stages:

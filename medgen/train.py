@@ -261,6 +261,15 @@ def build_model(family: str, config: FamilyConfig, shape: DataShape, seed: int, 
     return model
 
 
+def trained_model(found: Checkpoint, family: str, config: FamilyConfig, shape: DataShape, device: torch.device) -> Model:
+    """A model with the weights of a checkpoint."""
+    model = build_model(family, config, shape, 0, "loaded")
+    for name, module in model.modules().items():
+        module.load_state_dict(found.tensors(f"modules.{name}"))
+        module.to(device)
+    return model
+
+
 def _select_or_empty(store: SliceStore, split: str, positive_only: bool) -> np.ndarray:
     try:
         return store.select(split, positive_only)
@@ -402,6 +411,8 @@ def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:
     advice = "lower lr, lengthen the warm-up or lower clip_norm; the last good checkpoint is kept"
     if not math.isfinite(loss):
         raise MedgenError(f"the loss became {loss} between steps {clock.step - steps + 1} and {clock.step}; {advice}")
+    if not training.config.loss_falls:
+        return
     clock.best_loss = min(clock.best_loss, loss)
     clock.steps_above = clock.steps_above + steps if loss > loop.divergence_factor * clock.best_loss else 0
     if clock.steps_above >= loop.divergence_steps:

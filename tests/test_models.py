@@ -189,6 +189,24 @@ def test_what_is_sampled_and_validated_are_the_averaged_weights(family: str, nam
     assert outputs() != before, "the averaged weights are used nowhere"
 
 
+CLASSIFIERS = [(family, name) for family, name in VARIANTS if models.config_class(family).model_validate(models.config_class(family).examples()[name]).classifies]
+
+
+@pytest.mark.parametrize(("family", "name"), CLASSIFIERS)
+def test_classes_of_an_image_do_not_depend_on_the_others(family: str, name: str) -> None:
+    config, model = make(family, name)
+    train(model, config, range(3))
+    channels = batch_of(config, 0).channels
+    assert model.judged_size == SIZE
+    together = model.classify(channels)
+    assert together.shape == (4, 2) and not together.requires_grad
+    torch.testing.assert_close(together.sum(dim=1), torch.ones(4))
+    for number in range(4):
+        alone = model.classify({key: tensor[number : number + 1] for key, tensor in channels.items()})
+        torch.testing.assert_close(alone[0], together[number], rtol=0, atol=1e-6)
+    assert together.std(dim=0).min() > 0
+
+
 def _scramble(model: Model, keys: set[str]) -> None:
     with torch.no_grad():
         for key in keys:

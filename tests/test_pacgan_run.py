@@ -9,13 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_spec
+
+from medgen import train
+from medgen.errors import MedgenError
+from medgen.models.pacgan.config import Config
 
 SIZES = (4, 8, 16)
 CLASSES = {"CN": 0, "AD": 1}
@@ -68,7 +73,7 @@ def weights(run: Path) -> dict[str, Any]:
 
 
 def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
-    images = {"kind": "generate", "from": "train", "per_class": [3, 2], "chunk": 2}
+    images = {"kind": "generate", "from": "train", "per_class": [3, 2], "chunk": 2, "shards": 2, "stack": True}
     grown = {"kind": "generate", "from": "train", "count": 3, "checkpoint": "best-auc_8px"}
     medgen("submit", write_spec(spec_of(cohort, "pacgan", images=images, smaller=grown, report={"kind": "report"})), "--local")
     run = only_run(tmp_path, "pacgan")
@@ -90,6 +95,19 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
         rows = list(csv.DictReader(handle))
     assert [row["label"] for row in rows] == ["CN"] * 3 + ["AD"] * 2
     assert nibabel.load(run / "images" / "dataset" / rows[0]["image"]).shape[:2] == (16, 16)
+    stack = nibabel.load(run / "images" / "dataset" / "Generated16x16.nii.gz")
+    assert stack.shape == (16, 16, 1, 5) and stack.get_data_dtype() == np.float32
+    for number, row in enumerate(rows):
+        np.testing.assert_allclose(stack.get_fdata()[:, :, 0, number], nibabel.load(run / "images" / "dataset" / row["image"]).get_fdata()[:, :, 0].T * 2 - 1, atol=1e-6)
+    with open(run / "images" / "dataset" / "labels_syn.csv") as handle:
+        labels = list(csv.DictReader(handle))
+    assert [(row["ID"], row["Label"]) for row in labels] == [("0", "0"), ("1", "0"), ("2", "0"), ("3", "1"), ("4", "1")]
+    generated = run / "images" / "dataset"
+    told = medgen("classify", run, generated / "Generated16x16.nii.gz", "--labels", generated / "labels_syn.csv").stdout
+    assert ("5 images of" in told and "no interval" in told) or "5 subjects" in told
+    told = medgen("classify", run, cohort / "adni_test", "--checkpoint", "best-auc_8px", "--out", "of_test").stdout
+    assert "Real8x8.nii.gz" in told and "8 subjects" in told
+
     with open(run / "smaller" / "dataset" / "index.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert [row["label"] for row in rows] == ["CN", "CN", "AD"]
@@ -182,6 +200,7 @@ def test_cut_anywhere_it_gives_the_same_bits(tmp_path: Path, medgen: Medgen, wri
     [
         ({"batch_sizes": [8, 8]}, "batch_sizes has 2 entries, factors has 3"), ({"std_group": 3}, "8 at 4 px is no multiple of std_group: 3"),
         ({"factors": [1, 0.3, 1]}, "0.3 x in_channels 8 is 2.4 channels at 8 px"), ({"factors": [1, 1]}, "end at 8 px, but data.size is 16"),
+        ({"loop": {"divergence_factor": 9}}, "loop.divergence_factor has no effect"),
         ({"select": False}, "select_from has no effect with select: false"), ({"epochs": 0}, "epochs: 0 at 4 px leaves that size to start_from, which is not given"),
         ({"epochs": [1, 0, 1], "start_from": "elsewhere"}, "only the first sizes can be left to start_from"), ({"channels": ["t1"]}, "needs data.images.t1; the data have: image"),
     ],
@@ -208,15 +227,19 @@ def test_data_that_do_not_fit(medgen: Medgen, write_spec: WriteSpec, cohort: Pat
     assert words in told, told
 
 
-def test_a_training_that_selects_nothing_is_planned(medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
-    """Its resolved configuration holds the default of select_from, which then says nothing."""
-    spec = spec_of(cohort, "straight", images={"kind": "generate", "from": "train", "count": 2})
-    spec["stages"]["train"]["config"] = {key: value for key, value in NET.items() if key != "select_from"} | {"select": False}
-    medgen("submit", write_spec(spec), "--local", "--dry-run")
+def test_losses_of_players_do_not_stop_a_training() -> None:
+    """They fall below zero and rise again; one that is no number still stops it."""
+    training = cast(train.Training, SimpleNamespace(clock=train.Clock(step=600), config=Config.model_validate(Config.examples()["grey"])))
+    for loss in (-0.5, 3.0):
+        train._stop_if_diverged(training, loss, 550)
+    with pytest.raises(MedgenError, match="the loss became nan"):
+        train._stop_if_diverged(training, math.nan, 10)
 
 
 def test_classes_are_counted_in_their_order(medgen: Medgen, write_spec: WriteSpec, cohort: Path, tmp_path: Path) -> None:
     images = {"kind": "generate", "from": "train", "per_class": [1, 1, 1]}
-    medgen("submit", write_spec(spec_of(cohort, "three", images=images)), "--local", expect=1)
+    spec = spec_of(cohort, "three", images=images)
+    spec["stages"]["train"]["config"] = {**{key: value for key, value in NET.items() if key != "select_from"}, "select": False}
+    medgen("submit", write_spec(spec), "--local", expect=1)
     cause = json.loads((only_run(tmp_path, "three") / "outcome" / "images.0.json").read_text())["cause"]
     assert cause == "per_class: [1, 1, 1] counts 3 classes, the data have 2: CN, AD"

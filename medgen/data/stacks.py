@@ -49,23 +49,29 @@ class Stack:
         """All slices as float32 [n, c, h, w] with values in [-1, 1]. Raises InputError naming the slice whose values are not."""
         if size not in self.files:
             raise InputError(f"{self.folder}: no slices of {size} px; the sizes there are: {', '.join(str(number) for number in self.files)}")
-        path = self.files[size]
-        try:
-            stored = np.asarray(_four_axes(path, _open(path)).dataobj, dtype=np.float32)
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise InputError(f"{path}: the voxels cannot be read ({error}); is the file cut short? copy it again") from None
-        images = stored.reshape(size, size, self.channels, len(self.labels), order="F").transpose(3, 2, 1, 0)
-        self._check_values(path, images)
-        return images
+        return read_images(self.files[size], self.subjects)
 
-    def _check_values(self, path: Path, images: np.ndarray) -> None:
-        outside = ~(np.abs(images) <= 1 + ROUNDING).all(axis=(1, 2, 3))  # a NaN is outside too
-        if outside.any():
-            first = int(np.argmax(outside))
-            raise InputError(
-                f"{path}: slice {first} (subject {self.subjects[first]}) holds values from {images[first].min():g} to {images[first].max():g}, "
-                f"as do {int(outside.sum()) - 1} others out of range; allowed is -1 to 1: scale each slice as (x - m/2) / (m/2) with its maximum m"
-            )
+
+def read_images(path: Path, subjects: Sequence[str] = ()) -> np.ndarray:
+    """All slices of a file as float32 [n, c, h, w] with values in [-1, 1]. Raises InputError naming the slice whose values are not.
+
+    `subjects`: of each slice where they are known, for that message."""
+    shape = _shape(path)
+    try:
+        stored = np.asarray(_open(path).dataobj, dtype=np.float32)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: the voxels cannot be read ({error}); is the file cut short? copy it again") from None
+    images = stored.reshape(shape, order="F").transpose(3, 2, 1, 0)
+    outside = ~(np.abs(images) <= 1 + ROUNDING).all(axis=(1, 2, 3))  # a NaN is outside too
+    if outside.any():
+        first = int(np.argmax(outside))
+        whose = f" (subject {subjects[first]})" if subjects else ""
+        others = f", as do {int(outside.sum()) - 1} others" if outside.sum() > 1 else ""
+        raise InputError(
+            f"{path}: slice {first}{whose} holds values from {images[first].min():g} to {images[first].max():g}{others}; "
+            "allowed is -1 to 1: scale each slice as (x - m/2) / (m/2) with its maximum m"
+        )
+    return images
 
 
 def open_stack(folder: Path) -> Stack:
@@ -73,7 +79,7 @@ def open_stack(folder: Path) -> Stack:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the one that holds {LABELS} and Real4x4.nii.gz, Real8x8.nii.gz and so on")
     by_size = _files_by_size(folder)
-    labels, subjects = _read_labels(folder / LABELS)
+    labels, subjects = read_labels(folder / LABELS)
     channels = _check_shapes(by_size, len(labels), folder / LABELS)
     return Stack(folder, by_size, channels, labels, subjects, _class_names(folder, labels))
 
@@ -155,7 +161,8 @@ def _check_shapes(by_size: dict[int, Path], rows: int, labels: Path) -> int:
     return channels
 
 
-def _read_labels(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_labels(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Label and subject of every slice, in the order of the slices. Raises InputError naming the line that is wrong."""
     lines = csv_files.read_rows(path)
     csv_files.require_columns(path, list(lines[0][1]), COLUMNS)
     seen: dict[int, int] = {}
@@ -187,7 +194,7 @@ def _class_names(folder: Path, labels: np.ndarray) -> tuple[str, ...]:
     path = folder / CLASSES
     count = int(labels.max()) + 1
     if path.exists():
-        return _named_classes(path, count)
+        return named_classes(path, count)
     absent = sorted(set(range(min(count, len(labels) + 1))) - set(labels.tolist()))
     if absent:
         raise InputError(f"{folder / LABELS}: no slice has the Label {absent[0]}, but there is a Label {count - 1}; number the classes 0, 1, 2 ..., "
@@ -195,7 +202,8 @@ def _class_names(folder: Path, labels: np.ndarray) -> tuple[str, ...]:
     return tuple(str(number) for number in range(count))
 
 
-def _named_classes(path: Path, count: int) -> tuple[str, ...]:
+def named_classes(path: Path, count: int) -> tuple[str, ...]:
+    """Of a classes.json, by label. Raises InputError unless it names at least `count`."""
     try:
         named = {str(name): number for name, number in files.read_json(path).items()}
     except (ValueError, AttributeError) as error:

@@ -196,6 +196,17 @@ class Model(ABC):
     def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
         """Images by channel name, [N, 1, H, W] float32 in [0, 1] (masks exactly 0 or 1), from averaged weights."""
 
+    @property
+    def judged_size(self) -> int:
+        """Pixels per side of the images that `classify` takes now. Only of families whose config says that they classify."""
+        raise NotImplementedError
+
+    def classify(self, channels: dict[str, Tensor]) -> Tensor:
+        """Probabilities of the classes, [N, classes]; channels as in a Batch. What is said of an image does not depend on the others.
+
+        Only of families whose config says that they classify."""
+        raise NotImplementedError
+
     @abstractmethod
     def describe(self, total_steps: int) -> list[str]:
         """Lines for the log at the start: parameters, the EMA's true horizon, the schedule."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from medgen.names import absolute
 
@@ -33,7 +33,8 @@ class LoopSettings(Settings):
     keep: int = Field(2, ge=2)  # newest checkpoints kept, besides the best ones
     log_steps: int = Field(10, ge=1)
     preview_images: int = Field(8, ge=0)  # images in TensorBoard at each validation; 0: none
-    divergence_factor: float = Field(5.0, gt=1)  # stop when the loss stays this many times above its best ...
+    # stop when the loss stays this many times above its best ... (of no effect where players work against each other)
+    divergence_factor: float = Field(5.0, gt=1)
     divergence_steps: int = Field(500, ge=1)  # ... for so many steps in a row
 
 
@@ -48,6 +49,13 @@ class FamilyConfig(Settings):
     def _start_counts_from_here(cls, value: Path | None) -> Path | None:
         """Absolute, so that the run goes on from any folder."""
         return absolute(value) if value is not None else None
+
+    @model_validator(mode="after")
+    def _no_stop_where_none_is_possible(self) -> FamilyConfig:
+        for name in ("divergence_factor", "divergence_steps"):
+            if not self.loss_falls and getattr(self.loop, name) != LoopSettings.model_fields[name].default:
+                raise ValueError(f"loop.{name} has no effect: the losses of players against each other rise and fall; remove it")
+        return self
 
     @property
     def output_kind(self) -> Literal["image", "mask"]:
@@ -71,6 +79,16 @@ class FamilyConfig(Settings):
     @property
     def uses_labels(self) -> bool:
         """True if each training image needs the label of its class, and each generated one is made for a class."""
+        return False
+
+    @property
+    def loss_falls(self) -> bool:
+        """False where players work against each other: then a loss that rises says nothing, and training is stopped by a NaN alone."""
+        return True
+
+    @property
+    def classifies(self) -> bool:
+        """True if the model tells the class of an image."""
         return False
 
     @property

@@ -77,7 +77,7 @@ class Config(FamilyConfig):
             self._check_groups(self.std_group)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
-        if not self.select and self.select_from != type(self).model_fields["select_from"].default:  # a resolved configuration holds the default
+        if not self.select and self.select_from != type(self).model_fields["select_from"].default:
             raise ValueError("select_from has no effect with select: false; remove it")
         return self
 
@@ -130,6 +130,14 @@ class Config(FamilyConfig):
 
     @property
     def uses_labels(self) -> bool:
+        return True
+
+    @property
+    def loss_falls(self) -> bool:
+        return False
+
+    @property
+    def classifies(self) -> bool:
         return True
 
     @classmethod

@@ -6,10 +6,10 @@ from functools import cached_property, partial
 from typing import ClassVar, Literal
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medgen.classification import area_under_curve
 from medgen.errors import InputError
 from medgen.models.base import (
     Batch,
@@ -140,7 +140,7 @@ class Model(Family):
         """Area under the ROC curve over the whole split, of real images and of images made for the same classes; `auc` is their mean.
 
         The published system maximises their sum, of averages over batches."""
-        areas = {f"auc_{kind}": area_under_curve(samples["label"], samples[kind]) for kind in ("real", "fake")}
+        areas = {f"auc_{kind}": area_under_curve(samples["label"].numpy(), samples[kind].numpy()) for kind in ("real", "fake")}
         known = {name: area for name, area in areas.items() if area is not None}
         return {**known, "auc": sum(known.values()) / 2} if len(known) == 2 else known
 
@@ -159,20 +159,20 @@ class Model(Family):
         images = (self._images(noise.normal((self.config.latent,)), given.labels) + 1) / 2
         return {name: images[:, place : place + 1].clamp(0, 1) for place, name in enumerate(self.config.channels)}
 
+    @property
+    def judged_size(self) -> int:
+        return self.config.sizes[int(self.grown.level)]
+
+    @torch.no_grad()
+    def classify(self, channels: dict[str, Tensor]) -> Tensor:
+        return self._class_logits(joined(channels, self.config.channels)).softmax(dim=1)
+
     def describe(self, total_steps: int) -> list[str]:
         config = self.config
         return [
             f"{self.classes} classes, {config.sizes[0]} to {config.sizes[-1]} px, generator {count_parameters(self.generator):,} parameters, "
             f"critic {count_parameters(self.critic):,}"
         ]
-
-
-def area_under_curve(labels: Tensor, probabilities: Tensor) -> float | None:
-    """One class against the rest, averaged over classes; labels [N], probabilities [N, classes]. None unless every class is there."""
-    if len(labels.unique()) < probabilities.shape[1]:
-        return None
-    areas = [roc_auc_score(labels.numpy() == number, probabilities[:, number].numpy()) for number in range(probabilities.shape[1])]
-    return float(sum(areas) / len(areas))
 
 
 def _exact(judged: Judged) -> Judged:

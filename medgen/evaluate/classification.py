@@ -1,0 +1,89 @@
+"""How well probabilities of classes tell images apart: AUC, accuracy, confusion, calibration. Used by the classify verb and by run.py.
+
+Intervals resample whole subjects. Labels are int64 [n], probabilities float [n, classes] whose rows sum to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from medgen.classification import area_under_curve
+from medgen.evaluate import intervals
+from medgen.evaluate.intervals import COVERAGE_PERCENTILES, FEWEST_GROUPS, REPLICATES
+
+BINS = 10  # of confidences
+STREAM = "classification"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number over all images and its 95% interval; either is None where it cannot be had (a class is missing, too few subjects)."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Performance:
+    """`confusion[i][j]`: images of class i that were taken for class j. `calibration_error`: expected, of the class that was taken.
+
+    `brier`: mean over images of the squared distance between the probabilities and the truth, 0 to 2."""
+
+    images: int
+    subjects: int
+    auc: Estimate
+    balanced_accuracy: Estimate
+    accuracy: float
+    confusion: list[list[int]]
+    calibration_error: float
+    brier: float
+
+
+def performance(labels: np.ndarray, probabilities: np.ndarray, subjects: np.ndarray, seed: int) -> Performance:
+    """subjects [n]: who each image shows."""
+    predicted = probabilities.argmax(axis=1)
+    classes = probabilities.shape[1]
+    confusion = np.zeros((classes, classes), dtype=int)
+    np.add.at(confusion, (labels, predicted), 1)
+    truth = np.eye(classes)[labels]
+    return Performance(
+        len(labels), len(np.unique(subjects)),
+        auc_estimate(labels, probabilities, subjects, seed),
+        _estimate(lambda weights: _balanced_accuracy(labels, predicted, classes, weights), subjects, seed),
+        float((predicted == labels).mean()), confusion.tolist(), expected_calibration_error(labels, probabilities),
+        float(((probabilities - truth) ** 2).sum(axis=1).mean()),
+    )  # fmt: skip
+
+
+def auc_estimate(labels: np.ndarray, probabilities: np.ndarray, subjects: np.ndarray, seed: int) -> Estimate:
+    """One class against the rest, averaged over classes, with its interval over subjects."""
+    return _estimate(lambda weights: area_under_curve(labels, probabilities, weights), subjects, seed)
+
+
+def _estimate(statistic: Callable[[np.ndarray], float | None], subjects: np.ndarray, seed: int) -> Estimate:
+    """`statistic` of a weight per image; drawn again with subjects as often as a bootstrap draws them. A draw without some class says nothing."""
+    value = statistic(np.ones(len(subjects)))
+    names, member = np.unique(subjects, return_inverse=True)
+    if value is None or len(names) < FEWEST_GROUPS:
+        return Estimate(value, None)
+    draws = [statistic(weights[member].astype(float)) for weights in intervals.draw_weights(len(names), REPLICATES, seed, STREAM)]
+    low, high = np.percentile([draw for draw in draws if draw is not None], COVERAGE_PERCENTILES)
+    return Estimate(value, (float(low), float(high)))
+
+
+def _balanced_accuracy(labels: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray) -> float | None:
+    """Mean over classes of the share that is right; None unless every class is there."""
+    total = np.bincount(labels, weights, classes)
+    if (total == 0).any():
+        return None
+    return float((np.bincount(labels, weights * (predicted == labels), classes) / total).mean())
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean gap between how sure the prediction is and how often it is right, in bins of equal width (Guo et al., ICML 2017)."""
+    sureness, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    own_bin = np.minimum((sureness * BINS).astype(int), BINS - 1)
+    gaps = [abs(sureness[own_bin == number].sum() - right[own_bin == number].sum()) for number in range(BINS)]
+    return float(sum(gaps) / len(labels))
