@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_pacgan_run import write_side
 from test_structure import HEAVY
 from torch import Tensor, nn
@@ -77,6 +80,13 @@ def test_nothing_else_is_worked_out(text: str) -> None:
         evaluate(text, OPTIONS.__getitem__)
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from(["1", "0", "2.5", "[", "]", "(", ")", ",", "+", "-", "*", "/", "len(", "FACTORS", "LAMBDA_CLS1", " ", "True", "e9", "'a'", ".", "None"]), max_size=14).map("".join) | st.text(max_size=20))
+def test_any_text_is_worked_out_or_refused(text: str) -> None:
+    with contextlib.suppress(ExpressionError, KeyError):
+        evaluate(text, OPTIONS.__getitem__)
+
+
 # ----- config.json
 
 
@@ -124,7 +134,8 @@ def test_modes(tmp_path: Path, modes: dict[str, Any], stages: list[str], selects
     assert made.stages["train"].config["select"] is selects  # type: ignore[union-attr]
     assert made.data is not None and (made.data.splits.train, made.data.splits.val) == shares
     if "final" in stages:
-        made, _ = imported(tmp_path, **modes)
+        made, told = imported(tmp_path, **modes)
+        assert "medgen classify pacgan_ADNI data/ADNI/ADNI_test --stage final" in told
         assert made.stages["final"].repeat == "train" and made.stages["images"].source == "final"  # type: ignore[union-attr]
 
 
@@ -350,7 +361,7 @@ def test_what_a_checkpoint_of_weights_says(tmp_path: Path, medgen: Medgen) -> No
     told = medgen("import", *paths, write_config(tmp_path, **SMALL, LAMBDA_CLS1=5), "--out", "weights").stdout
     assert "weights/step-000000: generator" in told and "from generator_best.pt (epoch 87) and discriminator_best.pt (epoch 87)" in told
     assert "grown to 16 px: the folder PACGAN_16x16 says so" in told and "typical difference" in told
-    assert "then: config: {model: pacgan, start_from: weights/step-000000, in_channels: 8, factors: [1.0, 1.0, 0.5], latent: 6}" in told
+    assert "to go on, in a train stage: config: {model: pacgan, start_from: weights/step-000000, in_channels: 8, factors: [1.0, 1.0, 0.5], latent: 6}" in told
     _, critic, state = opened(tmp_path / "weights")
     assert (int(state["grown"]["level"]), float(state["grown"]["alpha"])) == (2, 1.0)
     assert state["config"]["model"] == "pacgan" and (state["size"], state["classes"]) == (16, ["0", "1"])
@@ -364,8 +375,10 @@ def test_training_and_images_from_published_weights(tmp_path: Path, medgen: Medg
     write_side(tmp_path / "adni_train", range(12))
     write_side(tmp_path / "adni_test", range(12, 16))
     theirs = published()
+    config = write_config(tmp_path, **SMALL, DATA_TRAIN_DIRECTORY=str(tmp_path / "adni_train"))
     for size in (8, 16):
-        run_import(write_pair(tmp_path / f"PACGAN_{size}x{size}", theirs), tmp_path / "weights" / f"pacgan_{size}px", False, None)
+        told = run_import([*write_pair(tmp_path / f"PACGAN_{size}x{size}", theirs), config], tmp_path / "weights" / f"pacgan_{size}px", False, None)
+        assert "classes CN, AD, grey images" in told, "as the folder names them"
     folders = {f"{kind}_{side.upper()}_DIRECTORY": f"adni_{side}" for kind in ("DATA", "LABEL") for side in ("train", "test")}
     modes = {"VALIDATE": False, "LOAD_MODEL": True, "START_TRAIN_AT_IMG_SIZE": 16, "GENERATE": False, "DEVICE": "cpu"}
     medgen("import", write_config(tmp_path, **SMALL, **folders, **modes, PROGRESSIVE_EPOCHS=[1, 1, 1]), "--out", "go_on.yaml")
@@ -384,6 +397,7 @@ def test_training_and_images_from_published_weights(tmp_path: Path, medgen: Medg
     wanted = (theirs[0](latent, torch.tensor([0, 1, 1]), 2, 1.0) + 1) / 2
     for number, path in enumerate(sorted((run / "images" / "dataset" / "images").rglob("*.nii.gz"))):
         torch.testing.assert_close(torch.tensor(read_slice(path).array).squeeze(), wanted[number, 0].detach(), rtol=0, atol=1e-4)
+    assert "8 images of adni_test/Real16x16.nii.gz" in medgen("classify", "weights/pacgan_16px/step-000000", "adni_test").stdout
 
 
 def test_the_size_that_weights_were_trained_to(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -102,10 +103,13 @@ def _train_lines(job: Job) -> list[str]:
     lines = ["  train:", "    kind: train", "    config:", *(f"      {line}" for line in _config_lines(job)), f"    resources: {resources}  # DEVICE, GPUS_N"]
     job.note("DEVICE", f"medgen asks for {TRAIN_TIME} at a time, which is a guess; as many jobs as it takes follow each other")
     if options.validate and options.testing:
-        job.note("TESTING", "counts only with VALIDATE false, as its README says; the stage for it would be\n  final: {kind: train, repeat: train}")
+        job.note("TESTING", "counts only with VALIDATE false, as its README says; the stage for it would be\nfinal: {kind: train, repeat: train}")
     elif options.testing and options.test_using_best_model:
         job.stages.append("final (train again on all, as long as was best)")
         lines.append(f"  final: {{kind: train, repeat: train, resources: {resources}}}  # TESTING, TEST_USING_BEST_MODEL")
+    if options.testing and job.data.has_test:
+        stage = f" --stage {_final(job)}" if _final(job) != "train" else ""
+        job.note("TESTING", f"how well the test side is classified is asked after the run:\nmedgen classify {job.name} {shlex.quote(options.data_test_directory)}{stage}")
     return lines
 
 
@@ -165,7 +169,7 @@ def _images_lines(job: Job) -> list[str]:
     job.stages.append(f"{sum(counts)} images")
     lines = [
         "  images:", "    kind: generate", f"    from: {_final(job)}", f"    per_class: {_list(counts)}  # GENERATE, N_IMAGES_GENERATED",
-        f"    resources: {_resources(job, IMAGES_TIME, 1)}",
+        "    stack: true  # in one file besides, as there", f"    resources: {_resources(job, IMAGES_TIME, 1)}",
     ]  # fmt: skip
     if not job.data.has_test:
         return lines

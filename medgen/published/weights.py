@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from medgen import checkpoint, commits, files
 from medgen.checkpoint import Checkpoint
+from medgen.data.stacks import CLASSES, named_classes
 from medgen.errors import InputError
 from medgen.launch.importing.writing import WIDE
 from medgen.models.pacgan.config import FIRST_SIZE, PER_PHASE, Config
@@ -52,27 +54,32 @@ def import_weights(paths: Sequence[Path], options: Options | None, size: int | N
     """Write the checkpoint step-000000 in `out` and return what to tell, in lines. Raises InputError for files that do not fit together."""
     generator, critic = read_pair(paths)
     form = form_of(generator, critic)
-    config = _config(form, options)
-    levels = len(form.widths)
-    networks = {"generator": form.generator(), "critic": form.critic()}
+    config, classes = _config(form, options), _class_names(form, options)
+    networks = _filled(generator, critic, form)
+    trained = trained_level(networks["generator"].state_dict(), len(form.widths))
+    level = _level(generator.path, size, trained, len(form.widths))
+    folder = (out if out is not None else Path(folder_of_weights(level.size))) / commits.folder_name(0)
+    if folder.exists():
+        raise InputError(f"{folder}: exists and is not overwritten; remove it, or choose another folder with --out")
+    difference = typical_difference(networks, form, level.number, config.batch_sizes[level.number])
+    networks["critic"].get_buffer("typical_difference").copy_(difference)
+    grown = Grown()
+    grown.level.fill_(level.number)
+    objects = {f"modules.{name}": module.state_dict() for name, module in {**networks, "grown": grown}.items()}
+    saved = checkpoint.save(folder.parent, 0, objects, _state(config, classes, (generator, critic)), {})
+    return _told(saved, config, networks, (generator, critic), level, trained, difference)
+
+
+def _filled(generator: Network, critic: Network, form: Form) -> dict[str, nn.Module]:
+    """medgen's networks with the weights of the files; all but the critic's typical difference, which they do not hold."""
+    levels, networks = len(form.widths), {"generator": form.generator(), "critic": form.critic()}
     states = {
         "generator": state_of(generator, generator_names(levels, embedding_key(generator)), {"initial_layer": "last_layer.0"}, networks["generator"]),
         "critic": state_of(critic, critic_names(levels), {"from_img4": f"from_img.{levels - 1}"}, networks["critic"]),
     }
-    trained = trained_level(states["generator"], levels)
-    level = _level(generator.path, size, trained, levels)
-    networks["generator"].load_state_dict(states["generator"])
-    networks["critic"].load_state_dict({**states["critic"], "typical_difference": torch.zeros(())})
-    difference = typical_difference(networks["generator"], networks["critic"], form, level.number, config.batch_sizes[level.number])
-    states["critic"]["typical_difference"] = difference
-    grown = Grown()
-    grown.level.fill_(level.number)
-    folder = (out if out is not None else Path(folder_of_weights(level.size))) / commits.folder_name(0)
-    if folder.exists():
-        raise InputError(f"{folder}: exists and is not overwritten; remove it, or choose another folder with --out")
-    objects = {"modules.generator": states["generator"], "modules.critic": states["critic"], "modules.grown": grown.state_dict()}
-    saved = checkpoint.save(folder.parent, 0, objects, _state(config, form, generator, critic), {})
-    return _told(saved, config, networks, (generator, critic), level, trained, difference)
+    for name, network in networks.items():
+        network.load_state_dict({**network.state_dict(), **states[name]})
+    return networks
 
 
 def _config(form: Form, options: Options | None) -> Config:
@@ -121,7 +128,7 @@ def _level(path: Path, size: int | None, trained: int, levels: int) -> Level:
 
 
 @torch.no_grad()
-def typical_difference(generator: nn.Module, critic: nn.Module, form: Form, level: int, group: int) -> Tensor:
+def typical_difference(networks: dict[str, nn.Module], form: Form, level: int, group: int) -> Tensor:
     """What the critic sees between the images of a batch, over batches that the generator makes of all classes in turn.
 
     Training measures it on real images, which weights do not hold; the same noise every time, so that it depends on the weights alone."""
@@ -129,18 +136,22 @@ def typical_difference(generator: nn.Module, critic: nn.Module, form: Form, leve
     count = max(2, group)
     for _ in range(GROUPS):
         labels = torch.arange(count) % form.classes
-        images = generator(torch.randn(count, form.latent, generator=noise), labels, level, 1.0)
-        values.append(critic(images, level, 1.0).differences[0])
+        images = networks["generator"](torch.randn(count, form.latent, generator=noise), labels, level, 1.0)
+        values.append(networks["critic"](images, level, 1.0).differences[0])
     return torch.stack(values).mean()
 
 
-def _state(config: Config, form: Form, generator: Network, critic: Network) -> dict[str, Any]:
+def _class_names(form: Form, options: Options | None) -> tuple[str, ...]:
+    """As the folder of the configuration names them; the published system knows numbers only, and so does a folder without names."""
+    named = Path(options.data_train_directory) / CLASSES if options is not None else None
+    return named_classes(named, form.classes)[: form.classes] if named is not None and named.is_file() else tuple(str(number) for number in range(form.classes))
+
+
+def _state(config: Config, classes: tuple[str, ...], sources: Sequence[Network]) -> dict[str, Any]:
     """What a reader of the checkpoint asks for. It is of no data and no seed of medgen's."""
     return {
-        "config": {"model": "pacgan", **config.model_dump(mode="json", exclude={"loop"})},
-        "classes": [str(number) for number in range(form.classes)],
-        "size": config.sizes[-1], "data": None, "seed": None,
-        "imported": [{"path": str(network.path), "sha256": files.sha256_file(network.path), "epoch": network.epoch} for network in (generator, critic)],
+        "config": {"model": "pacgan", **config.model_dump(mode="json", exclude={"loop"})}, "classes": classes, "size": config.sizes[-1], "data": None, "seed": None,
+        "imported": [{"path": str(network.path), "sha256": files.sha256_file(network.path), "epoch": network.epoch} for network in sources],
     }  # fmt: skip
 
 
@@ -151,7 +162,7 @@ def _told(
     from_files = " and ".join(f"{network.path.name}{f' (epoch {network.epoch})' if network.epoch is not None else ''}" for network in sources)
     lines = [
         f"{saved.folder}: generator {counts['generator']:,} and critic {counts['critic']:,} parameters, from {from_files}",
-        f"  {len(saved.state()['classes'])} classes, {'grey' if len(config.channels) == 1 else 'colour'} images, latent {config.latent}, embedding {config.embedding}, "
+        f"  classes {', '.join(saved.state()['classes'])}, {'grey' if len(config.channels) == 1 else 'colour'} images, latent {config.latent}, embedding {config.embedding}, "
         f"channels {', '.join(map(str, config.widths))} at {config.sizes[0]} to {config.sizes[-1]} px",
         f"  grown to {level.size} px: {level.reason}",
         "  left out: what Adam remembered; training goes on with a fresh one",
@@ -161,7 +172,7 @@ def _told(
         lines.append(f"  check {level.size} px: the layers of {2 * FIRST_SIZE * 2 ** trained} px look untrained (their biases are 0); choose --size {FIRST_SIZE * 2 ** trained}")
     if level.number < trained:
         lines.append(f"  check {level.size} px: training went on to {FIRST_SIZE * 2 ** trained} px, and the head of {level.size} px was not kept up with it")
-    return [*lines, f"  then: config: {_config_to_write(saved, config)}"]
+    return [*lines, f"  to go on, in a train stage: config: {_config_to_write(saved, config)}", f"  to classify images: medgen classify {shlex.quote(str(saved.folder))} IMAGES.nii.gz"]
 
 
 def _config_to_write(saved: Checkpoint, config: Config) -> str:
