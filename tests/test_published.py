@@ -179,8 +179,8 @@ def test_what_has_no_place_is_told(tmp_path: Path) -> None:
     [
         ({}, "data/ADNI", []), ({"DATA_TEST_DIRECTORY": None, "LABEL_TEST_DIRECTORY": None}, "data/ADNI/ADNI_train", []),
         ({"DATA_TRAIN_DIRECTORY": "..\\data\\ADNI_train", "LABEL_TRAIN_DIRECTORY": "..\\data\\ADNI_train\\labels.csv", "DATA_TEST_DIRECTORY": "../data/ADNI_test", "LABEL_TEST_DIRECTORY": None}, "../data", []),
-        ({"DATA_TEST_DIRECTORY": "other/ADNI_test", "LABEL_TEST_DIRECTORY": None}, "data/ADNI", ["ln -sr data/ADNI/ADNI_train data/ADNI/train", "ln -sr other/ADNI_test data/ADNI/test"]),
-        ({"LABEL_TRAIN_DIRECTORY": "my labels.csv"}, "data/ADNI", ["ln -sr data/ADNI/ADNI_train/Real*.nii* data/ADNI/train/", "ln -sr 'my labels.csv' data/ADNI/train/labels.csv"]),
+        ({"DATA_TEST_DIRECTORY": "other/ADNI_test", "LABEL_TEST_DIRECTORY": None}, "data/ADNI_linked", ["ln -sr data/ADNI/ADNI_train data/ADNI_linked/train", "ln -sr other/ADNI_test data/ADNI_linked/test"]),
+        ({"LABEL_TRAIN_DIRECTORY": "my labels.csv"}, "data/ADNI_linked", ["ln -sr data/ADNI/ADNI_train/Real*.nii* data/ADNI_linked/train/", "ln -sr 'my labels.csv' data/ADNI_linked/train/labels.csv"]),
     ],
 )  # fmt: skip
 def test_folders_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Any], root: str, commands: list[str]) -> None:
@@ -191,12 +191,12 @@ def test_folders_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fo
 
 
 def test_the_commands_for_links_make_what_is_read(tmp_path: Path, medgen: Medgen) -> None:
-    write_side(tmp_path / "here" / "adni_train", range(24))
-    write_side(tmp_path / "there" / "adni test", range(24, 32))
+    write_side(tmp_path / "data" / "adni" / "adni_train", range(24))
+    write_side(tmp_path / "data" / "adni" / "adni test", range(24, 32))
     labels = tmp_path / "all labels.csv"
-    (tmp_path / "here" / "adni_train" / "labels.csv").rename(labels)
-    config = write_config(tmp_path, **SMALL, DATA_TRAIN_DIRECTORY="here/adni_train", LABEL_TRAIN_DIRECTORY=labels.name,
-                          DATA_TEST_DIRECTORY="there/adni test", LABEL_TEST_DIRECTORY="there/adni test/labels.csv", DEVICE="cpu")  # fmt: skip
+    (tmp_path / "data" / "adni" / "adni_train" / "labels.csv").rename(labels)
+    config = write_config(tmp_path, **SMALL, DATA_TRAIN_DIRECTORY="data/adni/adni_train", LABEL_TRAIN_DIRECTORY=labels.name,
+                          DATA_TEST_DIRECTORY="data/adni/adni test", LABEL_TEST_DIRECTORY="data/adni/adni test/labels.csv", DEVICE="cpu")  # fmt: skip
     told = medgen("import", config).stdout
     for line in told.splitlines():
         if line.strip().startswith(("mkdir", "ln")):
@@ -208,7 +208,7 @@ def test_the_commands_for_links_make_what_is_read(tmp_path: Path, medgen: Medgen
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"PROGRESSIVE_EPOCHS": "list(range(7))"}, "PROGRESSIVE_EPOCHS: list(range(7)) is not worked out; allowed are numbers"),
+        ({"FACTORS": "[1, open('x')]"}, "PROGRESSIVE_EPOCHS: goes by FACTORS, which cannot be read"), ({"PROGRESSIVE_EPOCHS": "list(range(7))"}, "PROGRESSIVE_EPOCHS: list(range(7)) is not worked out; allowed are numbers"),
         ({"BATCH_SIZES": "[32, 32]"}, "BATCH_SIZES: has 2 entries, FACTORS has 7; write one per size, from 4 to 256 px"),
         ({"LEARNING_RATE": "fast"}, "LEARNING_RATE: fast is neither a number nor an option"), ({"Z_DIM": "1/2"}, "Z_DIM: 0.5 is not a whole number"),
         ({"LAMBDA_CLS1": "LAMBDA_CLS2*2"}, "it needs itself: LAMBDA_CLS1 -> LAMBDA_CLS2 -> LAMBDA_CLS1"), ({"CRITIC_ITERATIONS": 2}, "CRITIC_ITERATIONS: 2 is one value for 7 sizes"),

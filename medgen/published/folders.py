@@ -31,7 +31,7 @@ def data_of(options: Options) -> Data:
     parent = PurePosixPath(train).parent
     if ends and parent == PurePosixPath(test).parent and _is_side(train, "train") and _is_side(test, "test") and not Path(parent, LABELS).is_file():
         return Data(str(parent), name if name != "train" else parent.name or "data", True, ())
-    root = f"data/{name}"
+    root = f"data/{name}_linked"  # a folder of its own: beside NAME_train another train would be one too many
     commands = _links(root, "train", train, options.label_train_directory)
     commands += _links(root, "test", test, options.label_test_directory) if test else []
     note = Note("DATA_TRAIN_DIRECTORY", f"medgen reads train and test with a {LABELS} each from one folder; make it:\n" + "\n".join(commands))

@@ -260,9 +260,17 @@ def _factors(reading: _Reading, name: str) -> tuple[float, ...]:
     return tuple(_as_number(item) for item in value)
 
 
+def _phases(reading: _Reading) -> int:
+    """How many sizes there are; what is wrong with FACTORS itself is told there."""
+    try:
+        return len(_factors(reading, "FACTORS"))
+    except ExpressionError:
+        raise ExpressionError("goes by FACTORS, which cannot be read") from None
+
+
 def _per_phase(entry: Callable[[Any], Any]) -> Callable[[_Reading, str], tuple[Any, ...]]:
     def read(reading: _Reading, name: str) -> tuple[Any, ...]:
-        count = len(_factors(reading, "FACTORS"))
+        count = _phases(reading)
         given = reading.raw.get(name)
         if isinstance(given, str) and (match := TIMES_PHASES.fullmatch(given)):
             reading.notes.append(Note(name, f"{given.strip()} is read as {match[1]} at each of the {count} sizes"))
@@ -305,7 +313,7 @@ def _image_counts(reading: _Reading, name: str) -> tuple[int, ...]:
 
 
 def _first_size(reading: _Reading, name: str) -> int:
-    size, sizes = _whole(reading, name), [FIRST_SIZE * 2**level for level in range(len(_factors(reading, "FACTORS")))]
+    size, sizes = _whole(reading, name), [FIRST_SIZE * 2**level for level in range(_phases(reading))]
     if size not in sizes:
         raise ExpressionError(f"{size} px is none of the sizes of FACTORS: {', '.join(map(str, sizes))}")
     return size
