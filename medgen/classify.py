@@ -20,7 +20,7 @@ from medgen.models.base import DataShape, Model
 from medgen.prepare.page import Table
 from medgen.prepare.words import require_new
 from medgen.rundir import RunDir
-from medgen.train import trained_model
+from medgen.training import trained_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,10 +24,11 @@ from medgen.errors import InputError, Interrupted, MedgenError
 from medgen.models.base import Given, Model, SampleNoise
 from medgen.models.settings import FamilyConfig, Settings
 from medgen.plan import PlannedStage
+from medgen.resume import check_identity
 from medgen.shards import MANIFEST, MANIFEST_VERSION, Counts, read_manifest, set_aside, shard_problem
 from medgen.spec import SPLITS, Accept
 from medgen.task import Done, Work
-from medgen.train import check_identity, load_channel, shape_of, trained_model
+from medgen.training import load_channel, shape_of, trained_model
 
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 

@@ -11,7 +11,7 @@ from medgen import models
 from medgen.context import Context
 from medgen.dist import Ranks
 from medgen.models.base import Batch, DataShape, Given, Model, SampleNoise
-from medgen.train import build_model
+from medgen.training import build_model
 
 CPU = torch.device("cpu")
 SIZE = 16

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import tiny_spec
 
-from medgen import train
+from medgen import train, training
 from medgen.errors import MedgenError
 from medgen.models.pacgan.config import Config
 
@@ -229,11 +229,11 @@ def test_data_that_do_not_fit(medgen: Medgen, write_spec: WriteSpec, cohort: Pat
 
 def test_losses_of_players_do_not_stop_a_training() -> None:
     """They fall below zero and rise again; one that is no number still stops it."""
-    training = cast(train.Training, SimpleNamespace(clock=train.Clock(step=600), config=Config.model_validate(Config.examples()["grey"])))
+    stopping = cast(training.Training, SimpleNamespace(clock=training.Clock(step=600), config=Config.model_validate(Config.examples()["grey"])))
     for loss in (-0.5, 3.0):
-        train._stop_if_diverged(training, loss, 550)
+        train._stop_if_diverged(stopping, loss, 550)
     with pytest.raises(MedgenError, match="the loss became nan"):
-        train._stop_if_diverged(training, math.nan, 10)
+        train._stop_if_diverged(stopping, math.nan, 10)
 
 
 def test_classes_are_counted_in_their_order(medgen: Medgen, write_spec: WriteSpec, cohort: Path, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def _build(trial: Trial, device: str) -> Model:
     """`meta` builds shapes without numbers: no memory, no time."""
     import torch
 
-    from medgen.train import build_model, shape_of
+    from medgen.training import build_model, shape_of
     config = trial.config
     with torch.device(device):
         return build_model(trial.stage.config["model"], config, shape_of(config, trial.store), trial.item.spec.seed, trial.name)
@@ -254,7 +254,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     import torch
 
     from medgen.models.base import Batch, Given, SampleNoise
-    from medgen.train import load_channel
+    from medgen.training import load_channel
 
     model, config, cpu = _build(trial, "cpu"), trial.config, torch.device("cpu")
     chosen = rows[:TRIAL_SAMPLES]

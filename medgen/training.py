@@ -1,0 +1,122 @@
+"""What the modules of a training share: its clock, its parts, and how data and model are made. Used by train.py, validation.py, resume.py.
+
+Also by whoever loads a trained model: generate.py, classify.py, checks/."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medgen import models, rng, spec
+from medgen.checkpoint import Checkpoint
+from medgen.context import Context
+from medgen.data.store import SliceStore, open_store
+from medgen.dist import Ranks
+from medgen.errors import InputError
+from medgen.models.base import Batch, DataShape, Given, Model, Phase
+from medgen.models.settings import FamilyConfig
+from medgen.task import Work
+
+
+@dataclass
+class Clock:
+    """Where training stands. Everything here is in the checkpoint's state.json.
+
+    position: samples consumed since the phase began; epoch = position / samples in the training split."""
+
+    step: int = 0
+    phase: int = 0
+    phase_start_step: int = 0
+    best_loss: float = math.inf  # of the logged windows; for the divergence stop
+    steps_above: int = 0
+
+
+@dataclass
+class Training:
+    """The parts that the loop's helpers share."""
+
+    work: Work
+    ranks: Ranks
+    config: FamilyConfig
+    stores: dict[int, SliceStore]  # by size in pixels; the same slices in each
+    rows: np.ndarray
+    val_rows: np.ndarray
+    model: Model
+    phases: list[Phase]
+    context: Context
+    clock: Clock = field(default_factory=Clock)
+    grace_looked_at: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.work.run.checkpoints(self.work.stage.name)
+
+    @property
+    def phase(self) -> Phase:
+        return self.phases[self.clock.phase]
+
+    @property
+    def store(self) -> SliceStore:
+        """The slices at full size."""
+        return self.stores[max(self.stores)]
+
+    def batch(self, rows: np.ndarray, positions: list[int], stream: str) -> Batch:
+        """Slices by row number, of the phase's size, as one batch on the device; noise will be drawn by position and stream."""
+        store, device = self.stores[self.phase.size], self.ranks.device
+        channels = {name: load_channel(store, name, rows, device) for name in self.config.input_channels}
+        labels = torch.from_numpy(store.labels(rows)).to(device) if self.config.uses_labels else None
+        return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", labels)
+
+    def given(self, rows: np.ndarray) -> Given:
+        """What images like these slices are made from, of the phase's size."""
+        batch = self.batch(rows, [], "preview")
+        return Given({name: batch.channels[name] for name in self.config.condition_channels}, batch.labels)
+
+
+def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """[N, 1, H, W] float32 in [0, 1] on the device; "seg" is the mask."""
+    array = store.masks(rows).astype(np.float32) if name == "seg" else store.images(name, rows)
+    return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(1).to(device, non_blocking=True)
+
+
+def steps_in(phase: Phase, samples: int) -> int:
+    return math.ceil(phase.epochs * samples / phase.batch_size)
+
+
+def of_phase(training: Training, phase: Phase, score: str) -> str:
+    """The name of a metric in checkpoints: with the phase's if there are several, as what is good at one size says nothing of another."""
+    name = "val" if score == "loss" else score
+    return f"{name}_{phase.name}" if len(training.phases) > 1 else name
+
+
+def shape_of(config: FamilyConfig, store: SliceStore) -> DataShape:
+    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else ())
+
+
+def of_size(work: Work, data: spec.DataSpec, size: int, full: SliceStore) -> SliceStore:
+    """The same slices at another size. Raises InputError if other ones are left there."""
+    store = open_store(data.model_copy(update={"size": size}), work.plan.seed, work.run.cache, work.say)
+    if not store.rows["id"].equals(full.rows["id"]):
+        raise InputError(f"data: at {size} px not the same slices are left as at {full.size} px, because small lesions vanish; write positive_only: false")
+    return store
+
+
+def build_model(family: str, config: FamilyConfig, shape: DataShape, seed: int, stream: str) -> Model:
+    """A model with initial weights that depend on (seed, stream) alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.derive_seed(seed, f"{stream}/init"))
+        model: Model = models.model_class(family)(config, shape)
+    return model
+
+
+def trained_model(found: Checkpoint, family: str, config: FamilyConfig, shape: DataShape, device: torch.device) -> Model:
+    """A model with the weights of a checkpoint."""
+    model = build_model(family, config, shape, 0, "loaded")
+    for name, module in model.modules().items():
+        module.load_state_dict(found.tensors(f"modules.{name}"))
+        module.to(device)
+    return model

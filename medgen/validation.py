@@ -1,0 +1,91 @@
+"""What a training measures on held-out slices, and which of its checkpoints are best by that. Called by train.py's loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from medgen import commits, dist, fault
+from medgen.models.base import SampleNoise
+from medgen.train_log import Averages, TrainingLog
+from medgen.training import Training, of_phase, steps_in
+
+
+def evenly(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` rows, spread evenly over all patients and positions."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.arange(count) * len(rows) // count]
+
+
+def validate_and_show(training: Training, epoch: float, log: TrainingLog | None) -> dict[str, dict[str, Any]]:
+    """On all ranks; rank 0 alone draws previews, for which the others wait longer than for a step. Returns what to select by."""
+    clock, activity = training.clock, training.work.activity
+    activity.now("validating")
+    values = _validate(training)
+    if log:
+        log.record(clock.step, epoch, values)
+        activity.now("validating")
+    dist.on_main(lambda: _preview(training, log), training.ranks)
+    return _metrics(training, values)
+
+
+@torch.no_grad()
+def _validate(training: Training) -> dict[str, float]:
+    """Means over the validation slices, shared by all ranks; the same noise every time, so curves compare."""
+    if fault.ARMED:
+        fault.at("validate", step=training.clock.step)
+    averages, ranks, samples = Averages(), training.ranks, dict[int, dict[str, torch.Tensor]]()
+    size = training.phase.batch_size // ranks.world_size
+    everyone = np.arange(len(training.val_rows))
+    mine = everyone[ranks.rank :: ranks.world_size] if len(everyone) >= ranks.world_size else everyone
+    for start in range(0, len(mine), size):
+        places = mine[start : start + size]
+        batch = training.batch(training.val_rows[places], [int(place) for place in places], "val")
+        report = training.model.validate(batch, training.context)
+        averages.add(report, weight=len(places))
+        samples |= {int(place): {name: values[row].cpu() for name, values in report.samples.items()} for row, place in enumerate(places)}
+    training.work.activity.now("waiting for the others")
+    return {f"val_{name}": value for name, value in {**averages.means(ranks), **_scores(training, samples)}.items()}
+
+
+def _scores(training: Training, mine: dict[int, dict[str, torch.Tensor]]) -> dict[str, float]:
+    """The selection metrics, from what all ranks have kept of the samples, by place in the split."""
+    if not training.model.selection_metrics:
+        return {}
+    every = {place: kept for part in dist.gathered(mine, training.ranks) for place, kept in part.items()}
+    kept = [every[place] for place in sorted(every)]
+    return training.model.scores({name: torch.stack([item[name] for item in kept]) for name in kept[0]})
+
+
+def _metrics(training: Training, values: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """What checkpoints may be selected by: the validation loss, and the model's own scores late enough in a phase."""
+    better = {"loss": "lower", **(training.model.selection_metrics if training.context.phase_progress >= training.phase.select_from else {})}
+    return {of_phase(training, training.phase, name): {"value": values[f"val_{name}"], "better": better[name]} for name in better if f"val_{name}" in values}
+
+
+def best_epochs(training: Training) -> dict[str, float]:
+    """How many epochs each phase had behind it at its best checkpoint, by what it selects by, else by the validation loss."""
+    known, found, start_step = commits.best(commits.committed(training.folder)), dict[str, float](), 0
+    for phase in training.phases:
+        name = of_phase(training, phase, phase.select or "loss")
+        if name in known:
+            found[phase.name] = (known[name].step - start_step) * phase.batch_size / len(training.rows)
+        start_step += steps_in(phase, len(training.rows))
+    return found
+
+
+def _preview(training: Training, log: TrainingLog | None) -> None:
+    """A few samples into TensorBoard, from the same noise and conditions each time; none if the training is to stop."""
+    count = min(training.config.loop.preview_images, len(training.val_rows))
+    if log is None or count == 0 or training.work.stop.is_set:
+        return
+    rows = evenly(training.val_rows, count)
+    given = training.given(rows)
+    indices = [(number,) for number in range(count)]
+    noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
+    images = training.model.sample(noise, given, training.config.preview_sampling())
+    for name, channel in {**given.channels, **images}.items():
+        log.images(name, channel, training.clock.step)
