@@ -201,15 +201,16 @@ def nodes(
 
 
 @app.command("import", rich_help_panel="Jobs")
-def import_scripts(
-    scripts: Annotated[list[Path], typer.Argument(metavar="SCRIPT...", help="sbatch scripts; those that differ in a few words become one spec", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="folder of the specs (default: jobs), or a name that ends in .yaml", show_default=False)] = None,
-    portable: Annotated[bool, typer.Option("--portable", help="resources in portable words and a site profile, instead of the directives as they are")] = False,
+def import_files(
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE...", help="sbatch scripts; or config.json, or generator_best.pt and discriminator_best.pt of the published PACGAN", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the specs (default: jobs), or a name that ends in .yaml; of weights: folder of the checkpoint", show_default=False)] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="scripts: resources in portable words and a site profile, instead of the directives as they are")] = False,
+    size: Annotated[int | None, typer.Option("--size", metavar="PIXELS", help="weights: what size they were trained to; default: what their folder or their layers say", show_default=False)] = None,
 ) -> None:
-    """Turn hand-written sbatch scripts into job specs; what is not understood is kept word for word and listed."""
-    from medgen.launch.importing.verb import run_import
+    """Turn sbatch scripts or a published configuration into job specs, published weights into a checkpoint; what has no equivalent is listed."""
+    from medgen.importing import run_import
 
-    print(redact.text(run_import(scripts, out, portable)))
+    print(names.printable(redact.text(run_import(paths, out, portable, size))))
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")

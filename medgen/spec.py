@@ -154,7 +154,9 @@ class DataSpec(Frozen):
         if isinstance(value, dict) and value.get("format") == "phantom" and not value.get("images") and not value.get("mask"):
             return {**value, **PHANTOM_FILES}
         if isinstance(value, dict) and value.get("format") == "stack":
-            return {"images": {"image": "0"}, "content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value}
+            images = value.get("images", {"image": 0})
+            places = {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
+            return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": places}
         return value
 
     @model_validator(mode="after")

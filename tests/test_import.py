@@ -841,7 +841,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "job.yaml").read_text() == "mine"
     (tmp_path / "other").mkdir()
     same_name = script(tmp_path / "other", "#!/bin/bash\nfalse\n")
-    with pytest.raises(InputError, match="would be made from two scripts"):
+    with pytest.raises(InputError, match="would be made from two files"):
         run_import([path, same_name], tmp_path / "new")
     with pytest.raises(InputError, match="one file for 2 specs"):
         run_import([path, same_name], tmp_path / "one.yaml")

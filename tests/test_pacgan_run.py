@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused_by_its_name(medgen: Medgen, write_spec: Wr
     ("change", "words"),
     [
         ({"size": 32}, "has no slices of 32 px; the sizes there are: 4, 8, 16"), ({"content": 0.1}, "content has no effect with format: stack"),
-        ({"images": {"red": "0", "green": "1", "blue": "2"}}, "names 3 channels, the slices of"), ({"images": {"image": "1"}}, "names the channels of a stack by their places"),
+        ({"images": {"red": 0, "green": 1, "blue": 2}}, "names 3 channels, the slices of"), ({"images": {"image": "1"}}, "names the channels of a stack by their places"),
         ({"root": None}, "format: stack needs root: the folder with labels.csv"), ({"root": "nowhere"}, "nowhere is missing"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hand-written sbatch scripts become job specs: `run_import` is all that the import verb calls."""
+"""Hand-written sbatch scripts become job specs: `run_import` is what the import verb calls for them."""
 
 from medgen.launch.importing.verb import run_import
 

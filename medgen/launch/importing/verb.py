@@ -1,4 +1,4 @@
-"""`medgen import`: reads scripts, writes a spec beside each other, says what it understood. Called by cli.py."""
+"""`medgen import`: reads scripts, writes a spec beside each other, says what it understood. Called by medgen/importing.py."""
 
 from __future__ import annotations
 
@@ -46,15 +46,12 @@ def run_import(paths: Sequence[Path], out: Path | None = None, portable: bool = 
     parts = [word_for_word(draft) for draft in drafts]
     if portable:
         site, parts = site_of([to_portable(draft) for draft in drafts])
-    folder, name = _where(out, len(parts))
+    folder, name = target_of(out, len(parts))
     new = [_new_spec(part, folder / (name or f"{part.draft.path.stem}.yaml")) for part in parts]
     if site:
         path = folder / SITE_FILE
         new.append(NewFile(path, yaml_text(site, "The cluster of the imported scripts, in their words."), [f"{path}: their cluster; submit with --site {path}"]))
-    _refuse_clashes(new)
-    for item in new:
-        files.write_text(item.path, item.text)
-    return "\n".join(line for item in new for line in item.told)
+    return write_all(new)
 
 
 def _drafts(paths: Sequence[Path]) -> list[Draft]:
@@ -118,7 +115,7 @@ def _bash_problem(text: str) -> str | None:
     return (answer or ["no reason given"])[0].removeprefix("bash: ") if asked.returncode else None
 
 
-def _where(out: Path | None, count: int) -> tuple[Path, str | None]:
+def target_of(out: Path | None, count: int) -> tuple[Path, str | None]:
     """The folder, and the name of the only spec if one was given."""
     if out is not None and out.suffix in (".yaml", ".yml"):
         if count > 1:
@@ -139,9 +136,13 @@ def _new_spec(part: Portable, path: Path) -> NewFile:
     return NewFile(path, text, told + [f"  check {f'line {note.line}' if note.line else draft.path.name}: {note.text}" for note in draft.hints])
 
 
-def _refuse_clashes(new: Sequence[NewFile]) -> None:
+def write_all(new: Sequence[NewFile]) -> str:
+    """All of them or none; returns what to say of them, in lines. Raises InputError if one is there already or would be written twice."""
     paths = [item.path for item in new]
     problems = [f"{path}: exists and is not overwritten; remove it, or choose another folder with --out" for path in paths if path.exists()]
-    problems += [f"{path}: would be made from two scripts; import them into different folders with --out" for path in dict.fromkeys(paths) if paths.count(path) > 1]
+    problems += [f"{path}: would be made from two files; import them into different folders with --out" for path in dict.fromkeys(paths) if paths.count(path) > 1]
     if problems:
         raise InputError("\n".join(problems))
+    for item in new:
+        files.write_text(item.path, item.text)
+    return "\n".join(line for item in new for line in item.told)

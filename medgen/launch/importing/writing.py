@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ WIDE = 10**6  # never folded
 
 def spec_text(draft: Draft, resources: dict[str, Any]) -> str:
     """The whole file. `resources`: keys beside setup and slurm; reading it back gives exactly the lines of the draft."""
-    lines = [*_head(draft), "version: 1", f"name: {_scalar(draft.name)}", "stages:", "  main:", "    kind: command"]
+    lines = [*_head(draft), "version: 1", f"name: {value_scalar(draft.name)}", "stages:", "  main:", "    kind: command"]
     lines += _block("run", draft.run)
     if draft.foreach:
         lines += _items(draft.foreach)
@@ -25,9 +26,9 @@ def spec_text(draft: Draft, resources: dict[str, Any]) -> str:
     if draft.segments > 1:
         lines.append(f"    segments: {draft.segments}")
     if draft.env:
-        lines += ["    env:", *(f"      {_scalar(name)}: {_text(value)}" for name, value in draft.env)]
+        lines += ["    env:", *(f"      {value_scalar(name)}: {text_scalar(value)}" for name, value in draft.env)]
     gpu = {**resources.get("gpu", {}), **({"prefer": draft.prefer} if draft.prefer else {})}
-    keys = [f"      {key}: {_scalar(value)}" for key, value in resources.items() if key != "gpu"]
+    keys = [f"      {key}: {value_scalar(value)}" for key, value in resources.items() if key != "gpu"]
     keys += [f"      gpu: {_flow(gpu)}"] if gpu else []
     keys += _list("setup", draft.setup) + _list("slurm", [directive.text for directive in draft.directives])
     return "\n".join([*lines, *(["    resources:", *keys] if keys else [])]) + "\n"
@@ -53,6 +54,11 @@ def _head(draft: Draft) -> list[str]:
     return [*lines, ""] if len(lines) > 1 else lines
 
 
+def comment_lines(lines: Sequence[str]) -> list[str]:
+    """Any text as the comment at the head of a spec."""
+    return [f"# {_shown(line)}".rstrip() for line in lines]
+
+
 def _shown(text: str) -> str:
     """For a comment: letters that YAML does not take are written as escapes."""
     return "".join(letter if PLAIN_TEXT.fullmatch(letter) and letter != "\n" else repr(letter)[1:-1] for letter in text)
@@ -72,16 +78,16 @@ def _items(values: tuple[str, ...]) -> list[str]:
     flow = f"    foreach: {_flow(list(values))}"
     if len(flow) <= WIDTH and "${" not in flow:
         return [flow]
-    return ["    foreach:", *(f"      - {_text(value)}" for value in values)]
+    return ["    foreach:", *(f"      - {text_scalar(value)}" for value in values)]
 
 
 def _list(key: str, values: tuple[str, ...] | list[str]) -> list[str]:
-    return [f"      {key}:", *(f"        - {_text(value)}" for value in values)] if values else []
+    return [f"      {key}:", *(f"        - {text_scalar(value)}" for value in values)] if values else []
 
 
-def _text(value: str) -> str:
+def text_scalar(value: str) -> str:
     """A string as one scalar. A ${NAME} would be replaced by medgen when it reads the spec: its $ is escaped."""
-    return _quoted(value) if "${" in value else _scalar(value)
+    return _quoted(value) if "${" in value else value_scalar(value)
 
 
 def _quoted(value: str) -> str:
@@ -89,7 +95,8 @@ def _quoted(value: str) -> str:
     return text.replace("${", "\\x24{")
 
 
-def _scalar(value: Any) -> str:
+def value_scalar(value: Any) -> str:
+    """A number, a word or a text without ${NAME} as YAML writes it."""
     return yaml.safe_dump(value, allow_unicode=True, width=WIDE, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
