@@ -67,9 +67,10 @@ def weights(run: Path) -> dict[str, Any]:
 
 
 def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
-    images = {"kind": "generate", "from": "train", "per_class": [3, 2], "chunk": 2}
+    images = {"kind": "generate", "from": "train", "per_class": [17, 16], "chunk": 6}
     grown = {"kind": "generate", "from": "train", "count": 3, "checkpoint": "best-auc_8px"}
-    medgen("submit", write_spec(spec_of(cohort, "pacgan", images=images, smaller=grown, report={"kind": "report"})), "--local")
+    evaluate = {"kind": "evaluate", "of": "images", "metrics": ["fid", "kid", "ssim_pairs"], "extractor": "random_conv", "allow_small_n": True}
+    medgen("submit", write_spec(spec_of(cohort, "pacgan", images=images, smaller=grown, evaluate=evaluate, report={"kind": "report"})), "--local")
     run = only_run(tmp_path, "pacgan")
     lines = [json.loads(line) for line in (run / "train" / "log.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["val_auc"] for line in lines if "val_auc" in line}
@@ -87,13 +88,21 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
 
     with open(run / "images" / "dataset" / "index.csv") as handle:
         rows = list(csv.DictReader(handle))
-    assert [row["label"] for row in rows] == ["CN"] * 3 + ["AD"] * 2
+    assert [row["label"] for row in rows] == ["CN"] * 17 + ["AD"] * 16
     assert nibabel.load(run / "images" / "dataset" / rows[0]["image"]).shape[:2] == (16, 16)
     with open(run / "smaller" / "dataset" / "index.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert [row["label"] for row in rows] == ["CN", "CN", "AD"]
     small = nibabel.load(run / "smaller" / "dataset" / rows[0]["image"])
     assert small.shape[:2] == (8, 8) and small.header.get_zooms()[:2] == (2.0, 2.0), "the same field of view in fewer pixels"
+
+    metrics = json.loads((run / "evaluate" / "metrics.json").read_text())
+    compared = {(score["metric"], score["group"], score["comparison"]) for score in metrics["scores"] if score["comparison"]}
+    assert len(compared) == 3 * 3 * 3 and {group for _, group, _ in compared} == {None, *CLASSES}
+    facts = json.loads((run / "outcome" / "evaluate.0.json").read_text())["facts"]
+    assert {"fd_small_n image", "kid image", "ssim_pairs image"} <= set(facts), "of the whole set"
+    page = (run / "report" / "index.html").read_text()
+    assert '<table class="comparisons">' in page and 'scope="row">AD</th>' in page
 
 
 def test_cut_anywhere_it_gives_the_same_bits(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path, environment: dict[str, str]) -> None:

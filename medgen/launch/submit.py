@@ -93,11 +93,14 @@ def _plan_before(run: RunDir) -> Plan | None:
 
 
 def check_data(checked: spec.Spec) -> str:
-    """Look at every file's header before anything is queued; returns one line about the data.
+    """Look at every file's header before anything is queued, and at the weights of extractors; returns one line about the data.
 
     Raises InputError for unusable files, or if a stage names a split that has no patients."""
     from medgen.data.index import check_headers
 
+    for stage in checked.stages.values():
+        if isinstance(stage, spec.EvaluateStage) and isinstance(stage.extractor, spec.WeightsFile):
+            stage.extractor.verified()
     if checked.data is None:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
