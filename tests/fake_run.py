@@ -77,14 +77,16 @@ def write_log(run: RunDir, stage: str, steps: int = 400) -> None:
         files.append_line(run.training_log(stage), json.dumps(line))
 
 
-def write_dataset(run: RunDir, stage: str, images: dict[str, np.ndarray], conditions: list[str] | None, kind: str) -> None:
-    """A collected dataset. images: channel -> [n,H,W]; conditions: ids or None; kind: none | real | synthetic."""
+def write_dataset(run: RunDir, stage: str, images: dict[str, np.ndarray], conditions: list[str] | None, kind: str, labels: list[str] | None = None) -> None:
+    """A collected dataset. images: channel -> [n,H,W]; conditions: ids or None; kind: none | real | synthetic; labels: classes."""
     folder = run.dataset(stage)
     records = []
     for number in range(len(next(iter(images.values())))):
         record: dict[str, Any] = {
             "id": f"{stage}-{number:06d}", "index": number, "condition": conditions[number] if conditions else "", "condition_kind": kind,
         }
+        if labels is not None:
+            record["label"] = labels[number]
         for channel, arrays in images.items():
             path = folder / channel / f"{number:06d}.nii.gz"
             write_slice(path, arrays[number], "mask" if channel == "seg" else "image", np.eye(4))

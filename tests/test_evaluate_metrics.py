@@ -177,7 +177,7 @@ def test_a_collapsed_set_resembles_itself_more() -> None:
     every = textured(20, 1)
     few = every[np.arange(20) % 2] + np.random.default_rng(0).normal(scale=0.01, size=every.shape).astype(np.float32)
     chosen = diversity.random_pairs(np.arange(20), 60, 1, "test")
-    assert diversity.similarities(few, chosen).mean() > diversity.similarities(every, chosen).mean() + 0.2
+    assert diversity.similarities(pairs.ms_ssim, few, few, chosen).mean() > diversity.similarities(pairs.ms_ssim, every, every, chosen).mean() + 0.2
 
 
 def smooth_heads(count: int, seed: int) -> np.ndarray:

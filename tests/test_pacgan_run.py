@@ -73,9 +73,10 @@ def weights(run: Path) -> dict[str, Any]:
 
 
 def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
-    images = {"kind": "generate", "from": "train", "per_class": [3, 2], "chunk": 2, "shards": 2, "stack": True}
+    images = {"kind": "generate", "from": "train", "per_class": [17, 16], "chunk": 6, "shards": 2, "stack": True}
     grown = {"kind": "generate", "from": "train", "count": 3, "checkpoint": "best-auc_8px"}
-    medgen("submit", write_spec(spec_of(cohort, "pacgan", images=images, smaller=grown, report={"kind": "report"})), "--local")
+    evaluate = {"kind": "evaluate", "of": "images", "metrics": ["auc", "fid", "kid", "ssim_pairs"], "extractor": "random_conv", "allow_small_n": True}
+    medgen("submit", write_spec(spec_of(cohort, "pacgan", images=images, smaller=grown, evaluate=evaluate, report={"kind": "report"})), "--local")
     run = only_run(tmp_path, "pacgan")
     lines = [json.loads(line) for line in (run / "train" / "log.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["val_auc"] for line in lines if "val_auc" in line}
@@ -93,26 +94,39 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
 
     with open(run / "images" / "dataset" / "index.csv") as handle:
         rows = list(csv.DictReader(handle))
-    assert [row["label"] for row in rows] == ["CN"] * 3 + ["AD"] * 2
+    assert [row["label"] for row in rows] == ["CN"] * 17 + ["AD"] * 16
     assert nibabel.load(run / "images" / "dataset" / rows[0]["image"]).shape[:2] == (16, 16)
     stack = nibabel.load(run / "images" / "dataset" / "Generated16x16.nii.gz")
-    assert stack.shape == (16, 16, 1, 5) and stack.get_data_dtype() == np.float32
+    assert stack.shape == (16, 16, 1, 33) and stack.get_data_dtype() == np.float32
     for number, row in enumerate(rows):
         np.testing.assert_allclose(stack.get_fdata()[:, :, 0, number], nibabel.load(run / "images" / "dataset" / row["image"]).get_fdata()[:, :, 0].T * 2 - 1, atol=1e-6)
     with open(run / "images" / "dataset" / "labels_syn.csv") as handle:
         labels = list(csv.DictReader(handle))
-    assert [(row["ID"], row["Label"]) for row in labels] == [("0", "0"), ("1", "0"), ("2", "0"), ("3", "1"), ("4", "1")]
+    assert [(row["ID"], row["Label"]) for row in labels] == [(str(number), "01"[number >= 17]) for number in range(33)]
     generated = run / "images" / "dataset"
     told = medgen("classify", run, generated / "Generated16x16.nii.gz", "--labels", generated / "labels_syn.csv").stdout
-    assert ("5 images of" in told and "no interval" in told) or "5 subjects" in told
+    assert "33 images of" in told and "over 33 subjects" in told
     told = medgen("classify", run, cohort / "adni_test", "--checkpoint", "best-auc_8px", "--out", "of_test").stdout
     assert "Real8x8.nii.gz" in told and "8 subjects" in told
+    medgen("classify", run, cohort / "adni_test", "--out", "of_test_16")
 
     with open(run / "smaller" / "dataset" / "index.csv") as handle:
         rows = list(csv.DictReader(handle))
     assert [row["label"] for row in rows] == ["CN", "CN", "AD"]
     small = nibabel.load(run / "smaller" / "dataset" / rows[0]["image"])
     assert small.shape[:2] == (8, 8) and small.header.get_zooms()[:2] == (2.0, 2.0), "the same field of view in fewer pixels"
+
+    metrics = json.loads((run / "evaluate" / "metrics.json").read_text())
+    compared = {(score["metric"], score["group"], score["comparison"]) for score in metrics["scores"] if score["comparison"]}
+    of_test = json.loads((tmp_path / "of_test_16" / "performance.json").read_text())["auc"]
+    (auc,) = (score for score in metrics["scores"] if score["metric"] == "auc_real")
+    assert auc["value"] == pytest.approx(of_test["value"]) and auc["ci"] == pytest.approx(of_test["interval"], abs=0.1) and auc["n"] == 16
+    assert {"auc_synthetic"} <= {score["metric"] for score in metrics["scores"]}
+    assert len(compared) == 3 * 3 * 3 and {group for _, group, _ in compared} == {None, *CLASSES}
+    facts = json.loads((run / "outcome" / "evaluate.0.json").read_text())["facts"]
+    assert {"fd_small_n image", "kid image", "ssim_pairs image"} <= set(facts), "of the whole set"
+    page = (run / "report" / "index.html").read_text()
+    assert '<table class="comparisons">' in page and 'scope="row">AD</th>' in page
 
 
 def test_what_was_chosen_is_trained_again_on_train_and_val(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:

@@ -103,8 +103,9 @@ def diversity_scores(sides: Sides, images: Images) -> tuple[list[Score], Skipped
     unit = "patient" if sides.partners is not None else "image"
     found = []
     for channel in images:
-        values = diversity.similarities(_synthetic(images, channel), synthetic_pairs)
-        floor = float(diversity.similarities(_real(sides, channel, real_rows), real_pairs).mean()) if len(real_pairs) else None
+        drawn, real = _synthetic(images, channel), _real(sides, channel, real_rows)
+        values = diversity.similarities(pairs.ms_ssim, drawn, drawn, synthetic_pairs)
+        floor = float(diversity.similarities(pairs.ms_ssim, real, real, real_pairs).mean()) if len(real_pairs) else None
         protocol = (
             f"MS-SSIM with {pairs.scales_for(sides.store.size)} scales at {sides.store.size}x{sides.store.size} pixels, data range 1, "
             f"{count} random pairs on each side, never two of one {unit}; floor: {real_words}, pairs of different patients"

@@ -1,6 +1,8 @@
-"""Do the images of a set resemble each other more than real patients do? MS-SSIM between random pairs. Used by run.py."""
+"""Random pairs of images that do not belong together, within a set and between two. Used by distributions.py and by_class.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,22 +15,27 @@ def random_pairs(groups: np.ndarray, count: int, seed: int, stream: str) -> np.n
     """Up to `count` different unordered pairs of positions whose groups differ, int64 [k, 2]; empty if there is no such pair.
 
     groups [n]: patient names (real) or image names (synthetic)."""
+    drawn = _drawn(len(groups), len(groups), count, seed, stream)
+    return _of_different_groups(drawn[drawn[:, 0] < drawn[:, 1]], groups, groups)[:count]
+
+
+def random_pairs_between(first_groups: np.ndarray, second_groups: np.ndarray, count: int, seed: int, stream: str) -> np.ndarray:
+    """Up to `count` different pairs (position in the first set, position in the second) whose groups differ, int64 [k, 2]."""
+    return _of_different_groups(_drawn(len(first_groups), len(second_groups), count, seed, stream), first_groups, second_groups)[:count]
+
+
+def _drawn(first: int, second: int, count: int, seed: int, stream: str) -> np.ndarray:
+    """Different pairs of positions in random order: all of them, or many more than are wanted."""
     generator = rng.numpy_generator(seed, stream)
-    total = len(groups)
-    if total * (total - 1) // 2 <= 50 * count:
-        first, second = np.triu_indices(total, k=1)
-        different = np.flatnonzero(groups[first] != groups[second])
-        picked = generator.permutation(different)[:count]
-        return np.stack([first[picked], second[picked]], axis=1)
-    # too many pairs to list: draw more than needed, and keep the first different ones
-    drawn = np.sort(generator.integers(0, total, size=(20 * count, 2)), axis=1)
-    drawn = drawn[groups[drawn[:, 0]] != groups[drawn[:, 1]]]
-    _, first_seen = np.unique(drawn, axis=0, return_index=True)
-    return drawn[np.sort(first_seen)[:count]]
+    total = first * second
+    numbers = np.arange(total) if total <= 100 * count else np.unique(generator.integers(0, total, size=40 * count))
+    return np.stack(np.divmod(generator.permutation(numbers), max(1, second)), axis=1)
 
 
-def similarities(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """MS-SSIM of every pair, [k]; images float [n,H,W] in [0,1]."""
-    from medgen.evaluate.pairs import ms_ssim
+def _of_different_groups(pairs: np.ndarray, first_groups: np.ndarray, second_groups: np.ndarray) -> np.ndarray:
+    return pairs[first_groups[pairs[:, 0]] != second_groups[pairs[:, 1]]]
 
-    return ms_ssim(images[pairs[:, 0]], images[pairs[:, 1]])
+
+def similarities(measure: Callable[[np.ndarray, np.ndarray], np.ndarray], first: np.ndarray, second: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """`measure` (SSIM, MS-SSIM) of every pair of an image of the first set [n,H,W] and one of the second, [k]."""
+    return measure(first[pairs[:, 0]], second[pairs[:, 1]])

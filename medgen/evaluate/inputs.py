@@ -4,7 +4,7 @@ Used by run.py and by the report's pictures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,23 @@ class Sides:
         if self.positive_only:
             wanted = wanted & (rows["mask_pixels"] > 0).to_numpy()
         return np.flatnonzero(wanted)
+
+    def widened(self, most: int) -> Sides:
+        """The same with up to `most` rows a side: features of many more images than pictures fit into memory."""
+        chosen = some_rows(np.arange(len(self.dataset.index)), self.seed, "evaluate_synthetic", most)
+        reference = some_rows(self.store.select(self.against, self.positive_only), self.seed, "evaluate_real", most)
+        return replace(self, chosen=chosen, partners=partner_rows(self.dataset, chosen, self.store), reference=reference)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that the synthetic set was made by, in their order; empty if it was not."""
+        return self.store.classes if "label" in self.dataset.index.columns else ()
+
+    def synthetic_labels(self) -> np.ndarray:
+        return self.dataset.index["label"].to_numpy()[self.chosen]
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        return self.store.rows["label"].to_numpy()[rows]
 
     def synthetic_groups(self) -> np.ndarray:
         """Names [n] of what varies independently: patients of the conditions, else single images."""

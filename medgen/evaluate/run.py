@@ -12,12 +12,12 @@ from medgen import collected, files, rng
 from medgen import plan as plans
 from medgen.data.store import open_store
 from medgen.errors import InputError
-from medgen.evaluate import curves, distributions, paired, scores
+from medgen.evaluate import by_class, classified, curves, distributions, paired, scores
 from medgen.evaluate.inputs import MASK, Sides, choose_sides
 from medgen.evaluate.scores import Score
 from medgen.plan import Plan
 from medgen.rundir import RunDir
-from medgen.spec import DataSpec
+from medgen.spec import FEATURE_METRICS, DataSpec
 
 PAIRED = ("mae", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery
@@ -50,7 +50,12 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
         )
     say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
         f"({sides.against}{', with a lesion' if sides.positive_only else ''})")
-    found, skipped, details = _all_scores(sides, images, names, say, progress)
+    of_features = [name for name in FEATURE_METRICS if name in names]
+    with collected.made_again_if_damaged(run, stage.settings["of"]):  # more of its images are read than above
+        computed = by_class.feature_scores(sides, of_features, stage.settings["extractor"], stage.settings["allow_small_n"], say) if of_features else {}
+    if "auc" in names:
+        computed["auc"] = classified.auc_scores(run, plan, sides, images)
+    found, skipped, details = _all_scores(sides, images, names, computed, say, progress)
     record = {
         "schema": scores.METRICS_SCHEMA,
         "stage": stage_name,
@@ -74,7 +79,7 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
 
 
 def _all_scores(
-    sides: Sides, images: dict[str, np.ndarray], names: list[str], say: Say, progress: Progress
+    sides: Sides, images: dict[str, np.ndarray], names: list[str], computed: dict[str, tuple[list[Score], str | None]], say: Say, progress: Progress
 ) -> tuple[list[Score], dict[str, str], dict[str, Any]]:
     """Scores, the reason for every metric that was asked for and does not apply, and what the charts need."""
     found: list[Score] = []
@@ -85,13 +90,17 @@ def _all_scores(
             new, reason = paired.scores_of(name, sides, images)
         elif name == "swd":
             new, reason = distributions.sliced_scores(sides, images, details["swd_levels"])
+        elif name in computed:
+            new, reason = computed[name]
+        elif name == "ssim_pairs":
+            new, reason = by_class.pair_scores(sides, images)
         else:
             new, reason = distributions.diversity_scores(sides, images)
         found += new
         if reason is not None:
             skipped[name] = reason
         for item in new:
-            say(f"{item.metric} {item.channel}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
+            say(f"{item.name}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
         progress(number + 1, len(names), "metrics")
     new, reason, details["copies"] = distributions.copy_scores(sides, images, SHOWN_COPIES)
     found += new

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medgen.errors import MedgenError
 
 Better = Literal["lower", "higher", "closer to floor"]
-METRICS_SCHEMA = 1
+Comparison = Literal["real-real", "real-synthetic", "synthetic-synthetic"]
+COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
+METRICS_SCHEMA = 2  # 1 had no group and no comparison: it is read as well
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Score:
     """One number with what is needed to read it.
 
     `floor` is the same metric between real images and other real images; `ci` a 95% interval or None when there are too
-    few patients to give one (the protocol says so); `protocol` names everything that changes the number."""
+    few patients to give one (the protocol says so); `protocol` names everything that changes the number. A metric that is also
+    reported between real and real, and synthetic and synthetic images says which in `comparison`; `group` is a class, None all."""
 
     metric: str
     channel: str
@@ -28,6 +31,18 @@ class Score:
     unit: str
     better: Better
     protocol: str
+    group: str | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other scores of a stage."""
+        return " ".join(word for word in (self.metric, self.channel, self.comparison, self.group) if word)
+
+    @property
+    def is_headline(self) -> bool:
+        """What stands for the dataset as a whole, in tables with one row per metric."""
+        return self.group is None and self.comparison in (None, "real-synthetic")
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,11 @@ class Meaning:
 BEAT_THE_FLOOR = (
     "The floor is what the nearest slice of another real patient scores. Better than the floor means that the image "
     "follows its own patient and not just any patient; a mask does not fix the anatomy, so a large gap is not to be expected."
+)
+
+FRECHET_READING = (
+    "The floor is the same between different real patients with as many images: the value of a perfect model at this number. Any "
+    "other number of images, extractor or data gives values that cannot be compared with it."
 )
 
 MEANINGS: dict[str, Meaning] = {
@@ -89,6 +109,44 @@ MEANINGS: dict[str, Meaning] = {
         "The floor is the distance between two groups of different real patients. At the floor, patches cannot be told "
         "from real ones; several times the floor is a visible difference (blur, noise, wrong contrast).",
     ),
+    "fid": Meaning(
+        "FID", "", "lower",
+        "Frechet distance between the Inception features of real and synthetic images: of their means and of how they vary.",
+        FRECHET_READING,
+    ),
+    "fd": Meaning(
+        "Frechet distance", "", "lower",
+        "Distance between the features of real and synthetic images: of their means and of how they vary. Not called FID: that takes "
+        "published Inception features of at least 10,000 images a side.",
+        FRECHET_READING,
+    ),
+    "fd_small_n": Meaning(
+        "Frechet distance (small n)", "", "lower",
+        "The same from fewer images than give a value of its own. Most of the number is then the lack of images, not the model.",
+        FRECHET_READING,
+    ),
+    "kid": Meaning(
+        "Kernel distance (KID)", "", "closer to floor",
+        "Squared distance between the features of real and synthetic images in the space of a cubic kernel, without the bias of a small set.",
+        "The floor is the distance between different real patients. Near 0 and near the floor: the extractor sees no difference; "
+        "small negative values are chance. Compare only values of the same extractor.",
+    ),
+    "auc_real": Meaning(
+        "Real images classified (AUC)", "", "higher",
+        "Area under the ROC curve of the model's own classes of real images that it was not trained on, one class against the rest.",
+        "1: the classes never overlap; 0.5: no better than guessing. It says that the model has learned what tells the classes apart.",
+    ),
+    "auc_synthetic": Meaning(
+        "Synthetic images classified (AUC)", "", "higher",
+        "The same for the synthetic images: does the model take each for the class that it was made as?",
+        "The judge is the one that the images were trained to please, so a high value proves little; a low one says that the classes are mixed up.",
+    ),
+    "ssim_pairs": Meaning(
+        "Similarity of random pairs", "", "closer to floor",
+        "Structural similarity between random images of one class that do not belong together.",
+        "The floor is that of pairs of different real patients. Synthetic pairs well above it: the images of a class resemble each "
+        "other more than patients do (mode collapse). Real and synthetic well below it: they look different.",
+    ),
     "near_train": Meaning(
         "Suspected copies", "share of images", "lower",
         "Share of synthetic images that single out one training patient: the nearest training slice is so much nearer than the "
@@ -100,7 +158,7 @@ MEANINGS: dict[str, Meaning] = {
 
 
 def score(metric: str, channel: str, value: float, interval: tuple[float, float] | None, floor: float | None, n: int,
-          protocol: str) -> Score:
+          protocol: str, group: str | None = None, comparison: Comparison | None = None) -> Score:
     """A Score with unit and direction of its metric. Raises MedgenError if a number is not finite."""
     meaning = MEANINGS[metric]
     numbers = [value, *(interval or ()), *(() if floor is None else (floor,))]
@@ -108,7 +166,7 @@ def score(metric: str, channel: str, value: float, interval: tuple[float, float]
         raise MedgenError(f"{metric} of {channel} is not a finite number ({numbers}); look at the images of this dataset")
     rounded = None if interval is None else (float(interval[0]), float(interval[1]))
     return Score(metric, channel, float(value), rounded, None if floor is None else float(floor), int(n), meaning.unit,
-                 meaning.better, protocol)
+                 meaning.better, protocol, group, comparison)
 
 
 def to_json(scores: list[Score]) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def _plan_before(run: RunDir) -> Plan | None:
 
 
 def check_data(checked: spec.Spec) -> str:
-    """Look at every file's header before anything is queued; returns one line about the data.
+    """Look at every file's header before anything is queued, and at the weights of extractors; returns one line about the data.
 
     Raises InputError for unusable files, if a stage names a split that has no patients, or a checkpoint that is none."""
     from medgen.data.index import check_headers
@@ -101,6 +101,8 @@ def check_data(checked: spec.Spec) -> str:
     for name, stage in checked.stages.items():
         if isinstance(stage, spec.TrainStage):
             _check_start(name, spec.family_config(stage.config).start_from)
+        if isinstance(stage, spec.EvaluateStage) and isinstance(stage.extractor, spec.WeightsFile):
+            stage.extractor.verified()
     if checked.data is None:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)

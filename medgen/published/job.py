@@ -174,8 +174,9 @@ def _images_lines(job: Job) -> list[str]:
     if not job.data.has_test:
         return lines
     job.stages.append("evaluate")
-    job.note("GENERATE", "the scores are medgen's usual ones, against the test side; FID, KID and SSIM as published are not among them")
-    return [*lines, "  evaluate: {kind: evaluate, of: images, against: test}"]
+    job.note("GENERATE", "FID and KID need the weights of Inception, which docs/evaluation.md says how to get; then add to evaluate:\n"
+                         "metrics: [fid, kid, ssim_pairs, auc], extractor: inception, allow_small_n: true")  # fmt: skip
+    return [*lines, "  evaluate: {kind: evaluate, of: images, against: test, metrics: [ssim_pairs, auc]}"]
 
 
 def _per_class(options: Options) -> list[int]:

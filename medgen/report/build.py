@@ -49,6 +49,25 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
+class ComparisonRow:
+    """One line of a table by class: a value with its interval for each of scores.COMPARISONS."""
+
+    group: str
+    cells: list[tuple[str, str]]
+    n: int
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """One metric of one channel, all images together and then every class."""
+
+    meaning: scores.Meaning
+    channel: str
+    rows: list[ComparisonRow]
+    note: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What one evaluate stage says about a dataset."""
 
@@ -56,6 +75,7 @@ class Evaluation:
     against: str
     record: dict[str, Any]
     rows: list[ScoreRow]
+    comparisons: list[ComparisonTable]
     protocols: list[str]
     levels: list[dict[str, str]]
     curves: list[tuple[str, Markup]]
@@ -162,7 +182,7 @@ def _masks_last(section: GeneratedSection) -> bool:
 def _evaluation(name: str, record: dict[str, Any]) -> Evaluation:
     found = scores.from_json(record["scores"])
     protocols = list(dict.fromkeys(item.protocol for item in found))
-    rows = [_score_row(item, protocols.index(item.protocol) + 1) for item in found]
+    rows = [_score_row(item, protocols.index(item.protocol) + 1) for item in found if item.is_headline]
     levels = [
         {"channel": channel, "pixels": f"{level['pixels']} px", "value": words.number(level["value"]),
          "floor": NOTHING if level["floor"] is None else words.number(level["floor"])}
@@ -170,7 +190,25 @@ def _evaluation(name: str, record: dict[str, Any]) -> Evaluation:
     ]
     curves = _distribution_charts(record["details"]["curves"])
     skipped, warning = words.grouped_by_reason(record["skipped"]), words.few_patients(record["counts"])
-    return Evaluation(name, record["against"], record, rows, protocols, levels, curves, skipped, warning)
+    return Evaluation(name, record["against"], record, rows, _comparison_tables(found, protocols), protocols, levels, curves, skipped, warning)
+
+
+def _comparison_tables(found: list[scores.Score], protocols: list[str]) -> list[ComparisonTable]:
+    tables = []
+    compared = [item for item in found if item.comparison is not None]
+    for metric, channel in dict.fromkeys((item.metric, item.channel) for item in compared):
+        of_table = [item for item in compared if (item.metric, item.channel) == (metric, channel)]
+        rows = []
+        for group in dict.fromkeys(item.group for item in of_table):
+            of_row = {item.comparison: item for item in of_table if item.group == group}
+            cells = [(words.number(of_row[name].value), _interval(of_row[name])) for name in scores.COMPARISONS]
+            rows.append(ComparisonRow("all" if group is None else group, cells, of_row["real-synthetic"].n))
+        tables.append(ComparisonTable(scores.MEANINGS[metric], channel, rows, protocols.index(of_table[0].protocol) + 1))
+    return tables
+
+
+def _interval(item: scores.Score) -> str:
+    return NOTHING if item.ci is None else f"{words.number(item.ci[0])} to {words.number(item.ci[1])}"
 
 
 def _score_row(item: scores.Score, note: int) -> ScoreRow:
@@ -179,7 +217,7 @@ def _score_row(item: scores.Score, note: int) -> ScoreRow:
         meaning=scores.MEANINGS[item.metric],
         value=words.number(item.value),
         floor=NOTHING if item.floor is None else words.number(item.floor),
-        interval=NOTHING if item.ci is None else f"{words.number(item.ci[0])} to {words.number(item.ci[1])}",
+        interval=_interval(item),
         against_floor=words.against_floor(item),
         gauge=charts.gauge(item.value, item.floor, item.ci),
         note=note,

@@ -11,6 +11,7 @@ from typing import Any
 
 from medgen import files, plan
 from medgen.errors import Exit, InputError
+from medgen.evaluate.scores import from_json
 from medgen.rundir import RunDir, all_runs
 from medgen.watch.state import RunState, read_state
 
@@ -74,11 +75,10 @@ def _point(run: RunDir, state: RunState, values: dict[str, Any]) -> SweepPoint:
     scores = {}
     for stage in planned.stages:
         if stage.kind == "evaluate" and run.is_done(stage.name, 0, stage.tasks[0].hash):
-            for score in files.read_json(run.metrics(stage.name))["scores"]:
-                channel = f" {score['channel']}" if score["channel"] else ""
-                scores[f"{stage.name}: {score['metric']}{channel}"] = Score(
-                    score["value"], tuple(score["ci"]) if score["ci"] else None, score["floor"], SEED_OF_PROTOCOL.sub("", score["protocol"])
-                )
+            for score in from_json(files.read_json(run.metrics(stage.name))["scores"]):
+                if score.is_headline:
+                    column = f"{stage.name}: {score.metric} {score.channel}".rstrip()
+                    scores[column] = Score(score.value, score.ci, score.floor, SEED_OF_PROTOCOL.sub("", score.protocol))
     return SweepPoint(run.run_id, state.name, values, state.verdict, state.fraction, state.device_hours, val_loss, scores)
 
 
