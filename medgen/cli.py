@@ -168,6 +168,14 @@ def list_runs(
 
 
 @app.command(rich_help_panel="Jobs")
+def study(sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="the name of its spec", show_default=False)], out: NewFolder) -> None:
+    """Draw the scores of a sweep against each value that was varied, with a table, and name the best point by validation."""
+    from medgen.watch import study as studies
+
+    print(redact.text(studies.study(sweep, out)))
+
+
+@app.command(rich_help_panel="Jobs")
 def fsck(
     run: RunName, as_json: AsJson = False,
     clean: Annotated[bool, typer.Option("--clean", help="delete what is listed as safe, without asking")] = False,

@@ -1,4 +1,4 @@
-"""The points of a sweep side by side: what was varied, how far each is, what came of it. Called by `medgen ls --sweep`."""
+"""The points of a sweep side by side: what was varied, how far each is, what came of it. Called by `medgen ls --sweep` and study.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medgen import files, plan
+from medgen import commits, files, plan
 from medgen.errors import Exit, InputError
 from medgen.evaluate.scores import from_json
+from medgen.plan import Plan
 from medgen.rundir import RunDir, all_runs
 from medgen.watch.state import RunState, read_state
 
@@ -20,15 +21,21 @@ SEED_OF_PROTOCOL = re.compile(r"; seed \d+$")  # another seed is another point, 
 
 @dataclass(frozen=True)
 class Score:
+    """`better`: lower, higher, or closer to floor; `split`: of the real data that it was measured on."""
+
     value: float
     ci: tuple[float, float] | None
     floor: float | None
+    unit: str
+    better: str
+    split: str
     protocol: str
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run of a sweep. `val_loss`: stage -> the lowest so far; `scores`: column -> score."""
+    """One run of a sweep. `selection`: what checkpoints are selected by on the val split, of the best one of the last phase so far;
+    `scores`: what evaluate stages say. Both by column: the stage and the metric."""
 
     run_id: str
     sweep: str
@@ -36,18 +43,13 @@ class SweepPoint:
     verdict: str
     fraction: float
     device_hours: float
-    val_loss: dict[str, float]
+    selection: dict[str, Score]
     scores: dict[str, Score]
 
 
 def list_sweeps(name: str | None, as_json: bool = False) -> Exit:
     """A table per sweep, or of the one called `name`. Raises InputError if there is none."""
-    sweeps: dict[str, list[SweepPoint]] = {}
-    for point in _points():
-        sweeps.setdefault(point.sweep, []).append(point)
-    if name is not None and name not in sweeps:
-        raise InputError(f"no sweep called {name!r}; the sweeps here: {', '.join(sweeps) or 'none; write sweep: {key: [values]} into a spec'}")
-    chosen = {key: points for key, points in sweeps.items() if name in (None, key)}
+    chosen = all_points() if name is None else {name: points_of(name)}
     if as_json:
         print(json.dumps({key: [asdict(point) for point in points] for key, points in chosen.items()}, indent=1))
     elif not chosen:
@@ -55,6 +57,22 @@ def list_sweeps(name: str | None, as_json: bool = False) -> Exit:
     else:
         _print(chosen)
     return Exit.DONE
+
+
+def all_points() -> dict[str, list[SweepPoint]]:
+    """Of every sweep by its name, ordered by their values."""
+    sweeps: dict[str, list[SweepPoint]] = {}
+    for point in sorted(_points(), key=lambda item: [sortable(value) for value in item.values.values()]):
+        sweeps.setdefault(point.sweep, []).append(point)
+    return sweeps
+
+
+def points_of(name: str) -> list[SweepPoint]:
+    """Raises InputError if there is no such sweep."""
+    sweeps = all_points()
+    if name not in sweeps:
+        raise InputError(f"no sweep called {name!r}; the sweeps here: {', '.join(sweeps) or 'none; write sweep: {key: [values]} into a spec'}")
+    return sweeps[name]
 
 
 def _points() -> Iterator[SweepPoint]:
@@ -71,26 +89,33 @@ def _points() -> Iterator[SweepPoint]:
 
 def _point(run: RunDir, state: RunState, values: dict[str, Any]) -> SweepPoint:
     planned = plan.read(run)
-    val_loss = {stage.name: lowest for stage in planned.stages if stage.kind == "train" and (lowest := _lowest_val_loss(run, stage.name)) is not None}
-    scores = {}
+    selection: dict[str, Score] = {}
+    scores: dict[str, Score] = {}
     for stage in planned.stages:
-        if stage.kind == "evaluate" and run.is_done(stage.name, 0, stage.tasks[0].hash):
-            for score in from_json(files.read_json(run.metrics(stage.name))["scores"]):
-                if score.is_headline:
-                    column = f"{stage.name}: {score.metric} {score.channel}".rstrip()
-                    scores[column] = Score(score.value, score.ci, score.floor, SEED_OF_PROTOCOL.sub("", score.protocol))
-    return SweepPoint(run.run_id, state.name, values, state.verdict, state.fraction, state.device_hours, val_loss, scores)
+        if stage.kind == "train":
+            selection |= {f"{stage.name}: {metric}": score for metric, score in _selection(run, planned, stage.name).items()}
+        elif stage.kind == "evaluate" and run.is_done(stage.name, 0, stage.tasks[0].hash):
+            scores |= {f"{stage.name}: {metric}": score for metric, score in _evaluated(run, stage.name).items()}
+    return SweepPoint(run.run_id, state.name, values, state.verdict, state.fraction, state.device_hours, selection, scores)
 
 
-def _lowest_val_loss(run: RunDir, stage: str) -> float | None:
-    losses = []
-    try:
-        for line in run.training_log(stage).read_text().splitlines():
-            if '"val_loss"' in line:
-                losses.append(float(json.loads(line)["val_loss"]))
-    except (OSError, ValueError):  # not there yet, or its last line is being written
-        pass
-    return min(losses, default=None)
+def _selection(run: RunDir, planned: Plan, stage: str) -> dict[str, Score]:
+    """The metrics of the newest checkpoint that has any, which name the phase: what was reached at another size is not comparable."""
+    found = commits.committed(run.checkpoints(stage))
+    scored = [{name: facts for name, facts in item.metrics.items() if not name.startswith(commits.LAST)} for item in found]
+    newest = next((metrics for metrics in scored if metrics), {})
+    protocol = f"val split of data {files.sha256_json(planned.data)[:8]}, the best of the checkpoints"
+    best = commits.best(found)
+    return {name: Score(float(best[name].metrics[name]["value"]), None, None, "", newest[name]["better"], "val", protocol) for name in newest}
+
+
+def _evaluated(run: RunDir, stage: str) -> dict[str, Score]:
+    record = files.read_json(run.metrics(stage))
+    return {
+        score.name: Score(score.value, score.ci, score.floor, score.unit, score.better, record["against"], SEED_OF_PROTOCOL.sub("", score.protocol))
+        for score in from_json(record["scores"])
+        if score.is_headline
+    }
 
 
 def _print(sweeps: dict[str, list[SweepPoint]]) -> None:
@@ -109,8 +134,8 @@ def _print(sweeps: dict[str, list[SweepPoint]]) -> None:
 def _tables(points: list[SweepPoint]) -> Iterator[Any]:
     """Scores of different protocols never share a table: a point of another protocol starts another one."""
     groups: list[tuple[dict[str, str], list[SweepPoint]]] = []
-    for point in sorted(points, key=lambda item: [_sortable(value) for value in item.values.values()]):
-        protocols = {column: score.protocol for column, score in point.scores.items()}
+    for point in points:
+        protocols = {column: score.protocol for column, score in _columns_of(point).items()}
         for known, members in groups:
             if all(known.get(column, protocol) == protocol for column, protocol in protocols.items()):
                 known.update(protocols)
@@ -122,6 +147,10 @@ def _tables(points: list[SweepPoint]) -> Iterator[Any]:
         yield _table(members)
 
 
+def _columns_of(point: SweepPoint) -> dict[str, Score]:
+    return {**point.selection, **point.scores}
+
+
 def _table(points: list[SweepPoint]) -> Any:
     from rich.table import Table
     from rich.text import Text
@@ -130,27 +159,26 @@ def _table(points: list[SweepPoint]) -> Any:
 
     table = Table(box=None, header_style="bright_black", padding=(0, 2, 0, 0))
     keys = list(dict.fromkeys(key for point in points for key in point.values))
-    losses = list(dict.fromkeys(stage for point in points for stage in point.val_loss))
-    columns = list(dict.fromkeys(column for point in points for column in point.scores))
-    for title in [*_short(keys), "state", "", *(f"{stage}: val loss" for stage in losses), *columns]:
+    columns = list(dict.fromkeys([*(column for point in points for column in point.selection), *(column for point in points for column in point.scores)]))
+    for title in [*short(keys), "state", "", *columns]:
         table.add_column(title)
     table.add_column("run", no_wrap=True)
     for point in points:
         style = VERDICT_STYLES[point.verdict]
         table.add_row(
-            *(Text(_shown(point.values[key]) if key in point.values else "-", style="bold") for key in keys),
+            *(Text(shown(point.values[key]) if key in point.values else "-", style="bold") for key in keys),
             Text(point.verdict, style=style), percent(point.fraction),
-            *(f"{point.val_loss[stage]:.4g}" if stage in point.val_loss else "-" for stage in losses),
-            *(_score(point.scores[column]) if column in point.scores else "-" for column in columns),
+            *(_score(_columns_of(point)[column]) if column in _columns_of(point) else "-" for column in columns),
             Text(point.run_id, style="bright_black"),
         )  # fmt: skip
-    floors = {column: next((f"{point.scores[column].floor:.4g}" for point in points if column in point.scores and point.scores[column].floor is not None), "-") for column in columns}
-    if columns:
-        table.add_row(*["" for _ in keys[1:]], Text("real against real", style="bright_black"), "", "", *("" for _ in losses), *(Text(floors[column], style="bright_black") for column in columns), "")
+    floors = {column: score.floor for point in points for column, score in point.scores.items() if score.floor is not None}
+    if floors:
+        shown_floors = (Text(f"{floors[column]:.4g}" if column in floors else "", style="bright_black") for column in columns)
+        table.add_row(*["" for _ in keys[1:]], Text("real against real", style="bright_black"), "", "", *shown_floors, "")
     return table
 
 
-def _short(keys: list[str]) -> list[str]:
+def short(keys: list[str]) -> list[str]:
     """The last words of the keys that tell them apart."""
     for words in range(1, 6):
         short = [".".join(key.split(".")[-words:]) for key in keys]
@@ -159,7 +187,7 @@ def _short(keys: list[str]) -> list[str]:
     return keys
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | bool) else str(value)
 
 
@@ -168,7 +196,7 @@ def _score(score: Score) -> str:
     return f"{score.value:.4g}{interval}"
 
 
-def _sortable(value: Any) -> tuple[int, float, str]:
+def sortable(value: Any) -> tuple[int, float, str]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (0, float(value), "")
-    return (1, 0.0, _shown(value))
+    return (1, 0.0, shown(value))
