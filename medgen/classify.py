@@ -90,10 +90,11 @@ def _file_of_size(images: Path, size: int) -> Path:
     """Of a folder, the stack of the size that the checkpoint judges."""
     if not images.is_dir():
         return images
-    by_size = stacks.open_stack(images).files
-    if size not in by_size:
-        raise InputError(f"{images}: holds {', '.join(map(str, by_size))} px, but the checkpoint judges {size} px; choose another with --checkpoint")
-    return by_size[size]
+    found = [path for suffix in (".nii.gz", ".nii") if (path := images / f"Real{size}x{size}{suffix}").is_file()]
+    if not found:
+        there = ", ".join(sorted(path.name for path in images.iterdir() if stacks.STACK_NAME.fullmatch(path.name))) or "no stack"
+        raise InputError(f"{images}: the checkpoint judges {size} px, and there is {there}; choose another with --checkpoint, or add Real{size}x{size}.nii.gz")
+    return found[0]
 
 
 def _check_shape(path: Path, arrays: np.ndarray, classifier: Classifier) -> None:
@@ -112,7 +113,8 @@ def _truth(images: Path, labels: Path | None, count: int, classes: tuple[str, ..
         return None
     numbers, subjects = stacks.read_labels(path)
     if len(numbers) != count:
-        raise InputError(f"{path}: has {len(numbers)} rows for the {count} images of {images}; name the labels of these images with --labels")
+        raise InputError(f"{path}: has {len(numbers)} rows for the {count} images of {images}; every image needs one row, in the same order"
+                         + ("; the labels of these images can be named with --labels" if labels is None else ""))  # fmt: skip
     if numbers.max() >= len(classes):
         raise InputError(f"{path}: has the Label {numbers.max()}, but the model knows {len(classes)} classes: {_numbered(classes)}")
     named = path.parent / stacks.CLASSES
@@ -133,8 +135,13 @@ def _write_predictions(path: Path, classes: tuple[str, ...], probabilities: np.n
     rows = []
     for number, row in enumerate(probabilities):
         known = {"label": classes[truth.labels[number]]} if truth is not None else {}
-        rows.append({"index": number, **known, "prediction": classes[int(row.argmax())], **{name: f"{value:.6f}" for name, value in zip(classes, row, strict=True)}})
+        rows.append({"index": number, **known, "prediction": classes[int(row.argmax())], **{_column(name): f"{value:.6f}" for name, value in zip(classes, row, strict=True)}})
     csv_files.write_rows(path, list(rows[0]), rows)
+
+
+def _column(name: str) -> str:
+    """Of a class; one that is called like another column keeps its values apart from it."""
+    return f"class {name}" if name in ("index", "label", "prediction") else name
 
 
 def _counts(classes: tuple[str, ...], probabilities: np.ndarray) -> Table:

@@ -120,6 +120,11 @@ class Plan:
                 return stage
         raise InputError(f"{self.run_id}: no stage {name!r}; the stages are: {', '.join(item.name for item in self.stages)}")
 
+    def trained_on(self, drawn: str) -> tuple[str, ...]:
+        """The splits that the model of a generate stage has seen."""
+        source = self.stage(self.stage(drawn).settings["from"])
+        return ("train", "val") if source.settings["repeat"] is not None else ("train",)
+
     def only_stage(self, kind: str, name: str | None) -> PlannedStage:
         """The stage called `name`, or the only one of this kind."""
         if name is not None:

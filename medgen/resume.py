@@ -36,13 +36,17 @@ def resume(training: Training) -> None:
 def _start_from(training: Training, folder: Path) -> None:
     """Take over the weights of another training, and save them here: from now on nothing depends on that folder."""
     found = dist.on_main(lambda: checkpoint.open_verified(folder), training.ranks)
-    there, here = found.state()["config"]["model"], training.work.stage.settings["config"]["model"]
-    if there != here:
-        raise InputError(f"start_from: {folder} is a checkpoint of the model {there}, not {here}")
+    if found.sha256 != training.config.start_sha256:
+        raise InputError(f"start_from: {folder} holds other weights than when this was submitted; submit it anew, as another run")
+    optimizers = training.model.optimizers().values()
+    settings = [[{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups] for optimizer in optimizers]
     try:
         _load_weights(training, found)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"start_from: {folder} is of a network of another shape: {str(error).splitlines()[-1].strip()}; its config: {found.folder / commits.STATE}") from None
+    for optimizer, groups in zip(optimizers, settings, strict=True):  # it remembers its moments; learning rate and betas are this training's
+        for group, own in zip(optimizer.param_groups, groups, strict=True):
+            group.update(own)
     training.model.check_start()
     training.work.say(f"starting from {folder} (its step {found.step})" + ("" if _has_optimizers(found) else "; it has no optimizers, which begin anew"))
     save(training, {})
@@ -111,7 +115,7 @@ def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     classes = shape_of(training.config, training.store).classes  # for whoever has this checkpoint and not the data
     state = {**identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
     selects = training.phase.select is not None and len(training.val_rows) > 0  # then its best is kept, else its last
-    if not selects and len(training.phases) > 1:
+    if not selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:
         metrics = {**metrics, f"{commits.LAST}{training.phase.name}": {"value": clock.step, "better": "higher"}}
     if ranks.is_main:
         checkpoint.prune(training.folder, keep)

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from medgen import document, files, models, sbatch_options
+from medgen import commits, document, files, models, sbatch_options
 from medgen.document import Document
 from medgen.errors import InputError
+from medgen.models.settings import FamilyConfig
 from medgen.names import CONTROL, ChannelName, OptionWord, absolute
 from medgen.units import Mebibytes, Minutes
 
@@ -419,7 +420,7 @@ class EvaluateStage(StageSpec):
     def _features_need_an_extractor(self) -> EvaluateStage:
         asked = [name for name in self.metrics if name in FEATURE_METRICS]
         if asked and self.extractor is None:
-            raise ValueError(f"{' and '.join(asked)} compare features: add extractor: inception (weights from a local file), "
+            raise ValueError(f"{' and '.join(asked)} {'compares' if len(asked) == 1 else 'compare'} features: add extractor: inception (weights from a local file), "
                              "random_conv (needs no file), or {kind: torchscript, file: ..., size: ..., range: [0, 1]}")  # fmt: skip
         if self.extractor is not None and not asked:
             raise ValueError(f"extractor has no effect without {' or '.join(FEATURE_METRICS)} among the metrics; remove it")
@@ -621,10 +622,21 @@ def _check_config(spec: Spec, spec_document: Document, name: str) -> None:
         checked.check_data(spec.data)
     except ValueError as error:
         raise spec_document.error(path, str(error)) from None
+    checked = _with_start(checked)
     # the resolved form, defaults filled in: a later change of a default cannot reach this run
     resolved = {"model": config["model"], **checked.model_dump(mode="json")}
     spec.stages[name].config.clear()  # type: ignore[union-attr]
     spec.stages[name].config.update(resolved)  # type: ignore[union-attr]
+
+
+def _with_start(checked: FamilyConfig) -> FamilyConfig:
+    """Knowing what it starts from. Whether that is there at all is asked by submit: a spec can be written before the weights are."""
+    if checked.start_from is None or checked.start_sha256 is not None:
+        return checked
+    try:
+        return checked.model_copy(update={"start_sha256": commits.read(checked.start_from).sha256})
+    except (OSError, ValueError):
+        return checked
 
 
 def _take_config(spec: Spec, spec_document: Document, name: str, repeated: str, config: dict[str, Any]) -> None:
@@ -655,8 +667,21 @@ def _check_references(spec: Spec, spec_document: Document, name: str, stage: Any
             raise spec_document.error(path, f"there is no stage {needed!r}; the stages are: {', '.join(spec.stages)}")
     if isinstance(stage, GenerateStage):
         _check_generate(spec, spec_document, name, stage)
-    if isinstance(stage, EvaluateStage) and not isinstance(spec.stages[stage.of], GenerateStage):
-        raise spec_document.error((*path, "of"), f"{stage.of} is a {spec.stages[stage.of].kind} stage; name a generate stage")
+    if isinstance(stage, EvaluateStage):
+        _check_evaluate(spec, spec_document, name, stage)
+
+
+def _check_evaluate(spec: Spec, spec_document: Document, name: str, stage: EvaluateStage) -> None:
+    path, drawn = ("stages", name), spec.stages[stage.of]
+    if not isinstance(drawn, GenerateStage):
+        raise spec_document.error((*path, "of"), f"{stage.of} is a {drawn.kind} stage; name a generate stage")
+    source = spec.stages.get(drawn.source)
+    if not isinstance(source, TrainStage):
+        return  # told where the generate stage is checked
+    if source.repeat is not None and stage.against == "val":
+        raise spec_document.error((*path, "against"), f"{drawn.source} was trained on the val split too; compare its images with the test split")
+    if "auc" in stage.metrics and not family_config(source.config).classifies:
+        raise spec_document.error((*path, "metrics"), f"auc: the model of {drawn.source} tells no classes apart; remove it")
 
 
 def _check_generate(spec: Spec, spec_document: Document, name: str, stage: GenerateStage) -> None:

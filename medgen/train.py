@@ -182,6 +182,8 @@ def _select_or_empty(store: SliceStore, split: str, positive_only: bool) -> np.n
 
 
 def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch: float) -> int:
+    if validate_epochs is None and phase.select is not None:
+        validate_epochs = 1.0  # the best can only be found among those that are looked at
     if validate_epochs is not None:
         return max(1, round(validate_epochs * steps_per_epoch))
     return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))

@@ -86,6 +86,8 @@ def test_labels_beside_the_images_tell_how_right_it_is(tmp_path: Path, medgen: M
     folder = tmp_path / "stack"
     write_stack(folder / "Real8x8.nii.gz", 40)
     write_stack(folder / "Real4x4.nii.gz", 40, size=4)
+    medgen("classify", trained, folder, "--out", "unlabelled")
+    assert [path.name for path in (tmp_path / "unlabelled").iterdir()] == ["predictions.csv"]
     labels = [number * 7 % 3 for number in range(40)]
     write_labels(folder / "labels.csv", labels)
     told = medgen("classify", trained, folder, "--out", "scored").stdout

@@ -133,9 +133,13 @@ def test_what_was_chosen_is_trained_again_on_train_and_val(tmp_path: Path, medge
     """The published VALIDATE, then TESTING with the best epochs. Smaller sizes can be drawn from the end of their phase."""
     images = {"kind": "generate", "from": "final", "count": 2, "checkpoint": "last-8px"}
     stages = {"final": {"kind": "train", "repeat": "train", "resources": {"cpus": 1}}, "smaller": images}
+    stages["evaluate"] = {"kind": "evaluate", "of": "whole", "metrics": ["auc", "ms_ssim_diversity"]}
+    stages["whole"] = {"kind": "generate", "from": "final", "count": 10}
     medgen("submit", write_spec(spec_of(cohort, "again", **stages)), "--local")
     run = only_run(tmp_path, "again")
     search, final = (json.loads((run / "outcome" / f"{name}.0.json").read_text())["facts"] for name in ("train", "final"))
+    counts = json.loads((run / "evaluate" / "metrics.json").read_text())["counts"]
+    assert (counts["train"], counts["train_patients"]) == (48, 24), "copies are looked for among all that it was trained on"
     assert final["training_slices"] == 48 and search["training_slices"] == 36
     commits = [json.loads(path.read_text()) for path in (run / "train" / "ckpt").glob("step-*/commit.json")]
     per_phase = search["steps"] // len(SIZES)
@@ -161,12 +165,21 @@ def test_a_training_goes_on_from_another_ones_size(tmp_path: Path, medgen: Medge
     spec = spec_of(cohort, "second")
     spec["stages"]["train"]["config"] = {**NET, "epochs": [0, 0, 2], "start_from": str(grown)}
     medgen("submit", write_spec(spec), "--local")
+    spec["name"], spec["stages"]["train"]["config"] = "slower", {**spec["stages"]["train"]["config"], "lr": 1e-5, "betas": [0.0, 0.9], "epochs": [0, 0, 0.2]}
+    medgen("submit", write_spec(spec), "--local")
+    spec["stages"]["train"]["config"] = {**NET, "start_from": str(grown)}
     whole, second = weights(first), weights(only_run(tmp_path, "second"))
     last_phase = (json.loads((first / "outcome" / "train.0.json").read_text())["facts"]["steps"]) // len(SIZES)
     assert json.loads((only_run(tmp_path, "second") / "outcome" / "train.0.json").read_text())["facts"]["steps"] == last_phase
     assert whole.keys() == second.keys()
     for name, state in whole.items():
         torch.testing.assert_close(second[name], state, rtol=0, atol=0, msg=f"{name}: the same as if it had never been left")
+
+    slower = only_run(tmp_path, "slower")
+    for player in ("generator", "critic"):
+        state = torch.load(min((slower / "train" / "ckpt").glob("step-*")) / f"optimizers.{player}.pt", weights_only=True)
+        assert (state["param_groups"][0]["lr"], state["param_groups"][0]["betas"]) == (1e-5, (0.0, 0.9)), "moments are taken over, settings are not"
+        assert state["state"][0]["step"] > 0
 
     spec["name"], spec["stages"]["train"]["config"]["epochs"] = "third", [0, 0, 0]
     medgen("submit", write_spec(spec), "--local", expect=1)
@@ -179,9 +192,7 @@ def test_a_training_goes_on_from_another_ones_size(tmp_path: Path, medgen: Medge
         torch.testing.assert_close(fourth[name], state, rtol=0, atol=0, msg=name)
 
     spec["name"], spec["stages"]["train"]["config"]["in_channels"] = "fifth", 16
-    medgen("submit", write_spec(spec), "--local", expect=1)
-    cause = json.loads((only_run(tmp_path, "fifth") / "outcome" / "train.0.json").read_text())["cause"]
-    assert "is of a network of another shape" in cause and "Traceback" not in cause
+    assert "is of a network of another shape: in_channels 8 there, 16 here; give the same" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
     spec["stages"]["train"]["config"]["start_from"] = "elsewhere"
     assert "elsewhere is no checkpoint; name a folder such as" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
 
@@ -252,8 +263,19 @@ def test_losses_of_players_do_not_stop_a_training() -> None:
 
 def test_classes_are_counted_in_their_order(medgen: Medgen, write_spec: WriteSpec, cohort: Path, tmp_path: Path) -> None:
     images = {"kind": "generate", "from": "train", "per_class": [1, 1, 1]}
-    spec = spec_of(cohort, "three", images=images)
-    spec["stages"]["train"]["config"] = {**{key: value for key, value in NET.items() if key != "select_from"}, "select": False}
-    medgen("submit", write_spec(spec), "--local", expect=1)
-    cause = json.loads((only_run(tmp_path, "three") / "outcome" / "images.0.json").read_text())["cause"]
-    assert cause == "per_class: [1, 1, 1] counts 3 classes, the data have 2: CN, AD"
+    told = medgen("submit", write_spec(spec_of(cohort, "three", images=images)), "--local", expect=2).stderr
+    assert "stages.images.per_class: [1, 1, 1] counts 3 classes, the data have 2: CN, AD" in told and not list((tmp_path / "runs").glob("three-*"))
+
+
+def test_nothing_is_chosen_where_nothing_is_held_out(medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
+    """Known before anything is trained; and what was trained on val is not compared with val."""
+    stages = {"final": {"kind": "train", "repeat": "train"}, "images": {"kind": "generate", "from": "final", "count": 2},
+              "evaluate": {"kind": "evaluate", "of": "images", "against": "val", "metrics": ["auc"]}}  # fmt: skip
+    spec = spec_of(cohort, "seen", **stages)
+    assert "final was trained on the val split too; compare its images with the test split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+    spec["stages"]["evaluate"]["against"], spec["data"]["splits"] = "test", {"train": 1, "val": 0, "test": 0}
+    assert "stages.final.repeat: train would have no val split to choose its epochs by" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+    spec["stages"]["final"]["repeat"] = "final"
+    assert "final repeats final itself" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+    spec["stages"]["final"] |= {"repeat": "train", "config": NET}
+    assert "config has no effect beside repeat: train" in medgen("submit", write_spec(spec), "--local", expect=2).stderr

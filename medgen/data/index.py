@@ -5,6 +5,7 @@ Nothing here reads voxels or imports torch, so a wrong folder is told in seconds
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class HeaderReport:
     shapes: list[tuple[int, ...]]
     spacings_mm: list[tuple[float, ...]]
     notes: list[str]
+    classes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """One line for the terminal."""
@@ -60,7 +62,7 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
 
     sources, notes = read_index(data, seed)
     if data.format == "stack":
-        return HeaderReport(patients_per_split(sources), len(sources), len(sources), [(data.size, data.size, 1)], [], notes)
+        return HeaderReport(patients_per_split(sources), len(sources), len(sources), [(data.size, data.size, 1)], [], notes, _classes(sources))
     first_headers: list[Header] = []
     slices = 0
     for source in sources:
@@ -75,7 +77,22 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
         shapes=[shape for shape, _ in Counter(header.shape for header in first_headers).most_common()],
         spacings_mm=sorted({tuple(round(step, 3) for step in header.spacing_mm) for header in first_headers}),
         notes=notes,
+        classes=_classes(sources),
     )
+
+
+def _classes(sources: list[Source]) -> tuple[str, ...]:
+    """The labels there are: in the order of their numbers where a stack gives them some, else as `numbers_first` has them."""
+    numbers = {source.label: source.label_number or 0 for source in sources if source.label is not None}
+    return tuple(sorted(numbers, key=lambda label: (numbers[label], *numbers_first(label))))
+
+
+def numbers_first(label: str) -> tuple[float, str]:
+    """0, 1, 2, 10, AD, CN: labels that count are in the order of what they count."""
+    try:
+        return float(label), label
+    except ValueError:
+        return math.inf, label
 
 
 def _phantom_report(data: DataSpec, seed: int) -> HeaderReport:

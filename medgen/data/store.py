@@ -4,7 +4,6 @@ Called by train, generate and evaluate through open_store; submit calls index.ch
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ class SliceStore:
             raise InputError(f"{len(bare)} of {len(self.rows)} slices have no label, the first is {self.rows['id'][bare[0]]}; give each line of the data a label")
         if "label_number" in self.rows:
             return tuple(self.rows.drop_duplicates("label").sort_values("label_number")["label"])
-        return tuple(sorted(set(self.rows["label"]), key=_numbers_first))
+        return tuple(sorted(set(self.rows["label"]), key=index.numbers_first))
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
         """int64 [n], the number of each slice's class."""
@@ -97,14 +96,6 @@ class SliceStore:
     def _require_masks(self) -> None:
         if not self.has_masks:
             raise InputError("the data have no masks; add mask: <label file> to data in the spec")
-
-
-def _numbers_first(label: str) -> tuple[float, str]:
-    """0, 1, 2, 10, AD, CN: labels that count are in the order of what they count."""
-    try:
-        return float(label), label
-    except ValueError:
-        return math.inf, label
 
 
 def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None] = print) -> SliceStore:

@@ -12,11 +12,11 @@ import torch
 
 from medgen import spec
 from medgen.checkpoint import Checkpoint
-from medgen.classification import area_under_curve
 from medgen.errors import InputError
 from medgen.evaluate import intervals
 from medgen.evaluate.intervals import COVERAGE_PERCENTILES, FEWEST_GROUPS, REPLICATES
 from medgen.models.base import DataShape, Model
+from medgen.roc import area_under_curve
 from medgen.training import trained_model
 
 BATCH = 64

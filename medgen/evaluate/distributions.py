@@ -137,7 +137,7 @@ def copy_scores(sides: Sides, images: Images, shown: int) -> tuple[list[Score], 
         f"root mean square distance at {min(copies.COMPARED_PIXELS, sides.store.size)} px over {', '.join(channels)}: to the nearest of "
         f"{len(sides.train)} training slices, over the nearest of another training patient; "
         f"threshold {result.threshold:.4f} = 1st percentile of {len(held_out)} "
-        f"held-out slices of {len(np.unique(sides.patients(held_out)))} val and test patients; "
+        f"held-out slices of {len(np.unique(sides.patients(held_out)))} {'val and test' if sides.seen == ('train',) else 'test'} patients; "
         f"{intervals.describe(groups, 'patient' if sides.partners is not None else 'image', 'Wilson interval')}; seed {sides.seed}"
     )
     interval = intervals.share_interval(float(below.mean()), groups)

@@ -85,15 +85,16 @@ class Sides:
     chosen: np.ndarray  # rows of the dataset index, at most 2048, in order
     partners: np.ndarray | None  # store row whose mask each chosen sample was given
     reference: np.ndarray  # store rows of the `against` split, at most 2048
-    train: np.ndarray  # store rows of the training split, all of them
+    train: np.ndarray  # store rows of what the model was trained on, all of them
+    seen: tuple[str, ...] = ("train",)  # the splits that those are
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         return self.store.rows["patient"].to_numpy()[rows]
 
     def held_out(self) -> np.ndarray:
-        """Store rows of the val and test patients, with a lesion only where the comparison is; may be empty."""
+        """Store rows of the patients that the model has not seen, with a lesion only where the comparison is; may be empty."""
         rows = self.store.rows
-        wanted = (rows["split"] != "train").to_numpy()
+        wanted = ~rows["split"].isin(self.seen).to_numpy()
         if self.positive_only:
             wanted = wanted & (rows["mask_pixels"] > 0).to_numpy()
         return np.flatnonzero(wanted)
@@ -119,12 +120,13 @@ class Sides:
         """Names [n] of what varies independently: patients of the conditions, else single images."""
         if self.partners is not None:
             return self.patients(self.partners)
-        return self.dataset.index["id"].to_numpy()[self.chosen]
+        # a patient may be called like one of our numbers
+        return np.array([f"synthetic {name}" for name in self.dataset.index["id"].to_numpy()[self.chosen]])
 
 
 def choose_sides(run: RunDir, plan: Plan, stage_of: str, against: str, store: SliceStore) -> Sides:
     """Match the synthetic set with real slices: the same size, and slices with a lesion only if every synthetic one has one."""
-    dataset = read_dataset(run, stage_of)
+    dataset, seen = read_dataset(run, stage_of), plan.trained_on(stage_of)
     chosen = some_rows(np.arange(len(dataset.index)), plan.seed, "evaluate_synthetic")
     masks = synthetic_masks(dataset, chosen, store)
     positive_only = masks is not None and bool(masks.any(axis=(1, 2)).all())
@@ -135,7 +137,7 @@ def choose_sides(run: RunDir, plan: Plan, stage_of: str, against: str, store: Sl
         dataset=dataset, store=store, seed=plan.seed, against=against, positive_only=positive_only, chosen=chosen,
         partners=partner_rows(dataset, chosen, store),
         reference=some_rows(store.select(against, positive_only), plan.seed, "evaluate_real"),
-        train=store.select("train", positive_only),
+        train=np.sort(np.concatenate([store.select(split, positive_only) for split in seen])), seen=seen,
     )
 
 

@@ -12,7 +12,7 @@ from medgen import collected, files, rng
 from medgen import plan as plans
 from medgen.data.store import open_store
 from medgen.errors import InputError
-from medgen.evaluate import by_class, classified, curves, distributions, paired, scores
+from medgen.evaluate import auc, by_class, curves, distributions, paired, scores
 from medgen.evaluate.inputs import MASK, Sides, choose_sides
 from medgen.evaluate.scores import Score
 from medgen.plan import Plan
@@ -54,7 +54,7 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     with collected.made_again_if_damaged(run, stage.settings["of"]):  # more of its images are read than above
         computed = by_class.feature_scores(sides, of_features, stage.settings["extractor"], stage.settings["allow_small_n"], say) if of_features else {}
     if "auc" in names:
-        computed["auc"] = classified.auc_scores(run, plan, sides, images)
+        computed["auc"] = auc.auc_scores(run, plan, sides, images)
     found, skipped, details = _all_scores(sides, images, names, computed, say, progress)
     record = {
         "schema": scores.METRICS_SCHEMA,

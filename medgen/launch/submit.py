@@ -23,6 +23,7 @@ from medgen.launch.fit import Limits, fit_shards, fit_to_cluster, fit_to_machine
 from medgen.launch.limits import read_limits
 from medgen.launch.queued import queued_tasks, was_queued
 from medgen.launch.supervisor import living_supervisor
+from medgen.models.settings import FamilyConfig
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 
@@ -100,13 +101,17 @@ def check_data(checked: spec.Spec) -> str:
 
     for name, stage in checked.stages.items():
         if isinstance(stage, spec.TrainStage):
-            _check_start(name, spec.family_config(stage.config).start_from)
+            _check_start(name, stage.config["model"], spec.family_config(stage.config))
         if isinstance(stage, spec.EvaluateStage) and isinstance(stage.extractor, spec.WeightsFile):
             stage.extractor.verified()
     if checked.data is None:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
     for name, stage in checked.stages.items():
+        if isinstance(stage, spec.TrainStage) and stage.repeat is not None and not report.patients.get("val"):
+            raise InputError(f"stages.{name}.repeat: {stage.repeat} would have no val split to choose its epochs by; give the data one, such as data.splits.val: 0.2")
+        if isinstance(stage, spec.GenerateStage) and stage.per_class is not None and len(stage.per_class) != len(report.classes):
+            raise InputError(f"stages.{name}.per_class: {stage.per_class} counts {len(stage.per_class)} classes, the data have {len(report.classes)}: {', '.join(report.classes)}")
         wanted = [stage.condition] if isinstance(stage, spec.GenerateStage) and stage.condition in spec.SPLITS else []
         wanted += [stage.against] if isinstance(stage, spec.EvaluateStage) else []
         for split in wanted:
@@ -116,14 +121,26 @@ def check_data(checked: spec.Spec) -> str:
     return report.text()
 
 
-def _check_start(name: str, start_from: Path | None) -> None:
-    if start_from is None:
+def _check_start(name: str, model: str, config: FamilyConfig) -> None:
+    """What can be told without its weights."""
+    if config.start_from is None:
         return
+    where = f"stages.{name}.config.start_from: {config.start_from}"
     try:
-        commits.read(start_from)
-    except (OSError, ValueError):
-        raise InputError(f"stages.{name}.config.start_from: {start_from} is no checkpoint; name a folder such as runs/<run>/<stage>/ckpt/step-001000, "
-                         f"which holds a {commits.COMMIT}") from None  # fmt: skip
+        commits.read(config.start_from)
+        there: dict[str, Any] = files.read_json(config.start_from / commits.STATE)["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{where} is no checkpoint; name a folder such as runs/<run>/<stage>/ckpt/step-001000, which holds a {commits.COMMIT}") from None
+    if there["model"] != model:
+        raise InputError(f"{where} is a checkpoint of the model {there['model']}, not {model}")
+    theirs = spec.family_config(there).form
+    different = [f"{key} {_plain(theirs[key])} there, {_plain(value)} here" for key, value in config.form.items() if theirs[key] != value]
+    if different:
+        raise InputError(f"{where} is of a network of another shape: {'; '.join(different)}; give the same")
+
+
+def _plain(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def create(prepared: Prepared) -> list[str]:

@@ -44,6 +44,8 @@ class FamilyConfig(Settings):
     loop: LoopSettings = LoopSettings()
     start_from: Path | None = None  # a checkpoint's folder, step-...: its weights (and optimizers, if it has them) instead of fresh ones
 
+    start_sha256: str | None = None  # of what start_from holds; filled in at submit, so that other weights are another run
+
     @field_validator("start_from")
     @classmethod
     def _start_counts_from_here(cls, value: Path | None) -> Path | None:
@@ -90,6 +92,11 @@ class FamilyConfig(Settings):
     def classifies(self) -> bool:
         """True if the model tells the class of an image."""
         return False
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """The settings that decide the shapes of the weights, which start_from must share. Empty where nobody has listed them."""
+        return {}
 
     @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:

@@ -179,6 +179,8 @@ class _Reading:
 
     def _worked_out(self, given: Any) -> Any:
         if isinstance(given, list):
+            if any(isinstance(item, list) for item in given):
+                raise ExpressionError("a list in a list has no meaning here")
             return [self._worked_out(item) for item in given]
         if isinstance(given, str):
             return evaluate(given, self.value)

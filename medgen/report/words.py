@@ -82,6 +82,9 @@ def lead(plan: Plan, stages: list[StageFacts], store: SliceStore | None) -> str:
         splits = store.rows["split"] == "train"
         source = f"{store.rows['patient'][splits].nunique():,} training patients ({int(splits.sum()):,} slices of {store.size}x{store.size} pixels) of {source}"
     models = f"{len(trained)} model{'s' if len(trained) != 1 else ''} trained on {source}"
+    repeats = [stage.name for stage in trained if stage.settings["repeat"] is not None]
+    if repeats:
+        models += f" ({', '.join(repeats)} on the val split as well)"
     total = sum(stage.settings["count"] for stage in drawn)
     return f"{models}, and {total:,} synthetic samples drawn in {len(drawn)} set{'s' if len(drawn) != 1 else ''}." if drawn else models + "."
 

@@ -133,6 +133,10 @@ class Config(FamilyConfig):
         return True
 
     @property
+    def form(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("channels", "in_channels", "factors", "latent", "embedding")}
+
+    @property
     def loss_falls(self) -> bool:
         return False
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgen.classification import area_under_curve
 from medgen.errors import InputError
 from medgen.models.base import (
     Batch,
@@ -27,6 +26,7 @@ from medgen.models.pacgan.config import Config
 from medgen.models.pacgan.losses import Weights, critic_loss, generator_loss, gradient_penalty
 from medgen.models.pacgan.networks import Critic, Generator, Judged
 from medgen.models.settings import Settings
+from medgen.roc import area_under_curve
 
 FIRST_ALPHA = 1e-5  # of a new block, before its first update
 TYPICAL_DECAY = 0.99
