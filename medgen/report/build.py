@@ -118,6 +118,7 @@ def build_report(run: RunDir, stage_name: str, cache_root: Path, say: Say) -> li
         name=plan.name,
         stage_name=stage_name,
         lead=words.lead(plan, stages, store),
+        has_masks=plan.data["mask"] is not None,
         verdict=words.verdict(stages),
         tiles=words.headline_facts(plan, stages, store),
         style=Markup((FOLDER / "style.css").read_text()),

@@ -51,6 +51,9 @@ class Painter:
         self.run, self.plan, self.dataset, self.store = run, plan, dataset, store
         self.row_of_id = {name: number for number, name in enumerate(dataset.index["id"])}
         names = () if store is None else store.aliases
+        self.label_of_id: dict[str, str] = dict(zip(dataset.index["id"], dataset.index["label"], strict=True)) if "label" in dataset.index.columns else {}
+        if store is not None and self.label_of_id:
+            self.label_of_id |= dict(zip(names, store.rows["label"], strict=True))
         self.store_row_of_id = {str(name): number for number, name in enumerate(names)}
 
     def synthetic(self, identifiers: list[str], outlined: bool = True) -> list[list[Tile]]:
@@ -88,11 +91,17 @@ class Painter:
             return self.dataset.read(MASK, rows)
         return synthetic_masks(self.dataset, rows, self.store)
 
-    @staticmethod
-    def _tile(array: np.ndarray, channel: str, mask: np.ndarray | None, kind: str, name: str) -> Tile:
+    def by_class(self, identifiers: list[str]) -> list[str]:
+        """Those of one class beside each other; as they are where there are no classes."""
+        return sorted(identifiers, key=lambda name: self.label_of_id.get(name, ""))
+
+    def _tile(self, array: np.ndarray, channel: str, mask: np.ndarray | None, kind: str, name: str) -> Tile:
         if channel == MASK:
             return mask_tile(array, f"{kind} mask", name, kind)
-        return tile(array, mask, f"{kind} {channel}", kind, name)
+        shown = [self.label_of_id[name]] if name in self.label_of_id else []
+        if not shown or len(self.dataset.outputs) > 1:
+            shown.append(channel)
+        return tile(array, mask, f"{kind} {' '.join(shown)}", kind, name)
 
 
 def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) -> StagePictures:
@@ -100,8 +109,10 @@ def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) 
     samples = metrics["samples"] if metrics is not None else random_samples(painter, seed)
     pairs = _pairs(painter, samples["pairs"][:SHOWN_PAIRS])
     more = SHOWN_SAMPLES if len(painter.dataset.outputs) == 1 else SHOWN_GROUPS
-    synthetic = painter.synthetic(samples["synthetic"][: SHOWN_SIDE_BY_SIDE + more])
-    real = painter.real(samples["real"][:SHOWN_SIDE_BY_SIDE])
+    drawn: list[str] = samples["synthetic"]
+    chosen = [*painter.by_class(drawn[:SHOWN_SIDE_BY_SIDE]), *painter.by_class(drawn[SHOWN_SIDE_BY_SIDE : SHOWN_SIDE_BY_SIDE + more])]
+    synthetic = painter.synthetic(chosen)
+    real = painter.real(painter.by_class(samples["real"][:SHOWN_SIDE_BY_SIDE]))
     shown = 0 if pairs is not None else SHOWN_SIDE_BY_SIDE
     side_by_side = pairs is None
     rest = synthetic[shown : shown + more]

@@ -70,6 +70,8 @@ def dataset_title(dataset: Dataset) -> str:
     count = f"{len(dataset.index):,} synthetic"
     if dataset.outputs == [MASK]:
         return f"{count} masks"
+    if dataset.image_channels == ["image"]:
+        return f"{count} images"
     return f"{count} {' + '.join(dataset.image_channels)} {'pairs' if len(dataset.image_channels) > 1 else 'images'}"
 
 
