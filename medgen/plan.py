@@ -12,7 +12,7 @@ from medgen import files
 from medgen.errors import InputError
 from medgen.rundir import RunDir
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 GRACE_SLACK_SECONDS = 60  # the signal may come late by as much
 GRACE_SPARE_SECONDS = 29  # on top when a grace is advised: what was measured once is not the slowest there will be
 

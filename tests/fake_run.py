@@ -115,8 +115,8 @@ def full_run(root: Path, cache: Path, patients: int = 8, size: int = 32, count: 
     evaluate = {"against": "test", "metrics": ["mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd"]}
     config = {"model": "diffusion", "strategy": "rflow", "mode": "bravo"}
     stages = [
-        planned("train_seg", "train", [], {"config": {**config, "mode": "seg"}}),
-        planned("train_bravo", "train", [], {"config": config}),
+        planned("train_seg", "train", [], {"config": {**config, "mode": "seg"}, "repeat": None}),
+        planned("train_bravo", "train", [], {"config": config, "repeat": None}),
         planned("masks", "generate", ["train_seg"], {"from": "train_seg", "count": count, "condition": None}, count),
         planned("collect_masks", "collect", ["masks"], {"of": "masks"}),
         planned("images", "generate", ["train_bravo", "collect_masks"], {"from": "train_bravo", "count": count, "condition": "masks"}, count),

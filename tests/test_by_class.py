@@ -70,7 +70,7 @@ def evaluated(folder: Path, data: tuple[DataSpec, SliceStore], cache: Path, imag
     """A run whose dataset holds `images` (class -> pictures), and what evaluate wrote of it."""
     count = sum(len(part) for part in images.values())
     run = fake_run.make_run(folder, data[0], [
-        fake_run.planned("train", "train", [], {"config": {"model": "pacgan"}}),
+        fake_run.planned("train", "train", [], {"config": {"model": "pacgan"}, "repeat": None}),
         fake_run.planned("images", "generate", ["train"], {"from": "train", "count": count, "condition": None}, count),
         fake_run.planned("evaluate", "evaluate", ["images"], SETTINGS | changes),
         fake_run.planned("report", "report", ["evaluate"], {}),
@@ -226,7 +226,7 @@ def test_records_without_comparisons_are_still_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ["kid"]}, "kid compare features: add extractor: inception"),
+        ({"metrics": ["kid"]}, "kid compares features: add extractor: inception"),
         ({"metrics": ["swd"], "extractor": "random_conv"}, "extractor has no effect without fid or kid among the metrics; remove it"),
         ({"metrics": ["kid"], "extractor": "random_conv", "allow_small_n": True}, "allow_small_n has no effect without fid"),
         ({"metrics": ["kid"], "extractor": "resnet"}, "unknown kind 'resnet'; the kinds are: inception, torchscript, random_conv"),

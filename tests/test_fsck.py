@@ -120,7 +120,7 @@ def test_every_damage_is_found_and_submit_does_what_fsck_says(run: Path, tmp_pat
     assert "0 tasks to run" in again.stderr + again.stdout
 
 
-@pytest.mark.parametrize("content", ['{"version": 3, "stages": 3}', '{"version": 2, "sta', "[]", ""])
+@pytest.mark.parametrize("content", ['{"version": 4, "stages": 3}', '{"version": 2, "sta', "[]", ""])
 def test_a_half_written_plan_is_written_anew(run: Path, medgen: Medgen, content: str) -> None:
     before = (run / "plan.json").read_bytes()
     (run / "plan.json").write_text(content)

@@ -134,7 +134,7 @@ def test_stages_that_never_ran_are_named(run: RunDir, cache: Path) -> None:
 def test_train_generate_report_is_enough(tmp_path: Path, cache: Path, finished: RunDir) -> None:
     data = DataSpec(format="phantom", patients=8, size=32)
     run = fake_run.make_run(tmp_path, data, [
-        fake_run.planned("train", "train", [], {"config": {"model": "other"}}),
+        fake_run.planned("train", "train", [], {"config": {"model": "other"}, "repeat": None}),
         fake_run.planned("samples", "generate", ["train"], {"from": "train", "count": 6, "condition": None}, 6),
         fake_run.planned("report", "report", ["samples"], {}),
     ])

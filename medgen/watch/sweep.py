@@ -112,7 +112,7 @@ def _selection(run: RunDir, planned: Plan, stage: str) -> dict[str, Score]:
 def _evaluated(run: RunDir, stage: str) -> dict[str, Score]:
     record = files.read_json(run.metrics(stage))
     return {
-        score.name: Score(score.value, score.ci, score.floor, score.unit, score.better, record["against"], SEED_OF_PROTOCOL.sub("", score.protocol))
+        f"{score.metric} {score.channel}".rstrip(): Score(score.value, score.ci, score.floor, score.unit, score.better, record["against"], SEED_OF_PROTOCOL.sub("", score.protocol))
         for score in from_json(record["scores"])
         if score.is_headline
     }
