@@ -111,6 +111,7 @@ def test_dual_images_are_scored_per_channel_and_for_their_difference(tmp_path: P
     data = DataSpec(format="phantom", patients=8, size=16, images={"t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"}, mask="seg.nii.gz")
     store = open_store(data, fake_run.SEED, cache, fake_run.quiet)
     run = fake_run.make_run(tmp_path, data, [
+        fake_run.planned("train", "train", [], {"config": {"model": "diffusion"}, "repeat": None}),
         fake_run.planned("dual", "generate", [], {"from": "train", "count": 20, "condition": "test"}, 20),
         fake_run.planned("evaluate", "evaluate", [], {"of": "dual", "against": "test", "metrics": ["mae", "swd"]}),
     ])
