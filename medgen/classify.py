@@ -16,7 +16,6 @@ from medgen.errors import InputError
 from medgen.evaluate import classification
 from medgen.evaluate.classification import Classifier, Estimate, Performance
 from medgen.prepare.page import Table
-from medgen.prepare.words import require_new
 from medgen.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def classify(which: str, images: Path, stage: str | None, selector: str, labels:
     """Write predictions.csv into the new folder `out`, and how right they are where labels are known; returns that in words.
 
     which: a run, or the folder of a checkpoint. images: a NIfTI stack, or a folder of such. Raises InputError."""
-    require_new(out)
+    files.require_new(out)
     classifier = classification.load(_checkpoint(which, stage, selector))
     path = _file_of_size(images, classifier.model.judged_size)
     arrays = stacks.read_images(path)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medgen.errors import InputError
+
 SEAL = "seal.json"
 LOCK_SECONDS = 5.0
 CHUNK_BYTES = 64 * 2**20  # one os.write stops at 2,147,479,552 bytes; hashing and copying use the same block
@@ -102,6 +104,12 @@ def append_line(path: Path, line: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_new(out: Path) -> None:
+    """Before hours of work, not after them."""
+    if out.exists():
+        raise InputError(f"{out} exists; name a new folder with --out, two results must not mix")
 
 
 @contextmanager

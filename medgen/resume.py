@@ -21,8 +21,8 @@ def resume(training: Training) -> None:
     if found is None:
         for line in training.model.describe(training.context.total_steps):
             training.work.say(line)
-        if training.phases[-1].select is not None and len(training.val_rows):
-            training.work.say(f"each phase hands on its best checkpoint by {training.phases[-1].select} on the val split")
+        if training.selects:
+            training.work.say(f"each phase hands on its best checkpoint by {training.phase.select} on the val split")
         if training.config.start_from is not None:
             _start_from(training, training.config.start_from)
         return
@@ -114,8 +114,7 @@ def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
     classes = shape_of(training.config, training.store).classes  # for whoever has this checkpoint and not the data
     state = {**identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
-    selects = training.phase.select is not None and len(training.val_rows) > 0  # then its best is kept, else its last
-    if not selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:
+    if not training.selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:
         metrics = {**metrics, f"{commits.LAST}{training.phase.name}": {"value": clock.step, "better": "higher"}}
     if ranks.is_main:
         checkpoint.prune(training.folder, keep)
@@ -148,8 +147,9 @@ def _finite_or_none(value: float) -> float | None:
 def go_back_to_best(training: Training) -> None:
     """What a phase that selects hands on is its best checkpoint, not its last. Doing it twice changes nothing."""
     phase = training.phase
-    if phase.select is None or not len(training.val_rows):
+    if not training.selects:
         return
+    assert phase.select is not None, "it selects"
     name = of_phase(training, phase, phase.select)
     found = dist.on_main(lambda: _best_by(training, name), training.ranks)
     if found is None or found.step == training.clock.step:

@@ -60,6 +60,11 @@ class Training:
         return self.phases[self.clock.phase]
 
     @property
+    def selects(self) -> bool:
+        """True if the phase hands on its best checkpoint by the val split, else its last."""
+        return self.phase.select is not None and len(self.val_rows) > 0
+
+    @property
     def store(self) -> SliceStore:
         """The slices at full size."""
         return self.stores[max(self.stores)]

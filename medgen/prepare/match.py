@@ -168,7 +168,7 @@ def _worst_p_without(pool: _Pool, position: int) -> float:
 def match(table: Path, out: Path, columns: Columns, balance: Balance, limits: Limits, max_removed: float, seed: int) -> str:
     """Write the matched table and its report to `out`; returns what to print. Raises MedgenError, and writes nothing, if no matching is found."""
     words.require_something_to_compare(balance, "match")
-    words.require_new(out)
+    files.require_new(out)
     cohort = read_cohort(table, columns)
     require_comparable_groups(cohort)
     subjects = cohort.subjects()

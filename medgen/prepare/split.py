@@ -133,7 +133,7 @@ def _subjects_by_side(cohort: Cohort, side_of: Sequence[str] | np.ndarray) -> di
 
 def split(table: Path, out: Path, columns: Columns, shares: Shares, min_p: float, tries: int, seed: int) -> str:
     """Write the table with a column `split` and its report to `out`; returns what to print. Raises MedgenError, and writes nothing, if no try passes."""
-    words.require_new(out)
+    files.require_new(out)
     cohort = read_cohort(table, columns)
     require_comparable_groups(cohort)
     if COLUMN in cohort.header:

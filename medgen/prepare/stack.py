@@ -136,7 +136,7 @@ def _affine(sources: Sequence[Source], settings: Settings) -> np.ndarray:
 
 def stack(table: Path, out: Path, columns: Columns, settings: Settings, say: Callable[[str], None]) -> str:
     """Write a stack per split to `out`; returns what to print."""
-    words.require_new(out)
+    files.require_new(out)
     cohort = read_cohort(table, columns)
     sources = find_sources(cohort, settings.path_column, settings.root, settings.numbers)
     sides = [side for side in ("", *SPLITS) if any(source.side == side for source in sources)]

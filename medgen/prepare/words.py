@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from medgen.errors import InputError
@@ -58,9 +57,3 @@ def _counts(subjects: Sequence[Subject]) -> dict[str, Any]:
 def require_something_to_compare(balance: Balance, verb: str) -> None:
     if balance is Balance.NONE:
         raise InputError(f"--balance none leaves {verb} nothing to compare; use both, age or sex")
-
-
-def require_new(out: Path) -> None:
-    """Before hours of work, not after them."""
-    if out.exists():
-        raise InputError(f"{out} exists; name a new folder with --out, two results must not mix")

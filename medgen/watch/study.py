@@ -45,8 +45,7 @@ class Row:
 
 def study(name: str, out: Path) -> str:
     """Write study.png and points.csv to the new folder `out`; returns what to print. Raises InputError if nothing is finished yet."""
-    if out.exists():
-        raise InputError(f"{out} exists; name a new folder with --out, two results must not mix")
+    files.require_new(out)
     points = points_of(name)
     finished = [point for point in points if _is_finished(point)]
     if not finished:
