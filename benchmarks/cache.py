@@ -15,7 +15,7 @@ import numpy as np
 
 from medgen.data.phantoms import write_phantoms
 from medgen.data.store import open_store
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 BATCH = 16
 
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from medgen.data.store import open_store
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 def memory():
     fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
     return {name: int(fields[name].split()[0]) * 1024 for name in ("Pss", "Private_Dirty", "Private_Clean", "Rss")}

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from medgen import files, spec
+from medgen import files
 from medgen.errors import InputError, Interrupted, MedgenError
 from medgen.launch.processes import die_with_parent, end_with_parent
+from medgen.spec_stages import CommandStage
 from medgen.task import Done, Work
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -21,7 +22,7 @@ PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 def command(work: Work) -> Done:
     """Run the stage's bash text in the folder of submit. Raises MedgenError for an exit code other than 0 or a missing
     output, and Interrupted if a signal came and the command did not end well."""
-    stage = spec.CommandStage.model_validate(work.stage.settings)
+    stage = CommandStage.model_validate(work.stage.settings)
     if stage.submits_itself is not None:
         raise InputError(f"stages.{work.stage.name}.run: {stage.submits_itself}")
     if "SLURM_JOB_ID" in os.environ:
@@ -47,11 +48,11 @@ def command(work: Work) -> Done:
     return Done([result, *made], {"outputs": len(outputs)})
 
 
-def _item(stage: spec.CommandStage, shard: int) -> str | None:
+def _item(stage: CommandStage, shard: int) -> str | None:
     return stage.foreach[shard] if stage.foreach else None
 
 
-def _run(work: Work, stage: spec.CommandStage, folder: Path, out: Path) -> tuple[int, str | None]:
+def _run(work: Work, stage: CommandStage, folder: Path, out: Path) -> tuple[int, str | None]:
     """(exit code as a shell gives it, the signal that came meanwhile)."""
     item = _item(stage, work.task.shard)
     environment = {
@@ -89,7 +90,7 @@ def _as_a_child() -> Callable[[], None]:
     return in_child
 
 
-def _outputs(stage: spec.CommandStage, folder: Path) -> list[dict[str, object]]:
+def _outputs(stage: CommandStage, folder: Path) -> list[dict[str, object]]:
     """The promised files. Raises MedgenError if a pattern matches none."""
     found = []
     for pattern in stage.outputs:

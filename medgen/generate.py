@@ -26,7 +26,8 @@ from medgen.models.settings import FamilyConfig, Settings
 from medgen.plan import PlannedStage
 from medgen.resume import check_identity
 from medgen.shards import MANIFEST, MANIFEST_VERSION, Counts, read_manifest, set_aside, shard_problem
-from medgen.spec import SPLITS, Accept
+from medgen.spec_data import SPLITS, DataSpec
+from medgen.spec_stages import Accept, GenerateStage
 from medgen.task import Done, Work
 from medgen.training import load_channel, shape_of, trained_model
 
@@ -76,7 +77,7 @@ class Generation:
 
 def generate(work: Work) -> Done:
     """Make one shard; a shard that is already there and verifies is kept as it is."""
-    settings = spec.GenerateStage.model_validate(work.stage.settings)
+    settings = GenerateStage.model_validate(work.stage.settings)
     work.require(settings.source)
     if settings.condition and settings.condition not in SPLITS:
         work.require(planning.collect_name(settings.condition))
@@ -105,11 +106,11 @@ def generate(work: Work) -> Done:
     return _done(target)
 
 
-def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> Generation:
+def _prepare(work: Work, settings: GenerateStage, device: torch.device) -> Generation:
     stage = work.stage
     source = work.plan.stage(settings.source)
     config: FamilyConfig = spec.family_config(source.settings["config"])
-    data = spec.DataSpec.model_validate(work.plan.data)
+    data = DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     chosen = _promised_checkpoint(work, source.name, settings.checkpoint)
     check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
@@ -124,7 +125,7 @@ def _prepare(work: Work, settings: spec.GenerateStage, device: torch.device) -> 
                       _plain_affine(store), store.size, device, store.fingerprint, Counts())
 
 
-def _classes(settings: spec.GenerateStage, store: SliceStore) -> Classes:
+def _classes(settings: GenerateStage, store: SliceStore) -> Classes:
     """Raises InputError if per_class does not count the classes of the data."""
     names = store.classes
     counts = settings.per_class or [_share(number, settings.count, len(names)) for number in range(len(names))]
@@ -171,7 +172,7 @@ def _plain_affine(store: SliceStore) -> np.ndarray:
     return np.diag([row.spacing_y_mm, row.spacing_x_mm, row.thickness_mm, 1.0])  # axis 0 runs over rows
 
 
-def _conditions(work: Work, settings: spec.GenerateStage, data: spec.DataSpec, names: tuple[str, ...], store: SliceStore, indices: range) -> dict[int, Condition]:
+def _conditions(work: Work, settings: GenerateStage, data: DataSpec, names: tuple[str, ...], store: SliceStore, indices: range) -> dict[int, Condition]:
     """What these images are made from: slices of a split of the real data, spread evenly; or collected masks, one each."""
     assert settings.condition is not None
     if settings.condition in SPLITS:

@@ -13,17 +13,9 @@ from medgen.errors import InputError
 from medgen.names import absolute
 from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task, collect_name
 from medgen.site import Site
-from medgen.spec import (
-    AnyStage,
-    CollectStage,
-    CommandStage,
-    GenerateStage,
-    GpuRequest,
-    Resources,
-    Spec,
-    TrainStage,
-    family_config,
-)
+from medgen.spec import Spec, family_config
+from medgen.spec_base import GpuRequest, Resources
+from medgen.spec_stages import AnyStage, CollectStage, CommandStage, GenerateStage, TrainStage
 
 DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15, "command": 60}
 SHARED_CPUS = 4  # of a cluster's node, for a task without a GPU that says nothing

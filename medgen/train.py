@@ -23,6 +23,7 @@ from medgen.errors import InputError, Interrupted, MedgenError
 from medgen.models.base import Model, Phase
 from medgen.models.settings import FamilyConfig
 from medgen.resume import go_back_to_best, resume, save
+from medgen.spec_data import DataSpec
 from medgen.task import Done, Work
 from medgen.train_log import Averages, TrainingLog
 from medgen.training import Training, build_model, of_size, shape_of, steps_in
@@ -132,7 +133,7 @@ def _tell_stragglers(work: Work, stragglers: Stragglers, own_seconds: list[float
 def _prepare(work: Work, ranks: Ranks) -> Training:
     """Data, model and context, the same on every rank."""
     config: FamilyConfig = spec.family_config(work.stage.settings["config"])
-    data = spec.DataSpec.model_validate(work.plan.data)
+    data = DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     positive_only = config.trains_positive_only(data)
     rows, val_rows = store.select("train", positive_only), _select_or_empty(store, "val", positive_only)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medgen import models, rng, spec
+from medgen import models, rng
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
@@ -19,6 +19,7 @@ from medgen.dist import Ranks
 from medgen.errors import InputError
 from medgen.models.base import Batch, DataShape, Given, Model, Phase
 from medgen.models.settings import FamilyConfig
+from medgen.spec_data import DataSpec
 from medgen.task import Work
 
 
@@ -102,7 +103,7 @@ def shape_of(config: FamilyConfig, store: SliceStore) -> DataShape:
     return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else ())
 
 
-def of_size(work: Work, data: spec.DataSpec, size: int, full: SliceStore) -> SliceStore:
+def of_size(work: Work, data: DataSpec, size: int, full: SliceStore) -> SliceStore:
     """The same slices at another size. Raises InputError if other ones are left there."""
     store = open_store(data.model_copy(update={"size": size}), work.plan.seed, work.run.cache, work.say)
     if not store.rows["id"].equals(full.rows["id"]):

@@ -20,7 +20,7 @@ from medgen.data.image_files import write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task
 from medgen.rundir import Outcome, RunDir
-from medgen.spec import DataSpec, SplitFractions
+from medgen.spec_data import DataSpec, SplitFractions
 
 SEED = 7
 START = 1_760_000_000.0

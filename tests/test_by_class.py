@@ -26,7 +26,7 @@ from medgen.evaluate.scores import from_json
 from medgen.report import words
 from medgen.report.build import build_report
 from medgen.rundir import RunDir
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 from medgen.watch import sweep
 from medgen.watch.state import read_state
 

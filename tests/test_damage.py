@@ -122,7 +122,7 @@ def test_changed_data_are_never_scored_against(tmp_path: Path, medgen: Medgen, w
 
 def test_a_damaged_slice_cache_is_built_again(tmp_path: Path) -> None:
     from medgen.data.store import open_store
-    from medgen.spec import DataSpec
+    from medgen.spec_data import DataSpec
 
     data, said = DataSpec(format="phantom", patients=3, size=16, every=4), list[str]()
     store = open_store(data, 1, tmp_path, said.append)

@@ -14,7 +14,7 @@ import pytest
 from medgen.data.phantoms import write_volume
 from medgen.data.store import check_headers, open_store
 from medgen.errors import InputError
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 SHAPE = (12, 10, 4)
 PATIENTS = ("train/a", "train/b", "val/c", "test/d")

@@ -20,7 +20,7 @@ from medgen.data.store import SliceStore, check_headers, open_store
 from medgen.data.summary import contact_sheet, histogram, print_summary, summarise
 from medgen.data.volumes import read_volume
 from medgen.errors import InputError, MedgenError
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 REPOSITORY = Path(__file__).parent.parent
 SHAPE = (20, 14, 6)
@@ -146,7 +146,7 @@ OPEN_IN_PROCESS = """
 import sys
 from pathlib import Path
 from medgen.data.store import open_store
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 data = DataSpec(root=Path(sys.argv[1]), images={"t1": "t1.nii.gz"}, mask="seg.nii.gz", size=16)
 store = open_store(data, 1, Path(sys.argv[2]), print)
 print(len(store.rows), store.images("t1", store.select("train")).sum())

@@ -13,7 +13,7 @@ from medgen.data.store import SliceStore, open_store
 from medgen.errors import MedgenError
 from medgen.evaluate.run import evaluate_run
 from medgen.rundir import RunDir
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 COUNT = 12
 

@@ -14,9 +14,9 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
 from medgen.errors import InputError
-from medgen.evaluate import by_class, distances, features, torchvision_operators
+from medgen.evaluate import by_class, distances, extractors, features, torchvision_operators
 from medgen.files import sha256_file
-from medgen.spec import INCEPTION_SHA256, RandomConvExtractor
+from medgen.spec_evaluate import INCEPTION_SHA256, RandomConvExtractor
 
 GENERATOR = np.random.default_rng(5)
 
@@ -89,7 +89,7 @@ def test_slices_of_one_patient_do_not_make_equal_distributions_look_different() 
 
 def test_only_published_inception_features_of_many_images_are_called_fid() -> None:
     def name(count: int, published: bool) -> str:
-        return by_class._frechet_name(count, features.Extractor("x", 8, (0, 1), torch.nn.Identity(), published))
+        return by_class._frechet_name(count, extractors.Extractor("x", 8, (0, 1), torch.nn.Identity(), published))
 
     assert [name(count, True) for count in (2047, 2048, 9_999, 10_000)] == ["fd_small_n", "fd", "fd", "fid"]
     assert name(10_000, False) == "fd"
@@ -106,7 +106,7 @@ def textured(count: int, seed: int) -> np.ndarray:
 
 
 def random_features(images: np.ndarray) -> np.ndarray:
-    return features.features(features.load({"kind": "random_conv"}), lambda rows: images[rows], np.arange(len(images)))
+    return features.features(extractors.load({"kind": "random_conv"}), lambda rows: images[rows], np.arange(len(images)))
 
 
 def test_the_offline_extractor_orders_blur_noise_and_contrast() -> None:
@@ -129,7 +129,7 @@ def test_the_offline_extractor_orders_blur_noise_and_contrast() -> None:
 
 
 def test_the_offline_extractor_never_changes_and_looks_at_each_image_alone() -> None:
-    extractor = features.random_conv(RandomConvExtractor(kind="random_conv"))
+    extractor = extractors.random_conv(RandomConvExtractor(kind="random_conv"))
     content = b"".join(weight.detach().numpy().tobytes() for weight in extractor.network.parameters())
     assert hashlib.sha256(content).hexdigest() == "c18da214ce32f52a0bca6ddea3eee2dca3d1c89536053f2c6560c725a1d6bafa", "other weights are another extractor: give it another name"
     images = textured(40, 1)
@@ -145,7 +145,7 @@ def test_the_offline_extractor_never_changes_and_looks_at_each_image_alone() -> 
 
 
 def test_an_image_reaches_the_network_in_float_in_its_range_and_in_three_channels() -> None:
-    extractor = features.Extractor("x", 8, (-1.0, 1.0), torch.nn.Identity())
+    extractor = extractors.Extractor("x", 8, (-1.0, 1.0), torch.nn.Identity())
     stripes = np.tile(np.array([0.0, 1.0], np.float32), (1, 32, 16))  # one pixel on, one off
     seen = extractor.prepared(stripes)
     assert seen.shape == (1, 3, 8, 8) and seen.dtype == torch.float32
@@ -177,7 +177,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inception_gives_the_features_of_torch_fidelity(inception_file: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    extractor = features.load({"kind": "inception", "file": str(inception_file), "sha256": sha256_file(inception_file)})
+    extractor = extractors.load({"kind": "inception", "file": str(inception_file), "sha256": sha256_file(inception_file)})
     assert not extractor.published_inception and sha256_file(inception_file)[:12] in extractor.name
     bytes_ = GENERATOR.integers(0, 256, size=(2, 299, 299), dtype=np.uint8)
     found = features.features(extractor, lambda rows: (bytes_[rows] / 255).astype(np.float32), np.arange(2))
@@ -191,13 +191,13 @@ def test_inception_gives_the_features_of_torch_fidelity(inception_file: Path) ->
 
 def test_weights_that_are_not_there_or_not_those_are_refused(inception_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"never downloaded, docs/evaluation\.md tells where they come from"):
-        features.load({"kind": "inception", "file": str(tmp_path / "none.pth")})
+        extractors.load({"kind": "inception", "file": str(tmp_path / "none.pth")})
     with pytest.raises(InputError, match=f"expected {INCEPTION_SHA256}"):
-        features.load({"kind": "inception", "file": str(inception_file)})
+        extractors.load({"kind": "inception", "file": str(inception_file)})
 
     def load(content: object) -> None:
         torch.save(content, tmp_path / "other.pth")
-        features.load({"kind": "inception", "file": str(tmp_path / "other.pth"), "sha256": sha256_file(tmp_path / "other.pth")})
+        extractors.load({"kind": "inception", "file": str(tmp_path / "other.pth"), "sha256": sha256_file(tmp_path / "other.pth")})
 
     with pytest.raises(InputError, match="does not hold the weights of torch-fidelity's InceptionV3"):
         load({"fc.weight": torch.zeros(3)})
@@ -224,12 +224,12 @@ def test_any_torchscript_file_is_an_extractor(tmp_path: Path) -> None:
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     asked = {"kind": "torchscript", "file": str(tmp_path / "means.pt"), "size": 24, "range": [-1, 1]}
     images = textured(3, 1)
-    found = features.features(features.load(asked), lambda rows: images[rows], np.arange(3))
+    found = features.features(extractors.load(asked), lambda rows: images[rows], np.arange(3))
     np.testing.assert_allclose(found, np.repeat(2 * images.mean(axis=(1, 2)) - 1, 3).reshape(3, 3), atol=1e-3)
-    assert "means.pt" in features.load(asked).name and "24 px in [-1, 1]" in features.load(asked).name
+    assert "means.pt" in extractors.load(asked).name and "24 px in [-1, 1]" in extractors.load(asked).name
     (tmp_path / "text.pt").write_bytes(pickle.dumps("no network"))
     with pytest.raises(InputError, match=r"text\.pt is no TorchScript file"):
-        features.load({**asked, "file": str(tmp_path / "text.pt")})
+        extractors.load({**asked, "file": str(tmp_path / "text.pt")})
 
     class Maps(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -237,4 +237,4 @@ def test_any_torchscript_file_is_an_extractor(tmp_path: Path) -> None:
 
     torch.jit.script(Maps()).save(str(tmp_path / "maps.pt"))
     with pytest.raises(InputError, match=r"got shape \[3, 3, 24, 24\]"):
-        features.features(features.load({**asked, "file": str(tmp_path / "maps.pt")}), lambda rows: images[rows], np.arange(3))
+        features.features(extractors.load({**asked, "file": str(tmp_path / "maps.pt")}), lambda rows: images[rows], np.arange(3))

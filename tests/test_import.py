@@ -28,6 +28,7 @@ from medgen.launch.importing.words import literal
 from medgen.launch.script import render_script, whole_stage
 from medgen.sbatch_options import minutes
 from medgen.site import Site
+from medgen.spec_base import Resources
 
 EXAMPLES = Path(__file__).parent / "imported"
 SLURM_SITE = Site(name="test", scheduler="slurm", cpus=8, gpus=1)
@@ -749,7 +750,7 @@ def test_the_program_gets_its_signal_and_is_waited_for(tmp_path: Path, environme
 def test_time_limits_are_read_as_slurm_reads_them(text: str, expected: int | None) -> None:
     assert minutes(text) == expected
     if expected is not None:
-        assert spec.Resources.model_validate({"time": duration(expected)}).time == expected
+        assert Resources.model_validate({"time": duration(expected)}).time == expected
 
 
 def test_portable_resources_and_a_site_beside_the_specs(tmp_path: Path, medgen: Medgen) -> None:

@@ -14,7 +14,7 @@ from medgen.report import charts, gather, words
 from medgen.report.build import build_report
 from medgen.report.pictures import outline
 from medgen.rundir import RunDir
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 COUNT = 48
 VOID = {"meta", "input", "img", "br", "line", "path", "circle", "rect", "polygon", "link"}

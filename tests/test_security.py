@@ -34,6 +34,7 @@ from medgen.launch import notify
 from medgen.launch.attempt import _taken_by_slurm, job_facts
 from medgen.launch.script import render_script, whole_stage
 from medgen.site import Environment, Site
+from medgen.spec_data import DataSpec
 from medgen.watch.tensorboard import job_script
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
@@ -527,7 +528,7 @@ def chunk_names(path: Path) -> list[bytes]:
 def test_an_alias_cannot_be_guessed_from_a_list_of_names(tmp_path: Path, named_patients: Path) -> None:
     from medgen.data.store import open_store
 
-    data = spec.DataSpec.model_validate({"root": named_patients, "images": {"bravo": "bravo.nii.gz"}, "mask": "seg.nii.gz", "size": 16})
+    data = DataSpec.model_validate({"root": named_patients, "images": {"bravo": "bravo.nii.gz"}, "mask": "seg.nii.gz", "size": 16})
     store = open_store(data, 42, tmp_path / "cache", lambda text: None)
     assert len(set(store.aliases)) == len(store.rows)
     for name, alias in zip(store.rows["id"], store.aliases, strict=True):

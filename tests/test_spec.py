@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from medgen import document, spec, units
 from medgen.errors import InputError
+from medgen.spec_stages import CommandStage, TrainStage
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> spec.Spec:
 def test_a_good_spec_is_complete(tmp_path: Path) -> None:
     checked = load(tmp_path, GOOD)
     train = checked.stages["train"]
-    assert isinstance(train, spec.TrainStage)
+    assert isinstance(train, TrainStage)
     assert train.config["lr"] == 1e-4  # the resolved form holds the defaults
     assert train.resources.time == 720
     assert checked.data.channels == ["bravo", "t1_pre", "t1_gd"]
@@ -177,5 +178,5 @@ def test_any_yaml_is_parsed_or_refused_with_a_place(value: object) -> None:
      ("sbatch other.sh", False), ("echo $0", False)],
 )
 def test_a_command_that_submits_itself_is_noticed(text: str, found: bool) -> None:
-    stage = spec.CommandStage(kind="command", run=text)
+    stage = CommandStage(kind="command", run=text)
     assert (stage.submits_itself is not None) == found

@@ -19,7 +19,8 @@ from medgen.launch import record
 from medgen.launch.findings import Finding
 from medgen.launch.space import amount
 from medgen.launch.submit import Prepared
-from medgen.spec import Spec, TrainStage
+from medgen.spec import Spec
+from medgen.spec_stages import TrainStage
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore

@@ -17,7 +17,7 @@ from medgen.data.resize import resize_images, resize_masks
 from medgen.data.stacks import open_stack
 from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
 from medgen.errors import InputError, MedgenError
-from medgen.spec import SPLITS, DataSpec, Window
+from medgen.spec_data import SPLITS, DataSpec, Window
 
 CACHE_VERSION = 1  # raise it when the same data and spec would give other slices
 ROWS = "rows.json"

@@ -14,7 +14,7 @@ from medgen.data import csv_files
 from medgen.data.splits import assign_splits
 from medgen.data.stacks import Stack, open_stack, require_disjoint, require_subjects_of_every_class
 from medgen.errors import InputError
-from medgen.spec import PHANTOM_PATIENTS, SPLITS, DataSpec
+from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec
 
 MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
 SHOWN = 5  # how many of many problems a message lists

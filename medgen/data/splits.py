@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from medgen import rng
 from medgen.errors import InputError
-from medgen.spec import SPLITS
+from medgen.spec_data import SPLITS
 
 
 def assign_splits(patients: Sequence[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from medgen import files
 from medgen.data import build, index
 from medgen.data.index import HeaderReport, Source, check_headers
 from medgen.errors import InputError, MedgenError
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 if TYPE_CHECKING:
     import pandas

@@ -10,7 +10,7 @@ import numpy as np
 
 from medgen import files
 from medgen.data.store import SliceStore
-from medgen.spec import SPLITS
+from medgen.spec_data import SPLITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

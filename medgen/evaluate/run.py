@@ -17,7 +17,8 @@ from medgen.evaluate.inputs import MASK, Sides, choose_sides
 from medgen.evaluate.scores import Score
 from medgen.plan import Plan
 from medgen.rundir import RunDir
-from medgen.spec import FEATURE_METRICS, DataSpec
+from medgen.spec_data import DataSpec
+from medgen.spec_evaluate import FEATURE_METRICS
 
 PAIRED = ("mae", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery

@@ -12,7 +12,8 @@ from medgen.errors import InputError
 from medgen.launch import nodes
 from medgen.plan import Plan, PlannedStage
 from medgen.site import Site
-from medgen.spec import GenerateStage, Spec
+from medgen.spec import Spec
+from medgen.spec_stages import GenerateStage
 
 NATIVE_PREFER = (22, 5)  # Slurm 22.05 brought --prefer
 

@@ -23,7 +23,7 @@ from medgen.launch.slurm import SlurmError
 from medgen.launch.submit import Prepared
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, PlannedStage, grace_needed_seconds
 from medgen.site import Site
-from medgen.spec import CommandStage
+from medgen.spec_stages import CommandStage
 
 ENVIRONMENT_SECONDS = 60.0  # modules and conda on a busy login node
 SLOW_BYTES_PER_SECOND = 100e6  # a shared disk on a bad day

@@ -18,7 +18,8 @@ from medgen.launch.findings import Finding, undone
 from medgen.launch.submit import Prepared
 from medgen.room import Free, free_in, mount_of
 from medgen.rundir import RunDir
-from medgen.spec import DataSpec, GenerateStage, TrainStage
+from medgen.spec_data import DataSpec
+from medgen.spec_stages import GenerateStage, TrainStage
 
 BLOCK_BYTES = 4096  # what the smallest file takes
 RUN_BYTES, RUN_FILES = 32 * 2**20, 500  # of a run that makes nothing

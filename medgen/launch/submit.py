@@ -26,6 +26,9 @@ from medgen.launch.supervisor import living_supervisor
 from medgen.models.settings import FamilyConfig
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
+from medgen.spec_data import SPLITS
+from medgen.spec_evaluate import EvaluateStage, WeightsFile
+from medgen.spec_stages import GenerateStage, TrainStage
 
 RESOURCE_FIELDS = (
     "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "chain", "launcher", "setup", "command_setup", "directives", "left_out",
@@ -100,20 +103,20 @@ def check_data(checked: spec.Spec) -> str:
     from medgen.data.index import check_headers
 
     for name, stage in checked.stages.items():
-        if isinstance(stage, spec.TrainStage):
+        if isinstance(stage, TrainStage):
             _check_start(name, stage.config["model"], spec.family_config(stage.config))
-        if isinstance(stage, spec.EvaluateStage) and isinstance(stage.extractor, spec.WeightsFile):
+        if isinstance(stage, EvaluateStage) and isinstance(stage.extractor, WeightsFile):
             stage.extractor.verified()
     if checked.data is None:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
     for name, stage in checked.stages.items():
-        if isinstance(stage, spec.TrainStage) and stage.repeat is not None and not report.patients.get("val"):
+        if isinstance(stage, TrainStage) and stage.repeat is not None and not report.patients.get("val"):
             raise InputError(f"stages.{name}.repeat: {stage.repeat} would have no val split to choose its epochs by; give the data one, such as data.splits.val: 0.2")
-        if isinstance(stage, spec.GenerateStage) and stage.per_class is not None and len(stage.per_class) != len(report.classes):
+        if isinstance(stage, GenerateStage) and stage.per_class is not None and len(stage.per_class) != len(report.classes):
             raise InputError(f"stages.{name}.per_class: {stage.per_class} counts {len(stage.per_class)} classes, the data have {len(report.classes)}: {', '.join(report.classes)}")
-        wanted = [stage.condition] if isinstance(stage, spec.GenerateStage) and stage.condition in spec.SPLITS else []
-        wanted += [stage.against] if isinstance(stage, spec.EvaluateStage) else []
+        wanted = [stage.condition] if isinstance(stage, GenerateStage) and stage.condition in SPLITS else []
+        wanted += [stage.against] if isinstance(stage, EvaluateStage) else []
         for split in wanted:
             if not report.patients.get(str(split)):
                 have = ", ".join(f"{count} {known}" for known, count in report.patients.items())
@@ -146,7 +149,7 @@ def _plain(value: Any) -> str:
 def create(prepared: Prepared) -> list[str]:
     """Write what is missing of the run folder; returns notes in words for the user. Safe to call twice, or at once."""
     run = prepared.run
-    configs = [stage.config for stage in prepared.spec.stages.values() if isinstance(stage, spec.TrainStage)]
+    configs = [stage.config for stage in prepared.spec.stages.values() if isinstance(stage, TrainStage)]
     packages = snapshot.user_packages(configs)
     try:
         files.private_folder(run.root)
@@ -229,7 +232,7 @@ def spec_yaml(checked: spec.Spec) -> str:
     """A checked spec as YAML that `medgen.spec.load` reads back; defaults filled in, what is unset left out."""
     record = _without_none(checked.model_dump(mode="json", by_alias=True))
     for name, stage in checked.stages.items():
-        if isinstance(stage, spec.TrainStage):
+        if isinstance(stage, TrainStage):
             record["stages"][name]["config"] = stage.config if stage.repeat is None else {}  # null is a value there
     return yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from medgen.names import absolute
 
 if TYPE_CHECKING:
-    from medgen.spec import DataSpec
+    from medgen.spec_data import DataSpec
 
 
 class Settings(BaseModel):

@@ -14,7 +14,7 @@ from medgen.data.volumes import Header, display_slices, read_header, read_volume
 from medgen.errors import InputError
 from medgen.prepare.split import COLUMN as SPLIT_COLUMN
 from medgen.prepare.table import Cohort, Image
-from medgen.spec import SPLITS
+from medgen.spec_data import SPLITS
 
 AXIAL = 2
 PICTURES = (".png", ".jpg", ".jpeg")

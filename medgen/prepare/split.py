@@ -21,7 +21,7 @@ from medgen.prepare.match import by_group
 from medgen.prepare.page import Section, Table
 from medgen.prepare.statistics import Alikeness, compare
 from medgen.prepare.table import Cohort, Columns, Subject, read_cohort, require_comparable_groups
-from medgen.spec import SPLITS
+from medgen.spec_data import SPLITS
 
 COLUMN = "split"
 MOST_FOLDS = 20  # shares are met to a twentieth; fewer folds where a group has fewer subjects

@@ -24,7 +24,7 @@ from medgen.prepare.page import Section, Table
 from medgen.prepare.sources import AXIAL, Source, find_sources, read_slices
 from medgen.prepare.table import Cohort, Columns, read_cohort
 from medgen.report.pictures import Tile, tile
-from medgen.spec import SPLITS
+from medgen.spec_data import SPLITS
 
 CENTRAL = "central"
 NUMBERS = re.compile(r"\d{1,6}(,\d{1,6})*")

@@ -23,7 +23,7 @@ from medgen.report.charts import Series, bar_chart, line_chart
 from medgen.report.gallery import Painter, StagePictures, stage_pictures
 from medgen.report.gather import StageFacts
 from medgen.rundir import RunDir
-from medgen.spec import DataSpec
+from medgen.spec_data import DataSpec
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore

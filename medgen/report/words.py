@@ -13,7 +13,7 @@ from medgen.evaluate.intervals import FEWEST_GROUPS
 from medgen.evaluate.scores import Score
 from medgen.plan import Plan
 from medgen.report.gather import StageFacts
-from medgen.spec import SPLITS
+from medgen.spec_data import SPLITS
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore

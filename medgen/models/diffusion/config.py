@@ -13,7 +13,7 @@ from medgen.models.diffusion.modes import MODES, Mode, find_mode
 from medgen.models.settings import FamilyConfig, Settings
 
 if TYPE_CHECKING:
-    from medgen.spec import DataSpec
+    from medgen.spec_data import DataSpec
 
 # strategy -> its samplers, the first is the default; a strategy of your own lists them in its class
 SAMPLERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddpm", "ddim"), "rflow": ("euler",)}

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from medgen.models.settings import FamilyConfig, Settings
 
 if TYPE_CHECKING:
-    from medgen.spec import DataSpec
+    from medgen.spec_data import DataSpec
 
 FIRST_SIZE = 4  # pixels per side of the first phase; each phase doubles it
 FACTORS = (1.0, 1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)

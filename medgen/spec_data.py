@@ -1,0 +1,125 @@
+"""The `data` part of a job spec: where the volumes are, and how slices are made from them. Used by spec.py and data/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from medgen.names import ChannelName, absolute
+from medgen.spec_base import Frozen
+
+SPLITS = ("train", "val", "test")
+
+
+class Window(Frozen):
+    """How voxel values become [0, 1]: percentiles of each volume's non-zero voxels, or two fixed values."""
+
+    percentiles: tuple[float, float] | None = None
+    fixed: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Window:
+        if (self.percentiles is None) == (self.fixed is None):
+            raise ValueError("give percentiles: [0.5, 99.5] or fixed: [low, high]")
+        low, high = self.percentiles or self.fixed or (0.0, 0.0)
+        if not low < high:
+            raise ValueError(f"the lower end must be below the upper one, got [{low}, {high}]")
+        if self.percentiles and not (low >= 0 and high <= 100):
+            raise ValueError(f"percentiles lie between 0 and 100, got [{low}, {high}]")
+        return self
+
+
+class SplitFractions(Frozen):
+    """Shares of patients, used when the data come without train/val/test folders or column."""
+
+    train: float = Field(0.7, gt=0, le=1)
+    val: float = Field(0.15, ge=0, lt=1)
+    test: float = Field(0.15, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitFractions:
+        total = self.train + self.val + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + val + test must be 1, got {total:g}")
+        return self
+
+
+class DataSpec(Frozen):
+    """Where the volumes are and how slices are made from them."""
+
+    format: Literal["nifti", "csv", "stack", "phantom"] = "nifti"
+    # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file; stack: a folder of labels.csv and Real*x*.nii.gz, or of such folders
+    root: Path | None = None
+    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti), column (csv), or place of the channel (stack; default image: 0)
+    mask: str | None = None  # file name or column of the label volume
+    mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
+    size: int = Field(128, ge=4, le=2048)  # pixels; slices become size x size
+    window: Window = Window(percentiles=(0.0, 99.5))
+    axis: int = Field(2, ge=0, le=2)  # 0 sagittal, 1 coronal, 2 axial slices
+    content: float = Field(0.05, ge=0, lt=1)  # smallest share of non-background pixels a slice must have
+    positive_only: bool = False  # keep only slices whose mask is not empty
+    every: int = Field(1, ge=1)  # keep every n-th slice
+    splits: SplitFractions = SplitFractions()
+    patients: int | None = Field(None, ge=3, le=100_000)  # phantom: how many patients to draw; default 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_name_their_own_files(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format") == "phantom" and not value.get("images") and not value.get("mask"):
+            return {**value, **PHANTOM_FILES}
+        if isinstance(value, dict) and value.get("format") == "stack":
+            images = value.get("images", {"image": 0})
+            places = {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
+            return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": places}
+        return value
+
+    @model_validator(mode="after")
+    def _complete_for_its_format(self) -> DataSpec:
+        if self.format == "phantom":
+            if self.root is not None or self.mask_labels is not None:
+                raise ValueError(f"format: phantom draws its own data; remove {'root' if self.root is not None else 'mask_labels'}")
+            return self
+        if self.root is None:
+            wanted = {"nifti": "a folder of patients", "csv": "the CSV file", "stack": "the folder with labels.csv, or with train and test"}
+            raise ValueError(f"format: {self.format} needs root: {wanted[self.format]}")
+        if self.format == "stack":
+            self._check_stack()
+        if self.patients is not None:
+            raise ValueError("patients counts phantoms and has no effect here; remove it")
+        if not self.images and self.mask is None:
+            raise ValueError("nothing to read: give images: {name: file} or mask: file")
+        if self.positive_only and self.mask is None:
+            raise ValueError("positive_only needs mask: the name of the label file")
+        if "seg" in self.images:
+            raise ValueError("images: the name 'seg' is kept for the mask; write mask: ...")
+        return self
+
+    def _check_stack(self) -> None:
+        """Slices of a stack are made already: what makes slices of volumes has no effect."""
+        for name in ("mask", "mask_labels", "axis", "content", "positive_only", "every", "window"):
+            usual = {"content": 0.0, "window": Window(fixed=(-1.0, 1.0))}.get(name, type(self).model_fields[name].default)
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} has no effect with format: stack, whose slices are made already; remove it")
+        places = list(self.images.values())
+        if places != [str(place) for place in range(len(places))] or len(places) not in (1, 3):
+            raise ValueError(f"images names the channels of a stack by their places: {{image: 0}}, or {{red: 0, green: 1, blue: 2}}; got {self.images}")
+
+    @field_validator("root")
+    @classmethod
+    def _root_counts_from_here(cls, value: Path | None) -> Path | None:
+        """Absolute, so that the run goes on from any folder."""
+        return absolute(value) if value is not None else None
+
+    @property
+    def channels(self) -> list[str]:
+        """Image names in the order of the spec."""
+        return list(self.images)
+
+
+PHANTOM_PATIENTS = 16
+PHANTOM_FILES: dict[str, Any] = {
+    "images": {"bravo": "bravo.nii.gz", "t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"},
+    "mask": "seg.nii.gz",
+}
