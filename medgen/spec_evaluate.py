@@ -14,8 +14,9 @@ from medgen.names import absolute
 from medgen.spec_base import Frozen, StageName, StageSpec
 
 USUAL_METRICS = ("mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd")
-FEATURE_METRICS = ("fid", "kid")  # compare the features of an extractor
-METRICS = (*USUAL_METRICS, *FEATURE_METRICS, "ssim_pairs", "auc")
+FEATURE_METRICS = ("fid", "kid", "prdc", "cmmd")  # compare the features of an extractor
+MASK_METRICS = ("dice", "iou", "hd95")  # of masks that belong together
+METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, "ssim_pairs", "auc", *MASK_METRICS)
 WEIGHTS_VARIABLE = "MEDGEN_WEIGHTS"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -89,15 +90,14 @@ AnyExtractor = InceptionExtractor | TorchScriptExtractor | RandomConvExtractor
 Extractor = Annotated[Annotated[AnyExtractor, Field(discriminator="kind")], BeforeValidator(_extractor_by_name)]
 
 
-class EvaluateStage(StageSpec):
-    """`extractor` and `allow_small_n` are of the metrics that compare features, see docs/evaluation.md."""
+class Measures(Frozen):
+    """What is measured, and how: the same for a stage of a run and for two folders. See docs/evaluation.md."""
 
-    kind: Literal["evaluate"]
-    of: StageName
-    against: Literal["train", "val", "test"] = "test"
     metrics: list[str] = Field(list(USUAL_METRICS), min_length=1)
     extractor: Extractor | None = None
     allow_small_n: bool = False  # a Frechet distance of few images, under a name that says so
+    positive_only: bool | None = None  # only images whose mask is not empty; default: if every synthetic one has a lesion
+    by: Literal["class", "lesion_size"] | None = None  # also each group alone; default: by class where the images were made by class
 
     @field_validator("metrics")
     @classmethod
@@ -105,10 +105,13 @@ class EvaluateStage(StageSpec):
         unknown = [name for name in value if name not in METRICS]
         if unknown:
             raise ValueError(f"unknown metric {unknown[0]!r}; the metrics are: {', '.join(METRICS)}")
+        twice = next((name for name in value if value.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} stands twice; keep one of them")
         return value
 
     @model_validator(mode="after")
-    def _features_need_an_extractor(self) -> EvaluateStage:
+    def _features_need_an_extractor(self) -> Measures:
         asked = [name for name in self.metrics if name in FEATURE_METRICS]
         if asked and self.extractor is None:
             raise ValueError(f"{' and '.join(asked)} {'compares' if len(asked) == 1 else 'compare'} features: add extractor: inception (weights from a local file), "
@@ -117,6 +120,24 @@ class EvaluateStage(StageSpec):
             raise ValueError(f"extractor has no effect without {' or '.join(FEATURE_METRICS)} among the metrics; remove it")
         if self.allow_small_n and "fid" not in self.metrics:
             raise ValueError("allow_small_n has no effect without fid among the metrics; remove it")
+        return self
+
+
+class EvaluateStage(StageSpec, Measures):
+    """`shards`: how many tasks share the features of the images before they are compared; 1: the stage takes them itself."""
+
+    kind: Literal["evaluate"]
+    of: StageName
+    against: Literal["train", "val", "test"] = "test"
+    shards: int = Field(1, ge=1, le=10_000)
+    parallel: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _shards_take_features(self) -> EvaluateStage:
+        if self.shards > 1 and self.extractor is None:
+            raise ValueError(f"shards share the features of images, and none of the metrics compares any; add {' or '.join(FEATURE_METRICS)}, or remove shards")
+        if self.parallel is not None and self.shards == 1:
+            raise ValueError("parallel limits the shards, and there is one; remove it")
         return self
 
     def inputs(self) -> list[str]:

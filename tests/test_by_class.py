@@ -133,7 +133,7 @@ def test_a_collapsed_class_resembles_itself(tmp_path: Path, data: tuple[DataSpec
 def test_pairs_are_of_one_class_and_never_of_one_patient(data: tuple[DataSpec, SliceStore], good: tuple[RunDir, dict[str, Any]]) -> None:
     from medgen import plan as plans
 
-    sides = inputs.choose_sides(good[0], plans.read(good[0]), "images", "test", data[1])
+    sides = inputs.choose_sides(inputs.read_dataset(good[0], "images"), plans.read(good[0]), "test", data[1])
     groups = sides.synthetic_groups()
     for label in sides.classes:
         found = by_class._pairs_of_class(sides, groups, label)
@@ -165,7 +165,7 @@ def test_a_set_without_classes_is_compared_as_a_whole(tmp_path: Path, data: tupl
 def test_few_images_are_refused_with_the_reason(tmp_path: Path, data: tuple[DataSpec, SliceStore], cache: Path) -> None:
     _, record = evaluated(tmp_path, data, cache, {"AD": drawn("AD", 10, 7), "CN": drawn("CN", 40, 8)}, allow_small_n=False)
     assert not any(item["metric"].startswith("f") for item in record["scores"])
-    assert "all 20, CN 20; a Frechet distance of fewer than 2,048 is mostly bias" in record["skipped"]["fid"]
+    assert "all 20, CN 20 a side: a Frechet distance of fewer than 2,048 images a side is mostly bias" in record["skipped"]["fid"]
     assert "AD: 5 images on the smallest side, at least 8 are needed" in record["skipped"]["kid"]
     assert {group for group, _ in values(record, "kid")} == {None, "CN"}
 
@@ -227,7 +227,7 @@ def test_records_without_comparisons_are_still_read() -> None:
     ("change", "message"),
     [
         ({"metrics": ["kid"]}, "kid compares features: add extractor: inception"),
-        ({"metrics": ["swd"], "extractor": "random_conv"}, "extractor has no effect without fid or kid among the metrics; remove it"),
+        ({"metrics": ["swd"], "extractor": "random_conv"}, "extractor has no effect without fid or kid or prdc or cmmd among the metrics; remove it"),
         ({"metrics": ["kid"], "extractor": "random_conv", "allow_small_n": True}, "allow_small_n has no effect without fid"),
         ({"metrics": ["kid"], "extractor": "resnet"}, "unknown kind 'resnet'; the kinds are: inception, torchscript, random_conv"),
         ({"metrics": ["kid"], "extractor": "inception"}, "export MEDGEN_WEIGHTS=<the folder that holds weights-inception-2015-12-05-6726825d.pth>"),

@@ -205,7 +205,7 @@ def test_copies_are_found_even_when_blurred_and_noisy_and_strangers_are_not() ->
 def test_the_spectrum_shows_blur_and_the_histogram_shows_contrast() -> None:
     real = textured(8, 1)
     soft = np.stack([gaussian_filter(image, 1) for image in real])
-    spectrum = curves.spectrum(real, soft)
+    spectrum = curves.power_spectrum(real, soft)
     assert spectrum["synthetic"][0] == pytest.approx(spectrum["real"][0], abs=0.1)
     assert spectrum["synthetic"][-1] < spectrum["real"][-1] - 0.7
     histogram = curves.intensity(real, 0.5 * real)

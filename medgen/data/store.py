@@ -65,6 +65,10 @@ class SliceStore:
         self._require_masks()
         return build.mapped(self.folder, index.MASK)[rows]
 
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]:
+        """What tells the content of each slice, for what is derived from it and kept: the data, and its place in them."""
+        return [f"{self.fingerprint} {channel} {row}" for row in rows]
+
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The labels there are, in order; a class is known by its place. Raises InputError if a slice has no label."""

@@ -9,14 +9,14 @@ from medgen.errors import MedgenError
 from medgen.evaluate import classification, intervals
 from medgen.evaluate.classification import Classifier
 from medgen.evaluate.inputs import Sides
-from medgen.evaluate.scores import Score, score
+from medgen.evaluate.scores import Score, ScoresOrReason, score
 from medgen.plan import Plan
 from medgen.rundir import RunDir
 
 Images = dict[str, np.ndarray]
 
 
-def auc_scores(run: RunDir, plan: Plan, sides: Sides, images: Images) -> tuple[list[Score], str | None]:
+def auc_scores(run: RunDir, plan: Plan, sides: Sides) -> ScoresOrReason:
     """Of real images of the split that is compared with, and of the synthetic ones; or why there is none.
 
     Raises MedgenError if the checkpoint that made the images is not there any more."""
@@ -25,6 +25,7 @@ def auc_scores(run: RunDir, plan: Plan, sides: Sides, images: Images) -> tuple[l
         return [], f"the model of {source.name} does not tell classes apart"
     classifier = _maker(run, source.name, sides)
     real = {name: sides.store.images(name, sides.reference) for name in classifier.channels}
+    images = {name: sides.dataset.read(name, sides.chosen) for name in classifier.channels}
     found = [
         _score("auc_real", classifier, real, sides.labels(sides.reference), sides.patients(sides.reference), "patient", sides),
         _score("auc_synthetic", classifier, images, sides.synthetic_labels(), sides.synthetic_groups(), "image", sides),

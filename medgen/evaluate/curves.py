@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from medgen.evaluate import spectrum
+
 INTENSITY_BINS = 50
 AREA_BINS = 12
 
@@ -29,18 +31,11 @@ def _both(edges: np.ndarray, real: np.ndarray, synthetic: np.ndarray) -> dict[st
     return {"x": _short(centres), "real": _short(shares[0]), "synthetic": _short(shares[1])}
 
 
-def spectrum(real: np.ndarray, synthetic: np.ndarray) -> dict[str, Any]:
-    """log10 of the radially averaged power against spatial frequency in cycles per pixel. Inputs float [n,H,W]."""
+def power_spectrum(real: np.ndarray, synthetic: np.ndarray) -> dict[str, Any]:
+    """log10 of the radially averaged power, mean over images, against spatial frequency in cycles per pixel. Inputs float [n,H,W]."""
     size = real.shape[-1]
-    frequency = np.fft.fftfreq(size)
-    radius = np.rint(np.hypot(frequency[:, None], frequency[None]) * size).astype(int)
-    inside = np.arange(1, size // 2 + 1)
-    powers = []
-    for side in (real, synthetic):
-        power = np.mean([np.abs(np.fft.fft2(image)) ** 2 for image in side], axis=0)
-        radial = np.bincount(radius.ravel(), power.ravel()) / np.bincount(radius.ravel())
-        powers.append(np.log10(np.maximum(radial[inside], 1e-12)))
-    return {"x": _short(inside / size), "real": _short(powers[0]), "synthetic": _short(powers[1])}
+    powers = [spectrum.radial_power(side).mean(axis=0) for side in (real, synthetic)]
+    return {"x": _short(np.arange(1, size // 2 + 1) / size), "real": _short(powers[0]), "synthetic": _short(powers[1])}
 
 
 def _short(values: np.ndarray) -> list[float]:

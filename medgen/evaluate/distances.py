@@ -1,7 +1,8 @@
-"""Distances between two sets of features: Frechet, and the kernel distance of KID with its interval. Used by by_class.py."""
+"""Distances between two sets of features: Frechet, and kernel distances (KID, CMMD) with their intervals. Used by feature_scores.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,29 +10,44 @@ import numpy as np
 from medgen.evaluate import intervals
 
 REPLICATES = 200
+BLOCK = 4096  # rows of features in memory at once
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
 MOST_KERNEL_IMAGES = 5000  # a side; the kernel matrix is n x n, and more no longer moves the value
 
 
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """Squared Frechet distance of two Gaussians with the mean and covariance of features [n, d] and [m, d].
+@dataclass(frozen=True)
+class Moments:
+    """Mean [d] of a set of features, and some R [r, d], r <= d, with R^T R = their covariance."""
 
-    The trace of sqrt(S1 S2) is the sum of the singular values of A B^T, where A and B are the centred features over
-    sqrt(n - 1): no matrix root, no imaginary part, and right for fewer images than features too. Raises ValueError below two images."""
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"a covariance needs two images a side, got {len(first)} and {len(second)}")
-    sides = [features.astype(np.float64) for features in (first, second)]
-    means = [side.mean(axis=0) for side in sides]
-    roots = [_root(side, mean) for side, mean in zip(sides, means, strict=True)]
-    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * shared)
+    mean: np.ndarray
+    root: np.ndarray
 
 
-def _root(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Some R with R^T R = covariance, with at most d rows."""
-    centred = (features - mean) / np.sqrt(len(features) - 1)
-    if len(centred) <= centred.shape[1]:
-        return centred
-    return np.asarray(np.linalg.qr(centred, mode="r"))
+def moments(table: np.ndarray, rows: np.ndarray) -> Moments:
+    """Of the `rows` of a table of features [n, d], read block by block. Raises ValueError below two rows."""
+    count, width = len(rows), table.shape[1]
+    if count < 2:
+        raise ValueError(f"a covariance needs two images a side, got {count}")
+    blocks = [rows[start : start + BLOCK] for start in range(0, count, BLOCK)]
+    mean = np.sum([table[block].astype(np.float64).sum(axis=0) for block in blocks], axis=0) / count
+    if count <= width:
+        return Moments(mean, (table[rows].astype(np.float64) - mean) / np.sqrt(count - 1))
+    covariance = np.zeros((width, width))
+    for block in blocks:
+        centred = table[block].astype(np.float64) - mean
+        covariance += centred.T @ centred / (count - 1)
+    values, vectors = np.linalg.eigh(covariance)
+    return Moments(mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
+
+
+def frechet(first: Moments, second: Moments) -> float:
+    """Squared Frechet distance of two Gaussians with these means and covariances.
+
+    The trace of sqrt(S1 S2) is the sum of the singular values of R1 R2^T: no matrix root, no imaginary part, and right for
+    fewer images than features too."""
+    shared = np.linalg.svd(first.root @ second.root.T, compute_uv=False).sum()
+    return float(((first.mean - second.mean) ** 2).sum() + (first.root**2).sum() + (second.root**2).sum() - 2 * shared)
 
 
 @dataclass(frozen=True)
@@ -40,8 +56,24 @@ class KernelDistance:
     interval: tuple[float, float] | None
 
 
-def kernel(first: np.ndarray, second: np.ndarray, first_groups: np.ndarray, second_groups: np.ndarray, seed: int, stream: str) -> KernelDistance:
-    """Unbiased squared maximum mean discrepancy with the kernel (x.y/d + 1)^3, of whole sets; may be negative.
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def cubic(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(x.y/d + 1)^3 of features [n, d] and [m, d], [n, m]: the kernel of KID (Binkowski et al. 2018)."""
+    return np.asarray((first @ second.T / first.shape[1] + 1) ** 3)
+
+
+def gaussian(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """1000 exp(-|x - y|^2 / 200) of features of length 1, [n, m]: the kernel and scale of CMMD (Jayasumana et al. 2024)."""
+    units = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in (first, second)]
+    return np.asarray(CMMD_SCALE * np.exp((units[0] @ units[1].T - 1) / CMMD_SIGMA**2))
+
+
+def discrepancy(
+    of: Kernel, first: np.ndarray, second: np.ndarray, first_groups: np.ndarray, second_groups: np.ndarray, seed: int, stream: str
+) -> KernelDistance:
+    """Unbiased squared maximum mean discrepancy of whole sets of features [n, d] and [m, d] with a kernel; may be negative.
 
     Groups (patients, single images) are what varies independently. Two images of one group are never compared within a
     side: they resemble each other, and would push the distance of equal distributions above zero. Where every group is one
@@ -52,30 +84,18 @@ def kernel(first: np.ndarray, second: np.ndarray, first_groups: np.ndarray, seco
         raise ValueError("needs two groups a side")
     ones = [np.ones((1, count)) for count in counts]
     sides = [side.astype(np.float64) for side in (first, second)]
-    sums = (_within(sides[0], codes[0]), _within(sides[1], codes[1]), _between(sides, codes))
-    value = float(_estimate(sums, codes, ones)[0])
+    within = [_by_group(of(side, side), code, code) for side, code in zip(sides, codes, strict=True)]
+    for sums in within:
+        np.fill_diagonal(sums, 0)
+    every = (within[0], within[1], _by_group(of(*sides), *codes))
+    value = float(_estimate(every, codes, ones)[0])
     if min(counts) < intervals.FEWEST_GROUPS:
         return KernelDistance(value, None)
     weights = [intervals.draw_weights(count, REPLICATES, seed, f"{stream}_{side}").astype(float) for side, count in enumerate(counts)]
     with np.errstate(invalid="ignore", divide="ignore"):  # of few groups, one may be all that is drawn: it has no pairs
-        replicates = _estimate(sums, codes, weights)
+        replicates = _estimate(every, codes, weights)
     low, high = np.percentile(replicates[np.isfinite(replicates)], intervals.COVERAGE_PERCENTILES)
     return KernelDistance(value, (float(low), float(high)))
-
-
-def _cubic(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return (first @ second.T / first.shape[1] + 1) ** 3
-
-
-def _within(side: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """Kernel sums between groups of one side [g, g], nothing within a group."""
-    sums = _by_group(_cubic(side, side), code, code)
-    np.fill_diagonal(sums, 0)
-    return sums
-
-
-def _between(sides: list[np.ndarray], codes: list[np.ndarray]) -> np.ndarray:
-    return _by_group(_cubic(*sides), *codes)
 
 
 def _by_group(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -2,48 +2,91 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from medgen import rng
-from medgen.evaluate import copies, diversity, intervals, pairs, sliced
+from medgen.evaluate import copies, diversity, intervals, pairs, sliced, spectrum
 from medgen.evaluate.inputs import MASK, Sides, some_rows
-from medgen.evaluate.scores import Score, score
+from medgen.evaluate.scores import Score, Skipped, score
 
 Images = dict[str, np.ndarray]
-Skipped = str | None
 FEWEST_IMAGES = 8
 READ_BLOCK = 512
 
 
-def sliced_scores(sides: Sides, images: Images, levels: dict[str, Any]) -> tuple[list[Score], Skipped]:
-    """Sliced Wasserstein distance per channel; fills `levels` with value and floor per pyramid level."""
+@dataclass(frozen=True)
+class EqualSides:
+    """As many images everywhere: positions in `chosen`, store rows of the reference, and two groups of real rows for the floor (None without one)."""
+
+    positions: np.ndarray
+    reference: np.ndarray
+    floor: tuple[np.ndarray, np.ndarray] | None
+    words: str
+
+    @property
+    def count(self) -> int:
+        return len(self.positions)
+
+
+def equal_sides(sides: Sides) -> EqualSides:
+    """Distances between sets depend on how large they are: the floor is only one at the same number."""
     first, second, floor_words = floor_sides(sides)
     count = min(len(sides.chosen), len(sides.reference), *((len(first), len(second)) if len(first) else ()))
-    if count < FEWEST_IMAGES:
-        return [], f"only {count} images on the smaller side; at least {FEWEST_IMAGES} are needed"
+    floor = (some_rows(first, sides.seed, "floor_0", count), some_rows(second, sides.seed, "floor_1", count)) if len(first) else None
+    reference = some_rows(sides.reference, sides.seed, "equal_real", count)
+    words = (f"{count} images on each side; reference: real {sides.against}{', slices with a lesion only' if sides.positive_only else ''}; {floor_words}; "
+             f"{_interval_words(sides, reference)}; seed {sides.seed}")  # fmt: skip
+    return EqualSides(some_rows(np.arange(len(sides.chosen)), sides.seed, "equal_synthetic", count), reference, floor, words)
+
+
+def too_few(equal: EqualSides) -> Skipped:
+    return f"only {equal.count} images on the smaller side; at least {FEWEST_IMAGES} are needed" if equal.count < FEWEST_IMAGES else None
+
+
+def sliced_scores(sides: Sides, images: Images, levels: dict[str, Any]) -> tuple[list[Score], Skipped]:
+    """Sliced Wasserstein distance per channel; fills `levels` with value and floor per pyramid level."""
+    equal = equal_sides(sides)
+    if too_few(equal):
+        return [], too_few(equal)
     found = []
-    positions = some_rows(np.arange(len(sides.chosen)), sides.seed, "swd_synthetic", count)
-    reference = some_rows(sides.reference, sides.seed, "swd_real", count)
     for channel in _distribution_channels(images):
-        synthetic = _synthetic(images, channel)[positions]
-        distance = sliced.distance(_real(sides, channel, reference), synthetic, sides.seed,
-                                   sides.patients(reference), sides.synthetic_groups()[positions])
+        distance = sliced.distance(_real(sides, channel, equal.reference), _synthetic(images, channel)[equal.positions], sides.seed,
+                                   sides.patients(equal.reference), sides.synthetic_groups()[equal.positions])
         floor = None
-        if len(first):
-            rows = [some_rows(side, sides.seed, f"swd_floor_{number}", count) for number, side in enumerate((first, second))]
-            floor = sliced.distance(_real(sides, channel, rows[0]), _real(sides, channel, rows[1]), sides.seed)
+        if equal.floor is not None:
+            floor = sliced.distance(_real(sides, channel, equal.floor[0]), _real(sides, channel, equal.floor[1]), sides.seed)
         levels[channel] = [
             {"pixels": size, "value": value, "floor": None if floor is None else floor.levels[size]} for size, value in distance.levels.items()
         ]
         protocol = (
             f"Laplacian pyramid of {', '.join(str(size) for size in distance.levels)} px, patches 7x7 in SD of the real side, "
-            f"{sliced.PROJECTIONS} directions, mean over levels; {count} images on each side; reference: real {sides.against}"
-            f"{', slices with a lesion only' if sides.positive_only else ''}; {floor_words}; "
-            f"{_interval_words(sides, reference)}; seed {sides.seed}"
+            f"{sliced.PROJECTIONS} directions, mean over levels; {equal.words}"
         )
-        found.append(score("swd", channel, distance.value, distance.interval, None if floor is None else floor.value, count, protocol))
+        found.append(score("swd", channel, distance.value, distance.interval, None if floor is None else floor.value, equal.count, protocol))
+    return found, None
+
+
+def spectrum_scores(sides: Sides, images: Images) -> tuple[list[Score], Skipped]:
+    """Distance of the power spectra per image channel."""
+    equal = equal_sides(sides)
+    if not sides.dataset.image_channels or too_few(equal):
+        return [], too_few(equal) or "only masks were drawn"
+    found = []
+    for channel in sides.dataset.image_channels:
+        real = spectrum.radial_power(_real(sides, channel, equal.reference))
+        drawn = spectrum.radial_power(images[channel][equal.positions])
+        distance = spectrum.distance_with_interval(real, drawn, sides.patients(equal.reference), sides.synthetic_groups()[equal.positions], sides.seed)
+        floor = None
+        if equal.floor is not None:
+            floor = spectrum.distance(*(spectrum.radial_power(_real(sides, channel, rows)) for rows in equal.floor))
+        protocol = (
+            f"mean over images of log10 radially averaged power at {sides.store.size}x{sides.store.size} pixels, root mean square of the difference over "
+            f"1 to {sides.store.size // 2} cycles a side, centred interval; {equal.words}"
+        )
+        found.append(score("psd", channel, distance.value, distance.interval, floor, equal.count, protocol))
     return found, None
 
 

@@ -1,12 +1,12 @@
-"""The two sides of an evaluation: a collected synthetic dataset, read and verified, and the matching real slices.
+"""The two sides of an evaluation: synthetic images, and the real ones that they are compared with.
 
-Used by run.py and by the report's pictures."""
+Used by every metric and by the report's pictures. A run brings a collected dataset and its slice store; folders.py brings any two folders."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -14,16 +14,56 @@ import pandas as pd
 from medgen import collected, rng
 from medgen.collected import SHA_SUFFIX
 from medgen.data import image_files
-from medgen.errors import MedgenError
+from medgen.errors import InputError, MedgenError
 from medgen.plan import Plan
 from medgen.rundir import RunDir
 
-if TYPE_CHECKING:
-    from medgen.data.store import SliceStore
-
 MASK = "seg"
+COLOURS = ("red", "green", "blue")
 MOST_IMAGES = 2048  # per side; more cost time and memory and no longer move the numbers
 ROUNDING = 1e-3  # stored images may leave [0,1] by the rounding of their file format
+
+
+class RealImages(Protocol):
+    """The real side, as data.store.SliceStore has it: `rows` has id, patient, split, slice, label, mask_pixels and spacing of each image."""
+
+    @property
+    def rows(self) -> pd.DataFrame: ...
+    @property
+    def channels(self) -> list[str]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def has_masks(self) -> bool: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def aliases(self) -> np.ndarray: ...
+    def select(self, split: str, positive_only: bool = False) -> np.ndarray: ...
+    def images(self, channel: str, rows: np.ndarray) -> np.ndarray: ...
+    def masks(self, rows: np.ndarray) -> np.ndarray: ...
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]: ...
+
+
+class SyntheticImages(Protocol):
+    """The synthetic side, as `Dataset` has it: `index` has id, label (of sets made by class), condition_kind and condition of each image."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def index(self) -> pd.DataFrame: ...
+    @property
+    def files(self) -> list[str]: ...
+    @property
+    def outputs(self) -> list[str]: ...
+    @property
+    def image_channels(self) -> list[str]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def read(self, channel: str, rows: np.ndarray) -> np.ndarray: ...
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +81,14 @@ class Dataset:
     @property
     def image_channels(self) -> list[str]:
         return [channel for channel in self.outputs if channel != MASK]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index_sha256
+
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]:
+        """What tells the content of each image, for the cache of features."""
+        return [str(digest) for digest in self.index[channel + SHA_SUFFIX].to_numpy()[rows]]
 
     def read(self, channel: str, rows: np.ndarray) -> np.ndarray:
         """[n,H,W]: float32 in [0,1], or uint8 {0,1} for the mask. Raises MedgenError naming a file that does not verify."""
@@ -77,8 +125,8 @@ def read_dataset(run: RunDir, stage: str) -> Dataset:
 class Sides:
     """What is compared: rows of the dataset with rows of the slice store. `partners` only where every condition was real."""
 
-    dataset: Dataset
-    store: SliceStore
+    dataset: SyntheticImages
+    store: RealImages
     seed: int
     against: str
     positive_only: bool
@@ -87,6 +135,7 @@ class Sides:
     reference: np.ndarray  # store rows of the `against` split, at most 2048
     train: np.ndarray  # store rows of what the model was trained on, all of them
     seen: tuple[str, ...] = ("train",)  # the splits that those are
+    pairing: str = "real slice whose mask it was given"  # what the partner of an image is
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         return self.store.rows["patient"].to_numpy()[rows]
@@ -101,9 +150,19 @@ class Sides:
 
     def widened(self, most: int) -> Sides:
         """The same with up to `most` rows a side: features of many more images than pictures fit into memory."""
-        chosen = some_rows(np.arange(len(self.dataset.index)), self.seed, "evaluate_synthetic", most)
+        everything = np.arange(len(self.dataset.index))
+        if self.positive_only and len(everything) > len(self.chosen):
+            masks = synthetic_masks(self.dataset, everything, self.store)
+            everything = everything if masks is None else everything[masks.any(axis=(1, 2))]
+        chosen = some_rows(everything, self.seed, "evaluate_synthetic", most)
         reference = some_rows(self.store.select(self.against, self.positive_only), self.seed, "evaluate_real", most)
         return replace(self, chosen=chosen, partners=partner_rows(self.dataset, chosen, self.store), reference=reference)
+
+    @property
+    def pictures(self) -> dict[str, tuple[str, ...]]:
+        """What a network for pictures sees, by name: each image channel alone, red, green and blue together."""
+        channels = tuple(self.dataset.image_channels)
+        return {"colour": COLOURS} if set(channels) == set(COLOURS) else {channel: (channel,) for channel in channels}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -124,21 +183,49 @@ class Sides:
         return np.array([f"synthetic {name}" for name in self.dataset.index["id"].to_numpy()[self.chosen]])
 
 
-def choose_sides(run: RunDir, plan: Plan, stage_of: str, against: str, store: SliceStore) -> Sides:
-    """Match the synthetic set with real slices: the same size, and slices with a lesion only if every synthetic one has one."""
-    dataset, seen = read_dataset(run, stage_of), plan.trained_on(stage_of)
-    chosen = some_rows(np.arange(len(dataset.index)), plan.seed, "evaluate_synthetic")
-    masks = synthetic_masks(dataset, chosen, store)
-    positive_only = masks is not None and bool(masks.any(axis=(1, 2)).all())
-    sample = dataset.read(dataset.outputs[0], chosen[:1])
+def choose_sides(dataset: Dataset, plan: Plan, against: str, store: RealImages, positive_only: bool | None = None) -> Sides:
+    """The sides of an evaluate stage."""
+    sides = sides_of(dataset, store, plan.seed, against, plan.trained_on(dataset.name), positive_only)
+    sample = dataset.read(dataset.outputs[0], sides.chosen[:1])
     if sample.shape[1:] != (store.size, store.size):
-        raise MedgenError(f"{stage_of}: images of {sample.shape[1]}x{sample.shape[2]}, but the data have {store.size}x{store.size} pixels")
+        raise MedgenError(f"{dataset.name}: images of {sample.shape[1]}x{sample.shape[2]}, but the data have {store.size}x{store.size} pixels")
+    return sides
+
+
+def sides_of(
+    dataset: SyntheticImages, store: RealImages, seed: int, against: str, seen: tuple[str, ...], positive_only: bool | None,
+    pairing: str = Sides.pairing,
+) -> Sides:
+    """Match the synthetic set with real slices: the same size of set, and slices with a lesion only where that is asked for, or every synthetic one has one.
+
+    Raises InputError if lesions are asked for and there are no masks to see them by, or none is left."""
+    chosen = some_rows(np.arange(len(dataset.index)), seed, "evaluate_synthetic")
+    masks = synthetic_masks(dataset, chosen, store)
+    if positive_only is None:
+        positive_only = masks is not None and bool(masks.any(axis=(1, 2)).all())
+    elif positive_only:
+        chosen = chosen[_with_lesion(dataset, masks)]
     return Sides(
-        dataset=dataset, store=store, seed=plan.seed, against=against, positive_only=positive_only, chosen=chosen,
+        dataset=dataset, store=store, seed=seed, against=against, positive_only=positive_only, chosen=chosen,
         partners=partner_rows(dataset, chosen, store),
-        reference=some_rows(store.select(against, positive_only), plan.seed, "evaluate_real"),
-        train=np.sort(np.concatenate([store.select(split, positive_only) for split in seen])), seen=seen,
+        reference=some_rows(store.select(against, positive_only), seed, "evaluate_real"),
+        train=_rows_of(store, seen, positive_only), seen=seen, pairing=pairing,
     )
+
+
+def _with_lesion(dataset: SyntheticImages, masks: np.ndarray | None) -> np.ndarray:
+    if masks is None:
+        raise InputError(f"positive_only: {dataset.name} has no masks that would tell which images show a lesion; remove it")
+    found = np.asarray(masks.any(axis=(1, 2)))
+    if not found.any():
+        raise InputError(f"positive_only: no mask of {dataset.name} shows a lesion; remove it")
+    return found
+
+
+def _rows_of(store: RealImages, splits: tuple[str, ...], positive_only: bool) -> np.ndarray:
+    """Of all these splits together; of none, no rows."""
+    found: list[np.ndarray] = [store.select(split, positive_only) for split in splits]
+    return np.sort(np.concatenate(found)) if found else np.array([], dtype=np.int64)
 
 
 def some_rows(rows: np.ndarray, seed: int, stream: str, most: int = MOST_IMAGES) -> np.ndarray:
@@ -148,7 +235,7 @@ def some_rows(rows: np.ndarray, seed: int, stream: str, most: int = MOST_IMAGES)
     return np.sort(rows[rng.permutation(len(rows), seed, stream)[:most]])
 
 
-def partner_rows(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.ndarray | None:
+def partner_rows(dataset: SyntheticImages, chosen: np.ndarray, store: RealImages) -> np.ndarray | None:
     """The store row of each sample's real condition, or None if the conditions were not real slices."""
     records = dataset.index.iloc[chosen]
     if not (records["condition_kind"] == "real").all():
@@ -160,7 +247,7 @@ def partner_rows(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.
     return np.array([row_of[name] for name in records["condition"]], dtype=np.int64)
 
 
-def synthetic_masks(dataset: Dataset, chosen: np.ndarray, store: SliceStore) -> np.ndarray | None:
+def synthetic_masks(dataset: SyntheticImages, chosen: np.ndarray, store: RealImages) -> np.ndarray | None:
     """The mask that each sample shows or was given, uint8 [n,H,W]; None for models without masks."""
     if MASK in dataset.files:
         return dataset.read(MASK, chosen)

@@ -49,12 +49,12 @@ def _channel_scores(name: str, channel: str, sides: Sides, partners: np.ndarray,
 
 
 def _compute(name: str, real: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return {"mae": pairs.mae, "psnr": pairs.psnr, "ssim": pairs.ssim, "ms_ssim": pairs.ms_ssim}[name](real, other)
+    return {"mae": pairs.mae, "mse": pairs.mse, "psnr": pairs.psnr, "ssim": pairs.ssim, "ms_ssim": pairs.ms_ssim}[name](real, other)
 
 
 def _protocol(metric: str, sides: Sides, patients: np.ndarray, has_floor: bool) -> str:
     size = sides.store.size
-    parts = [f"mean over pairs (synthetic slice, real slice whose mask it was given) of {len(np.unique(patients))} patients",
+    parts = [f"mean over pairs (synthetic slice, {sides.pairing}) of {len(np.unique(patients))} patients",
              f"{size}x{size} pixels", "data range 1 (the window of the data)"]
     if metric == "mae_foreground":
         parts.append("pixels where the real slice is above 0")

@@ -1,4 +1,4 @@
-"""Scores between a synthetic slice and the real slice it belongs to: MAE, PSNR, SSIM, MS-SSIM. Used by run.py and diversity.py.
+"""Scores between a synthetic slice and the real slice it belongs to: MAE, MSE, PSNR, SSIM, MS-SSIM. Used by run.py and diversity.py.
 
 The data range is fixed at 1 (the window of the data), never taken from an image."""
 
@@ -29,9 +29,14 @@ def mae(real: np.ndarray, synthetic: np.ndarray, where: np.ndarray | None = None
     return np.divide(total, pixels, out=np.full(len(real), np.nan), where=pixels > 0)
 
 
+def mse(real: np.ndarray, synthetic: np.ndarray) -> np.ndarray:
+    """Mean squared error per image, [n]; both float [n,H,W] in [0,1]."""
+    return np.asarray(((real.astype(np.float64) - synthetic) ** 2).mean(axis=(1, 2)))
+
+
 def psnr(real: np.ndarray, synthetic: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio per image in dB, [n], data range 1, at most 100 dB."""
-    squared = ((real.astype(np.float64) - synthetic) ** 2).mean(axis=(1, 2))
+    squared = mse(real, synthetic)
     floor = 10 ** (-PSNR_CEILING_DB / 10)
     return -10 * np.log10(np.maximum(squared, floor))
 

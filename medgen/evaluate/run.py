@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from medgen import collected, files, rng
 from medgen import plan as plans
 from medgen.data.store import open_store
 from medgen.errors import InputError
-from medgen.evaluate import auc, by_class, curves, distributions, paired, scores
-from medgen.evaluate.inputs import MASK, Sides, choose_sides
-from medgen.evaluate.scores import Score
+from medgen.evaluate import auc, by_class, curves, distributions, feature_scores, paired, scores
+from medgen.evaluate.inputs import MASK, Sides, choose_sides, read_dataset
+from medgen.evaluate.scores import Score, ScoresOrReason
 from medgen.plan import Plan
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
-from medgen.spec_evaluate import FEATURE_METRICS
+from medgen.spec_evaluate import FEATURE_METRICS, EvaluateStage, Measures
 
-PAIRED = ("mae", "psnr", "ssim", "ms_ssim")
+PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery
 SHOWN_PAIRS = 12
 SHOWN_COPIES = 4
@@ -30,57 +31,76 @@ Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What the metrics work with besides the images: where features are kept, and who is told."""
+
+    cache: Path
+    say: Say
+    progress: Progress
+
+
 def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progress: Progress) -> list[Path]:
     """Score one generated dataset and write `metrics.json`; returns the files written. `progress` gets step, total, unit.
 
     Raises MedgenError if the dataset is missing or does not verify, InputError if the real data are wrong."""
     plan = plans.read(run)
-    stage = plan.only_stage("evaluate", stage_name)
-    names: list[str] = stage.settings["metrics"]
-    progress(0, len(names), "metrics")
-    data = DataSpec.model_validate(plan.data)
-    store = open_store(data, plan.seed, cache_root, say)
-    with collected.made_again_if_damaged(run, stage.settings["of"]):
-        sides = choose_sides(run, plan, stage.settings["of"], stage.settings["against"], store)
-        images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
-    made_from = sides.dataset.data_fingerprint
-    if made_from != store.fingerprint:
-        raise InputError(
-            f"the data have changed since {stage.settings['of']} was made from them (then {made_from[:12]}, now {store.fingerprint[:12]}): "
-            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
-        )
-    say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
-        f"({sides.against}{', with a lesion' if sides.positive_only else ''})")
-    of_features = [name for name in FEATURE_METRICS if name in names]
-    with collected.made_again_if_damaged(run, stage.settings["of"]):  # more of its images are read than above
-        computed = by_class.feature_scores(sides, of_features, stage.settings["extractor"], stage.settings["allow_small_n"], say) if of_features else {}
-    if "auc" in names:
-        computed["auc"] = auc.auc_scores(run, plan, sides, images)
-    found, skipped, details = _all_scores(sides, images, names, computed, say, progress)
-    record = {
-        "schema": scores.METRICS_SCHEMA,
+    stage = EvaluateStage.model_validate(plan.only_stage("evaluate", stage_name).settings)
+    progress(0, len(stage.metrics), "metrics")
+    with collected.made_again_if_damaged(run, stage.of):
+        sides = sides_of_stage(run, plan, stage, cache_root, say)
+        computed = {"auc": auc.auc_scores(run, plan, sides)} if "auc" in stage.metrics else {}
+        record = evaluate_sides(sides, stage, computed, Bench(cache_root, say, progress))
+    record |= {
         "stage": stage_name,
-        "of": sides.dataset.name,
-        "against": sides.against,
-        "positive_only": sides.positive_only,
-        "scores": scores.to_json(found),
-        "skipped": skipped,
-        "counts": _counts(sides),
         "generation": generation_facts(run, plan, sides.dataset.name),
-        "details": details,
-        "samples": _samples_to_show(sides),
         "inputs": {
-            "dataset": str((sides.dataset.folder / collected.INDEX).relative_to(run.root)),
-            "dataset_index_sha256": sides.dataset.index_sha256,
-            "data_fingerprint": store.fingerprint,
+            "dataset": str((run.dataset(stage.of) / collected.INDEX).relative_to(run.root)),
+            "dataset_index_sha256": sides.dataset.fingerprint,
+            "data_fingerprint": sides.store.fingerprint,
         },
     }
     files.write_json(run.metrics(stage_name), record)
     return [run.metrics(stage_name)]
 
 
+def sides_of_stage(run: RunDir, plan: Plan, stage: EvaluateStage, cache_root: Path, say: Say) -> Sides:
+    """What an evaluate stage compares. Raises InputError if the data are not those that the images were made from."""
+    store = open_store(DataSpec.model_validate(plan.data), plan.seed, cache_root, say)
+    dataset = read_dataset(run, stage.of)
+    made_from = dataset.data_fingerprint
+    if made_from != store.fingerprint:
+        raise InputError(
+            f"the data have changed since {stage.of} was made from them (then {made_from[:12]}, now {store.fingerprint[:12]}): "
+            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
+        )
+    return choose_sides(dataset, plan, stage.against, store, stage.positive_only)
+
+
+def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresOrReason], bench: Bench) -> dict[str, Any]:
+    """The record of metrics.json but for where the images come from. `computed`: scores that were computed elsewhere, by metric."""
+    bench.say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
+              f"({sides.against}{', with a lesion' if sides.positive_only else ''})")  # fmt: skip
+    images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
+    of_features = [name for name in FEATURE_METRICS if name in measures.metrics]
+    if of_features:
+        computed = computed | feature_scores.feature_scores(sides, of_features, measures, bench.cache, bench.progress)
+    found, skipped, details = _all_scores(sides, images, measures.metrics, computed, bench)
+    return {
+        "schema": scores.METRICS_SCHEMA,
+        "of": sides.dataset.name,
+        "against": sides.against,
+        "positive_only": sides.positive_only,
+        "scores": scores.to_json(found),
+        "skipped": skipped,
+        "counts": _counts(sides),
+        "details": details,
+        "samples": _samples_to_show(sides),
+    }
+
+
 def _all_scores(
-    sides: Sides, images: dict[str, np.ndarray], names: list[str], computed: dict[str, tuple[list[Score], str | None]], say: Say, progress: Progress
+    sides: Sides, images: dict[str, np.ndarray], names: list[str], computed: dict[str, ScoresOrReason], bench: Bench
 ) -> tuple[list[Score], dict[str, str], dict[str, Any]]:
     """Scores, the reason for every metric that was asked for and does not apply, and what the charts need."""
     found: list[Score] = []
@@ -91,6 +111,8 @@ def _all_scores(
             new, reason = paired.scores_of(name, sides, images)
         elif name == "swd":
             new, reason = distributions.sliced_scores(sides, images, details["swd_levels"])
+        elif name == "psd":
+            new, reason = distributions.spectrum_scores(sides, images)
         elif name in computed:
             new, reason = computed[name]
         elif name == "ssim_pairs":
@@ -101,8 +123,8 @@ def _all_scores(
         if reason is not None:
             skipped[name] = reason
         for item in new:
-            say(f"{item.name}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
-        progress(number + 1, len(names), "metrics")
+            bench.say(f"{item.name}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
+        bench.progress(number + 1, len(names), "metrics")
     new, reason, details["copies"] = distributions.copy_scores(sides, images, SHOWN_COPIES)
     found += new
     if reason is not None:
@@ -118,7 +140,7 @@ def _curves(sides: Sides, images: dict[str, np.ndarray]) -> dict[str, Any]:
             result[channel] = {"mask_area": curves.mask_area(sides.store.masks(sides.reference), synthetic)}
             continue
         real = sides.store.images(channel, sides.reference)
-        result[channel] = {"intensity": curves.intensity(real, synthetic), "spectrum": curves.spectrum(real, synthetic)}
+        result[channel] = {"intensity": curves.intensity(real, synthetic), "spectrum": curves.power_spectrum(real, synthetic)}
     return result
 
 

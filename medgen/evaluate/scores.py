@@ -66,6 +66,11 @@ FRECHET_READING = (
     "other number of images, extractor or data gives values that cannot be compared with it."
 )
 
+NEIGHBOUR_READING = (
+    "For reading beside its floor only, what real images of other patients give: the value depends on the number of images and the extractor, and on a few "
+    "unusual images."
+)
+
 MEANINGS: dict[str, Meaning] = {
     "mae": Meaning(
         "Mean absolute error", "of the window", "lower",
@@ -131,6 +136,41 @@ MEANINGS: dict[str, Meaning] = {
         "The floor is the distance between different real patients. Near 0 and near the floor: the extractor sees no difference; "
         "small negative values are chance. Compare only values of the same extractor.",
     ),
+    "cmmd": Meaning(
+        "Gaussian kernel distance (CMMD-style)", "", "closer to floor",
+        "Squared distance between the features of real and synthetic images, with the kernel and scale of CMMD. Comparable with published values for CLIP features only.",
+        "As for the kernel distance above. With this wide a kernel it is mostly the distance between the mean features.",
+    ),
+    "precision": Meaning(
+        "Precision", "share of images", "closer to floor",
+        "Share of synthetic images that lie among the real ones: within the distance to the 5th nearest neighbour of some real image.",
+        NEIGHBOUR_READING,
+    ),
+    "recall": Meaning(
+        "Recall", "share of images", "closer to floor",
+        "Share of real images that lie among the synthetic ones: what the model can make at all.",
+        NEIGHBOUR_READING,
+    ),
+    "density": Meaning(
+        "Density", "", "closer to floor",
+        "In how many neighbourhoods of real images a synthetic image lies, on average, over 5. Unlike precision, one stray real image does not move it much.",
+        NEIGHBOUR_READING,
+    ),
+    "coverage": Meaning(
+        "Coverage", "share of images", "closer to floor",
+        "Share of real images with a synthetic one nearer than their own 5th nearest real neighbour.",
+        NEIGHBOUR_READING + " Images drawn from one distribution on both sides, all independent, give 0.97.",
+    ),
+    "mse": Meaning(
+        "Mean squared error", "of the window squared", "lower",
+        "Average squared difference per pixel between a synthetic image and its real partner: large errors count more than small ones.",
+        BEAT_THE_FLOOR,
+    ),
+    "psd": Meaning(
+        "Power-spectrum distance", "dB", "lower",
+        "Difference of the radially averaged power spectra of real and synthetic images, root mean square over spatial frequencies. Needs no trained network.",
+        "The floor is the difference between two groups of real patients. Above it the texture is wrong: too smooth (missing high frequencies), noisy or striped.",
+    ),
     "auc_real": Meaning(
         "Real images classified (AUC)", "", "higher",
         "Area under the ROC curve of the model's own classes of real images that it was not trained on, one class against the rest.",
@@ -155,6 +195,10 @@ MEANINGS: dict[str, Meaning] = {
         "training images; look at the nearest pairs. Nothing found is no proof of privacy: only copies in pixel space are seen.",
     ),
 }
+
+
+Skipped = str | None  # why something was left out
+ScoresOrReason = tuple[list[Score], Skipped]
 
 
 def score(metric: str, channel: str, value: float, interval: tuple[float, float] | None, floor: float | None, n: int,
