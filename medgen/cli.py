@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,7 @@ AgeColumn = Annotated[str | None, typer.Option("--age", metavar="COLUMN", help="
 Groups = Annotated[str | None, typer.Option("--groups", metavar="A,B", help="only these, in this order; default: all (adni: CN,AD)", show_default=False)]
 BalanceOf = Annotated[Balance, typer.Option("--balance", help="what is compared")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
+OF_STAGE = {"run", "stage", "shard", "attempt", "again"}  # parameters of `evaluate` that are of a run
 
 
 def _version(wanted: bool) -> None:
@@ -239,10 +240,42 @@ def collect(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: At
     _perform("collect", run, stage, shard, attempt, again)
 
 
-@app.command(rich_help_panel="Stages (what every backend calls)")
-def evaluate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
-    """Compare a synthetic dataset with real data."""
-    _perform("evaluate", run, stage, shard, attempt, again)
+@app.command(rich_help_panel="Data")
+def evaluate(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="SYNTHETIC", help="a folder of images; or a run, whose evaluate stage is then done", show_default=False)],
+    real: Annotated[Path | None, typer.Argument(metavar="REAL", help="a folder of real images to compare with", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", help="the folder to make; it must not exist")] = Path("evaluation"),
+    train: Annotated[Path | None, typer.Option("--train", metavar="FOLDER", help="what the model was trained on: looks for copies", show_default=False)] = None,
+    pair: Annotated[Literal["name", "index"] | None, typer.Option("--pair", help="each image belongs to the real one of the same name, or place", show_default=False)] = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", metavar="A,B", help="default: all that can be computed here", show_default=False)] = None,
+    extractor: Annotated[str | None, typer.Option("--extractor", help="whose features are compared; default: inception if its weights are here", show_default=False)] = None,
+    allow_small_n: Annotated[bool, typer.Option("--allow-small-n", help="a Frechet distance of few images, under a name that says so")] = False,
+    synthetic_masks: Annotated[Path | None, typer.Option("--synthetic-masks", metavar="FOLDER", help="masks with the names of the images", show_default=False)] = None,
+    real_masks: Annotated[Path | None, typer.Option("--real-masks", metavar="FOLDER", show_default=False)] = None,
+    positive_only: Annotated[bool, typer.Option("--positive-only", help="only images whose mask is not empty")] = False,
+    by: Annotated[Literal["class", "lesion_size"] | None, typer.Option("--by", help="also each group alone", show_default=False)] = None,
+    size: Annotated[int | None, typer.Option("--size", metavar="PIXELS", min=8, max=2048, help="bring all images to one size", show_default=False)] = None,
+    window: Annotated[str | None, typer.Option("--window", metavar="LOW,HIGH", help="what is black and white in NIfTI and npy", show_default=False)] = None,
+    gray: Annotated[bool, typer.Option("--gray", help="colour pictures as gray ones")] = False,
+    patient: Annotated[str | None, typer.Option("--patient", metavar="REGEX", help="its group is the patient, in a file's path", show_default=False)] = None,
+    unlike_files: Annotated[bool, typer.Option("--unlike-files", help="compare 8 with 16 bits, or JPEG with PNG, all the same")] = False,
+    seed: Seed = 42, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False,
+) -> None:
+    """Compare any two folders of images: FID, KID, SSIM and more, each beside its real-real floor. With a run alone: do its evaluate stage."""
+    given = {name for name in context.params if _was_given(context, name)}
+    if real is None:
+        _refuse(given - OF_STAGE, "is for two folders, medgen evaluate SYNTHETIC REAL; what the evaluate stage of a run does stands in its spec")
+        _perform("evaluate", run, stage, shard, attempt, again)
+        return
+    _refuse((given & OF_STAGE) - {"run"}, "is for the evaluate stage of a run: medgen evaluate RUN")
+    from medgen import two_folders
+
+    asked = {"metrics": metrics and [name.strip() for name in metrics.split(",")], "extractor": extractor, "by": by, "positive_only": positive_only, "allow_small_n": allow_small_n}
+    print(names.printable(two_folders.evaluate(
+        Path(run), real, out, train=train, masks=(synthetic_masks, real_masks), pair=pair, size=size, window=window, gray=gray, patient=patient,
+        unlike_files=unlike_files, measures={name: value for name, value in asked.items() if value}, seed=seed,
+    )))  # fmt: skip
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
@@ -377,6 +410,17 @@ def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int, a
     from medgen import rundir, task
 
     raise typer.Exit(task.perform(rundir.find_run(run), kind, stage, shard, attempt, again))
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse(given: set[str], why: str) -> None:
+    """Options that would have no effect."""
+    if given:
+        raise InputError(f"--{sorted(given)[0].replace('_', '-')} {why}")
 
 
 def _print(value: Any, as_json: bool) -> None:

@@ -186,7 +186,7 @@ def test_images_on_masks_are_grouped_by_patient_and_masks_are_left_out(tmp_path:
     assert {group for group, _ in values(records["images"], "kid")} == {None}
     tested = set(store.rows["patient"][store.select("test", positive_only=True)])
     assert len(tested) == 2
-    assert "all: the images of a side are of one patient" in records["pairs"]["skipped"]["kid"]
+    assert "all 8 a side: the images of a side are of one patient" in records["pairs"]["skipped"]["kid"]
     assert set(values(records["pairs"], "fd_small_n")) == {(None, comparison) for comparison in ("real-real", "real-synthetic", "synthetic-synthetic")}
 
 

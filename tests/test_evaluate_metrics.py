@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
 
 from medgen.errors import MedgenError
@@ -45,7 +46,19 @@ def test_ssim_agrees_with_scikit_image() -> None:
         assert ours[number] == pytest.approx(whole[5:-5, 5:-5].mean(), abs=1e-4)
 
 
-@pytest.mark.parametrize(("size", "scales"), [(16, 1), (24, 2), (32, 2), (64, 3), (96, 3), (128, 4), (256, 5), (512, 5)])
+def test_similarities_are_those_of_monai() -> None:
+    from monai.metrics.regression import MultiScaleSSIMMetric, SSIMMetric
+
+    real = textured(6, 1, size=64)
+    other = np.clip(np.stack([gaussian_filter(image, 1) for image in real]) + 0.05 * np.random.default_rng(1).normal(size=real.shape), 0, 1).astype(np.float32)
+    both = [torch.from_numpy(side)[:, None] for side in (other, real)]
+    theirs = SSIMMetric(2, data_range=1.0, win_size=11, kernel_sigma=1.5, reduction="none")(*both)
+    np.testing.assert_allclose(pairs.ssim(real, other), theirs.reshape(-1), rtol=1e-4)
+    scales = MultiScaleSSIMMetric(2, data_range=1.0, kernel_size=11, kernel_sigma=1.5, weights=pairs.scale_weights(64), reduction="none")(*both)
+    np.testing.assert_allclose(pairs.ms_ssim(real, other), scales.reshape(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "scales"), [(16, 1), (24, 2), (32, 2), (64, 3), (96, 4), (128, 4), (256, 5), (512, 5)])
 def test_ms_ssim_uses_as_many_scales_as_fit(size: int, scales: int) -> None:
     assert pairs.scales_for(size) == scales
     assert sum(pairs.scale_weights(size)) == pytest.approx(1)

@@ -148,7 +148,7 @@ def _pair_interval(values: np.ndarray, names: list[np.ndarray], comparison: Comp
 def _pair_protocol(sides: Sides, counts: dict[str | None, int]) -> str:
     of_classes = "" if None in counts else f" ({', '.join(f'{label} {count}' for label, count in counts.items())})"
     return (
-        f"mean SSIM, Gaussian kernel {pairs.KERNEL_PIXELS} px, sigma {pairs.KERNEL_SIGMA_PIXELS:g}, data range 1 (MONAI), {sides.store.size}x{sides.store.size} pixels; "
+        f"mean SSIM, Gaussian kernel {pairs.KERNEL_PIXELS} px, sigma {pairs.KERNEL_SIGMA_PIXELS:g}, data range 1, {sides.store.size}x{sides.store.size} pixels; "
         f"{sum(counts.values())} random pairs{of_classes} of each kind, both of one class, never two images of one patient; real: {reference_in_words(sides)}; "
         f"95% bootstrap over patients and synthetic images, none where a side has fewer than {intervals.FEWEST_GROUPS}; seed {sides.seed}"
     )

@@ -97,14 +97,14 @@ def _interval_words(sides: Sides, reference: np.ndarray) -> str:
 
 def floor_sides(sides: Sides) -> tuple[np.ndarray, np.ndarray, str]:
     """Two groups of real slices of different patients, and how they were made. Empty groups if there are too few patients."""
-    if sides.against != "train":
+    if sides.against != "train" and len(sides.train):
         return sides.reference, sides.train, f"floor: real {sides.against} against real train, no patient in both"
     names = np.unique(sides.patients(sides.reference))
     if len(names) < 2:
         return np.array([], dtype=np.int64), np.array([], dtype=np.int64), "no floor: only one patient"
     half = rng.permutation(len(names), sides.seed, "floor_halves")[: len(names) // 2]
     in_half = np.isin(sides.patients(sides.reference), names[half])
-    return sides.reference[in_half], sides.reference[~in_half], "floor: one half of the training patients against the other"
+    return sides.reference[in_half], sides.reference[~in_half], f"floor: one half of the patients of real {sides.against} against the other"
 
 
 def _distribution_channels(images: Images) -> list[str]:

@@ -63,10 +63,10 @@ def _protocol(metric: str, sides: Sides, patients: np.ndarray, has_floor: bool) 
     if metric == "psnr":
         parts.append("per image, at most 100 dB")
     if metric == "ssim":
-        parts.append("Gaussian kernel 11 px, sigma 1.5, no padding, k1 0.01, k2 0.03 (MONAI)")
+        parts.append("Gaussian kernel 11 px, sigma 1.5, no padding, k1 0.01, k2 0.03")
     if metric == "ms_ssim":
         weights = ", ".join(f"{weight:.4f}" for weight in pairs.scale_weights(size))
-        parts.append(f"{pairs.scales_for(size)} scales with weights {weights}, kernel 11 px (MONAI)")
+        parts.append(f"{pairs.scales_for(size)} scales with weights {weights}, kernel 11 px")
     parts.append("floor: the slice of another real patient with the nearest slice number" if has_floor else "no floor: only one patient")
     parts.append(intervals.describe(patients, "patient"))
     parts.append(f"seed {sides.seed}")

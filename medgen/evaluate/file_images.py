@@ -1,0 +1,365 @@
+"""Images in any folder: pictures, NIfTI slices and volumes, npy, stacks, or a dataset that medgen collected. Used by folders.py.
+
+Nothing is read before it is needed but headers, so that a folder may hold more than the memory."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medgen import collected, files
+from medgen.data import image_files, stacks, volumes
+from medgen.data.resize import resize_images, resize_masks
+from medgen.errors import InputError
+from medgen.evaluate.inputs import COLOURS, MASK, ROUNDING
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+LOSSY = (".jpg", ".jpeg")
+VOLUMES = (".nii", ".nii.gz")
+SUFFIXES = (*PICTURES, *VOLUMES, ".npy")
+CONTENT = 0.05  # smallest share of non-background pixels that a slice of a volume must have, as in the data of a job
+MOST_LABELS = 64  # of a mask; a picture has more grey values
+GRAY = "image"
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become images in [0, 1]. `size`: pixels per side to bring all to. `window`: what is black and white in NIfTI and npy."""
+
+    size: int | None = None
+    window: tuple[float, float] | None = None
+    gray: bool = False  # colour pictures as gray ones
+    patient: re.Pattern[str] | None = None  # its first group, in a file's path inside the folder, is the patient
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a header tells: `count` images of `channels` x `height` x `width`; 8 bits a value or finer."""
+
+    path: Path
+    count: int
+    channels: int
+    height: int
+    width: int
+    eight_bits: bool
+    is_stack: bool = False
+    is_volume: bool = False
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """One side. `items` has a row per image: id, file, number (in its file), patient, label, slice, and file_seg where a dataset has masks."""
+
+    root: Path
+    items: pd.DataFrame
+    looks: dict[str, Look]
+    reading: Reading
+    masks_root: Path | None = None
+    to_eight_bits: bool = False  # the other side has no more
+    _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # the file that was read last: the slices of a volume come one after the other
+
+    @property
+    def channels(self) -> list[str]:
+        return list(COLOURS) if self._first.channels == 3 and not self.reading.gray else [GRAY]
+
+    @property
+    def _first(self) -> Look:
+        return next(iter(self.looks.values()))
+
+    @cached_property
+    def size(self) -> int:
+        """Pixels per side of every image. Raises InputError if they differ and no size was asked for."""
+        if self.reading.size is not None:
+            return self.reading.size
+        shapes = Counter((look.height, look.width) for look in self.looks.values())
+        if len(shapes) > 1:
+            told = ", ".join(f"{height}x{width} ({count})" for (height, width), count in shapes.most_common(SHOWN))
+            raise InputError(f"{self.root}: images of different sizes: {told}; bring all to one with --size, such as --size {min(max(shape) for shape in shapes)}")
+        return max(next(iter(shapes)))
+
+    @property
+    def eight_bits(self) -> bool:
+        return any(look.eight_bits for look in self.looks.values())
+
+    @property
+    def lossy(self) -> bool:
+        return any(path.lower().endswith(LOSSY) for path in self.looks)
+
+    def images(self, channel: str, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, size, size] in [0, 1]."""
+        place = self.channels.index(channel)
+        return np.stack([self._of_file(str(self.items["file"].iloc[row]))[int(self.items["number"].iloc[row]), place] for row in rows])
+
+    def masks(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 {0,1} [n, size, size]: every label above 0 is foreground."""
+        return np.stack([self._mask(int(row)) for row in rows])
+
+    @cached_property
+    def has_masks(self) -> bool:
+        return self.masks_root is not None or "file_seg" in self.items.columns
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        return {name: files.sha256_file(look.path) for name, look in self.looks.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the contents of all its files, and of how they are read."""
+        return files.sha256_json([sorted(self.digests.values()), self.preparation])
+
+    @property
+    def preparation(self) -> str:
+        window = "0 to 1" if self.reading.window is None else f"{self.reading.window[0]:g} to {self.reading.window[1]:g}"
+        return f"{self.size} px, window {window}{', gray' if self.reading.gray else ''}{', rounded to 8 bits' if self.to_eight_bits else ''}"
+
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]:
+        places = zip(self.items["file"].to_numpy()[rows], self.items["number"].to_numpy()[rows], strict=True)
+        return [f"{self.digests[name]} {number} {channel} {self.preparation}" for name, number in places]
+
+    def _of_file(self, name: str) -> np.ndarray:
+        """All images of a file, [n, C, size, size]."""
+        if self._last.get("file") != name:
+            look = self.looks[name]
+            values = _in_window(_values(look), look, self.reading)
+            if self.reading.gray and values.shape[1] == 3:
+                values = (values * np.array([0.299, 0.587, 0.114], np.float32)[None, :, None, None]).sum(axis=1, keepdims=True)  # ITU-R BT.601
+            square = resize_images(values.reshape(-1, *values.shape[2:]), self.size).reshape(len(values), -1, self.size, self.size)
+            if self.to_eight_bits:
+                square = np.rint(square * 255) / np.float32(255)
+            self._last.update(file=name, images=square.astype(np.float32))
+        found: np.ndarray = self._last["images"]
+        return found
+
+    def _mask(self, row: int) -> np.ndarray:
+        item = self.items.iloc[row]
+        path = self._mask_path(item)
+        if self._last.get("mask") != path:
+            look = look_at(path)
+            self._last.update(mask=path, labels=resize_masks(_labels(look), self.size))
+        labels: np.ndarray = self._last["labels"]
+        if len(labels) <= item["number"]:
+            raise InputError(f"{path}: {len(labels)} slices, but {item['file']} has more; give each image its mask")
+        return (labels[int(item["number"])] > 0).astype(np.uint8)
+
+    def _mask_path(self, item: pd.Series) -> Path:
+        if self.masks_root is None:
+            return Path(item["file_seg"])
+        return _namesake(self.masks_root, str(item["file"]))
+
+
+def open_folder(root: Path, reading: Reading, masks: Path | None = None) -> ImageFolder:
+    """The images of a folder, or of one NIfTI stack [W, H, channels, N]. Raises InputError naming what is wrong with it."""
+    if root.is_file():
+        looks, items = _stack_file(root)
+    elif (root / collected.INDEX).is_file() and (root / collected.MANIFEST).is_file():
+        looks, items = _dataset(root)
+    elif (root / stacks.LABELS).is_file():
+        looks, items = _stack_folder(root, reading)
+    elif root.is_dir():
+        looks, items = _loose_files(root, reading)
+    else:
+        raise InputError(f"{root}: no such folder")
+    _check_colours(root, looks, reading)
+    return ImageFolder(root, pd.DataFrame(items), looks, reading, masks)
+
+
+def suffix_of(name: str) -> str | None:
+    """`.png`, `.nii.gz`, ...; None for anything else."""
+    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), None)
+
+
+def stem_of(name: str) -> str:
+    """A path without its suffix: what the two files of a pair share."""
+    suffix = suffix_of(name)
+    return name if suffix is None else name[: -len(suffix)]
+
+
+# --- what is in a folder ----------------------------------------------------------------------------------------------
+
+Found = tuple[dict[str, Look], list[dict[str, Any]]]
+
+
+def _loose_files(root: Path, reading: Reading) -> Found:
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts))
+    names = [str(path.relative_to(root)) for path in paths]
+    kept = [name for name in names if suffix_of(name) is not None]
+    if not kept:
+        others = Counter(Path(name).suffix or "no suffix" for name in names)
+        there = f"; it holds {', '.join(f'{count} {suffix}' for suffix, count in others.most_common(SHOWN))}" if others else "; it is empty"
+        raise InputError(f"{root}: no images{there}; known are {', '.join(SUFFIXES)}")
+    looks = {name: look_at(root / name) for name in kept}
+    items = []
+    for name, look in looks.items():
+        patient, label = _patient(name, reading), name.split("/")[0] if "/" in name else ""
+        for number in _slices(look):
+            items.append({"id": name if look.count == 1 else f"{name}#{number}", "file": name, "number": number, "patient": patient, "label": label, "slice": number})
+    if not items:
+        raise InputError(f"{root}: every slice of its volumes is almost empty (less than {CONTENT:.0%} of the pixels above 0)")
+    return looks, items
+
+
+def _patient(name: str, reading: Reading) -> str:
+    """From the pattern, else the subfolder, else the file: each stands for itself."""
+    if reading.patient is None:
+        return name.split("/")[0] if "/" in name else name
+    found = reading.patient.search(name)
+    if found is None:
+        raise InputError(f"{name}: --patient {reading.patient.pattern!r} finds no patient in this name")
+    return found[1]
+
+
+def _slices(look: Look) -> Sequence[int]:
+    """All images of a file; of a volume the slices that show something."""
+    if not look.is_volume:
+        return range(look.count)
+    shares = (_values(look)[:, 0] > 0).mean(axis=(1, 2))
+    return [int(number) for number in np.flatnonzero(shares >= CONTENT)]
+
+
+def _dataset(root: Path) -> Found:
+    """What medgen collected: its index says which files are images and which masks."""
+    index, _ = collected.read(root)
+    channels = [name.removesuffix(collected.SHA_SUFFIX) for name in index.columns if name.endswith(collected.SHA_SUFFIX) and name.removesuffix(collected.SHA_SUFFIX) in index.columns]
+    pictures = [name for name in channels if name != MASK]
+    if len(pictures) != 1:
+        raise InputError(f"{root}: a dataset of {', '.join(channels) or 'nothing'}; name the folder of one channel, such as {root / (pictures or channels or ['x'])[0]}")
+    looks, items = {}, []
+    for number, record in index.iterrows():
+        name = str(record[pictures[0]])
+        looks[name] = look_at(collected.verified_file(root, record, pictures[0]))
+        item = {"id": record["id"], "file": name, "number": 0, "patient": record["id"], "label": record["label"] if "label" in index.columns else "", "slice": number}
+        items.append(item | ({"file_seg": str(root / record[MASK])} if MASK in channels else {}))
+    if not items:
+        raise InputError(f"{root}: a dataset without images")
+    return looks, items
+
+
+def _stack_folder(root: Path, reading: Reading) -> Found:
+    stack = stacks.open_stack(root)
+    size = reading.size if reading.size in stack.files else max(stack.files)
+    look = _stack_look(stack.files[size])
+    names = [stack.class_names[label] for label in stack.labels]
+    items = [{"id": f"{look.path.name}#{number}", "file": look.path.name, "number": number, "patient": subject, "label": label, "slice": 0}
+             for number, (subject, label) in enumerate(zip(stack.subjects, names, strict=True))]  # fmt: skip
+    return {look.path.name: look}, items
+
+
+def _stack_file(path: Path) -> Found:
+    if suffix_of(path.name) not in VOLUMES:
+        raise InputError(f"{path}: a file; give a folder of images, or a NIfTI stack [W, H, channels, N]")
+    look = _stack_look(path)
+    items = [{"id": f"{path.name}#{number}", "file": path.name, "number": number, "patient": f"{path.name}#{number}", "label": "", "slice": 0} for number in range(look.count)]
+    return {path.name: look}, items
+
+
+def _stack_look(path: Path) -> Look:
+    count, channels, height, width = stacks.read_images(path).shape
+    return Look(path, count, channels, height, width, eight_bits=False, is_stack=True)
+
+
+def _check_colours(root: Path, looks: dict[str, Look], reading: Reading) -> None:
+    kinds = {look.channels: name for name, look in looks.items()}
+    if len(kinds) > 1 and not reading.gray:
+        gray, colour = kinds[min(kinds)], kinds[max(kinds)]
+        raise InputError(f"{root}: {colour} is in colour and {gray} is gray; bring all to gray with --gray")
+
+
+def _namesake(folder: Path, name: str) -> Path:
+    found = [path for suffix in SUFFIXES if (path := folder / f"{stem_of(name)}{suffix}").is_file()]
+    if len(found) != 1:
+        raise InputError(f"{folder}: {'no mask' if not found else 'several masks'} for {name}; masks have the names of their images ({stem_of(name)}.*)")
+    return found[0]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def look_at(path: Path) -> Look:
+    """The header of an image file. Raises InputError if it has none."""
+    suffix = suffix_of(path.name)
+    if suffix in VOLUMES:
+        header = volumes.read_header(path)
+        axis = header.slice_axis(2)
+        width, height = (count for place, count in enumerate(header.shape) if place != axis)
+        return Look(path, header.shape[axis], 1, height, width, eight_bits=False, is_volume=header.shape[axis] > 1)
+    if suffix == ".npy":
+        shape = image_files.read_slice(path).array.shape
+        return Look(path, 1, 1, shape[0], shape[1], eight_bits=False)
+    picture = _picture(path)
+    return Look(path, 1, 3 if picture.mode in ("RGB", "P") else 1, picture.height, picture.width, eight_bits=picture.mode in ("L", "RGB", "P", "1"))
+
+
+def _picture(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(path)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from None
+    if picture.mode not in ("L", "1", "RGB", "P", "I;16", "I;16B", "I"):
+        raise InputError(f"{path}: a {picture.mode} picture; gray (8 or 16 bits) or RGB without transparency is known")
+    return picture
+
+
+def _values(look: Look) -> np.ndarray:
+    """As stored, float32 [n, C, H, W]; pictures already in [0, 1]."""
+    if look.is_stack:
+        return (stacks.read_images(look.path) + 1) / 2
+    suffix = suffix_of(look.path.name)
+    if suffix in VOLUMES:
+        volume = volumes.read_volume(look.path)
+        return volumes.display_slices(volume, volumes.read_header(look.path).slice_axis(2))[:, None]
+    if suffix == ".npy":
+        return image_files.read_slice(look.path).array.astype(np.float32)[None, None]
+    stored = _pixels(look.path)
+    if stored.ndim == 3:
+        stored = np.moveaxis(stored, 2, 0)
+    scale = 1 if stored.dtype == np.bool_ else 255 if look.eight_bits else 65535
+    return (stored.astype(np.float32) / np.float32(scale)).reshape(1, look.channels, look.height, look.width)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    picture = _picture(path)
+    try:
+        return np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
+    except (OSError, SyntaxError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: the pixels cannot be read ({error}); is the file cut short?") from None
+
+
+def _in_window(values: np.ndarray, look: Look, reading: Reading) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise InputError(f"{look.path}: {int((~np.isfinite(values)).sum())} values are NaN or infinite; replace them, for example by 0")
+    is_picture = look.is_stack or suffix_of(look.path.name) in PICTURES
+    if reading.window is not None and not is_picture:
+        low, high = reading.window
+        return np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
+    least, most = float(values.min()), float(values.max())
+    if least < -ROUNDING or most > 1 + ROUNDING:
+        raise InputError(f"{look.path}: values from {least:g} to {most:g}; say what is black and what is white, the same for both sides: --window LOW,HIGH")
+    return np.clip(values, 0, 1)
+
+
+def _labels(look: Look) -> np.ndarray:
+    """The labels of a mask, int32 [n, H, W]. Raises InputError if it is no mask."""
+    if look.path.name.lower().endswith(LOSSY):
+        raise InputError(f"{look.path}: a JPEG has no sharp labels; save masks as PNG or NIfTI")
+    suffix = suffix_of(look.path.name)
+    stored = _pixels(look.path)[None] if suffix in PICTURES else _values(look)[:, 0]
+    if stored.ndim == 4:
+        if not (stored == stored[..., :1]).all():
+            raise InputError(f"{look.path}: a mask in colour; one channel of labels is expected")
+        stored = stored[..., 0]
+    whole = np.isfinite(stored).all() and (stored == np.rint(stored)).all()
+    if not whole or len(np.unique(stored)) > MOST_LABELS:
+        raise InputError(f"{look.path}: not a mask: {len(np.unique(stored))} different values from {stored.min():g} to {stored.max():g}; a mask holds few whole numbers, 0 is background")
+    return stored.astype(np.int32)

@@ -1,0 +1,323 @@
+"""Any two folders of images compared, with no run behind them. Called by two_folders.py for `medgen evaluate SYNTHETIC REAL`.
+
+The folders become the two sides that the metrics know (inputs.py); what had to be assumed about them is told."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from medgen import files
+from medgen.errors import InputError
+from medgen.evaluate import scores
+from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
+from medgen.evaluate.inputs import MASK, Sides, sides_of
+from medgen.evaluate.run import Bench, Progress, Say, evaluate_sides
+from medgen.evaluate.scores import Score
+from medgen.spec_evaluate import FEATURE_METRICS, INCEPTION_FILE, MASK_METRICS, WEIGHTS_VARIABLE, Measures
+
+METRICS_FILE, TABLE_FILE = "metrics.json", "scores.csv"
+SPLIT = "images"  # what the real folder is called where a job says test
+SHOWN = 3
+PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
+USUAL = ("kid", "prdc", "swd", "psd", "ms_ssim_diversity", "ssim_pairs")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for. `metrics` and `extractor` None: what can be computed here."""
+
+    synthetic: Path
+    real: Path
+    out: Path
+    train: Path | None
+    synthetic_masks: Path | None
+    real_masks: Path | None
+    pair: Literal["name", "index"] | None
+    reading: Reading
+    unlike_files: bool
+    measures: dict[str, Any]
+    seed: int
+    cache: Path
+
+
+@dataclass(frozen=True)
+class RealFolder:
+    """The real images, and those that a model was trained on where they are given, as one set with splits."""
+
+    images_folder: ImageFolder
+    train_folder: ImageFolder | None
+    has_classes: bool
+
+    @property
+    def _folders(self) -> list[ImageFolder]:
+        return [self.images_folder, *([self.train_folder] if self.train_folder is not None else [])]
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        parts = [folder.items.assign(split=split) for folder, split in zip(self._folders, (SPLIT, "train"), strict=False)]
+        pixels = [self._mask_pixels(folder) for folder in self._folders]
+        return pd.concat(parts, ignore_index=True).assign(mask_pixels=np.concatenate(pixels))
+
+    def _mask_pixels(self, folder: ImageFolder) -> np.ndarray:
+        """Of images without a mask 1: nobody knows that they show nothing."""
+        every = np.arange(len(folder.items))
+        return np.array([int(folder.masks(every[row : row + 1]).sum()) for row in every]) if folder.has_masks else np.ones(len(every), dtype=np.int64)
+
+    @property
+    def channels(self) -> list[str]:
+        return self.images_folder.channels
+
+    @property
+    def size(self) -> int:
+        return self.images_folder.size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return files.sha256_json([folder.fingerprint for folder in self._folders])
+
+    @property
+    def has_masks(self) -> bool:
+        return all(folder.has_masks for folder in self._folders)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self.images_folder.items["label"]))) if self.has_classes else ()
+
+    @property
+    def aliases(self) -> np.ndarray:
+        """Their own names, with the folder in front where both folders may have the same."""
+        rows = self.rows
+        return np.array([f"{'real' if split == SPLIT else 'train'}/{name}" for name, split in zip(rows["id"], rows["split"], strict=True)])
+
+    def select(self, split: str, positive_only: bool = False) -> np.ndarray:
+        wanted = (self.rows["split"] == split).to_numpy()
+        if positive_only:
+            wanted = wanted & (self.rows["mask_pixels"] > 0).to_numpy()
+        if not wanted.any():
+            raise InputError(f"{self.images_folder.root}: no image{' with a lesion' if positive_only else ''}")
+        return np.flatnonzero(wanted)
+
+    def images(self, channel: str, rows: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), self.size, self.size), dtype=np.float32)
+        for folder, places, inside in self._shares(rows):
+            found[places] = folder.images(channel, inside)
+        return found
+
+    def masks(self, rows: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), self.size, self.size), dtype=np.uint8)
+        for folder, places, inside in self._shares(rows):
+            found[places] = folder.masks(inside)
+        return found
+
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]:
+        found = np.empty(len(rows), dtype=object)
+        for folder, places, inside in self._shares(rows):
+            found[places] = folder.contents(channel, inside)
+        return [str(text) for text in found]
+
+    def _shares(self, rows: np.ndarray) -> Iterator[tuple[ImageFolder, np.ndarray, np.ndarray]]:
+        """Which of the rows are of which folder: their places in `rows`, and their numbers in the folder."""
+        first = 0
+        for folder in self._folders:
+            places = np.flatnonzero((rows >= first) & (rows < first + len(folder.items)))
+            if len(places):
+                yield folder, places, rows[places] - first
+            first += len(folder.items)
+
+
+@dataclass(frozen=True)
+class SyntheticFolder:
+    """The synthetic images; `index` says which real image each belongs to, where pairs were asked for."""
+
+    images_folder: ImageFolder
+    index: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return str(self.images_folder.root)
+
+    @property
+    def image_channels(self) -> list[str]:
+        return self.images_folder.channels
+
+    @property
+    def outputs(self) -> list[str]:
+        return self.image_channels
+
+    @property
+    def files(self) -> list[str]:
+        return [*self.image_channels, *([MASK] if self.images_folder.has_masks else [])]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.images_folder.fingerprint
+
+    def read(self, channel: str, rows: np.ndarray) -> np.ndarray:
+        return self.images_folder.masks(rows) if channel == MASK else self.images_folder.images(channel, rows)
+
+    def contents(self, channel: str, rows: np.ndarray) -> list[str]:
+        return self.images_folder.contents(channel, rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both sides, and what had to be assumed about them, in words."""
+
+    sides: Sides
+    notes: list[str]
+
+
+def evaluate_folders(request: Request, say: Say, progress: Progress) -> Path:
+    """Compare and write metrics.json and scores.csv into the new folder `out`; returns it.
+
+    Raises InputError for folders that cannot be compared, naming the file or the option that would mend it."""
+    files.require_new(request.out)
+    measures = measures_of(request)
+    comparison = sides_of_folders(request, measures)
+    for note in comparison.notes:
+        say(f"note: {note}")
+    record = evaluate_sides(comparison.sides, measures, {}, Bench(request.cache, lambda _: None, progress)) | {
+        "stage": "folders",
+        "notes": comparison.notes,
+        "generation": {},
+        "inputs": {
+            "synthetic": str(request.synthetic), "real": str(request.real), "train": None if request.train is None else str(request.train),
+            "dataset_index_sha256": comparison.sides.dataset.fingerprint, "data_fingerprint": comparison.sides.store.fingerprint,
+        },
+    }  # fmt: skip
+    with files.folder_in_one_move(request.out) as folder:
+        files.write_json(folder / METRICS_FILE, record)
+        files.write_text(folder / TABLE_FILE, table_of(scores.from_json(record["scores"])))
+    return request.out
+
+
+def measures_of(request: Request) -> Measures:
+    """The metrics that were asked for, or those that can be computed with what is there."""
+    asked = dict(request.measures)
+    if "metrics" not in asked:
+        asked["metrics"] = [*USUAL, *(PAIRED if request.pair is not None else ())]
+    if "extractor" not in asked and set(asked["metrics"]) & set(FEATURE_METRICS):
+        asked["extractor"] = "inception" if _has_inception() else "random_conv"
+    return Measures.model_validate(asked)
+
+
+def _has_inception() -> bool:
+    return WEIGHTS_VARIABLE in os.environ and (Path(os.environ[WEIGHTS_VARIABLE]) / INCEPTION_FILE).is_file()
+
+
+def sides_of_folders(request: Request, measures: Measures) -> Comparison:
+    """Open the folders and match them. Raises InputError if they do not fit together."""
+    reading = request.reading
+    of_masks = set(measures.metrics) <= set(MASK_METRICS)
+    synthetic = open_folder(request.synthetic, reading, request.synthetic if of_masks else request.synthetic_masks)
+    real = open_folder(request.real, reading, request.real if of_masks else request.real_masks)
+    train = None if request.train is None else open_folder(request.train, reading)
+    size = _common_size([synthetic, real, *([train] if train is not None else [])], reading)
+    fixed = replace(reading, size=size)
+    folders = [None if folder is None else replace(folder, reading=fixed) for folder in (synthetic, real, train)]
+    notes, folders = _same_kind_of_files(folders, request.unlike_files)
+    synthetic, real, train = _by_class(folders, notes)
+    has_classes = "label" in synthetic.items.columns
+    if request.reading.patient is None and (real.items["patient"] == real.items["file"]).all() and len(real.items) > 1:
+        notes.append(f"each real file counts as a patient of its own; if {real.root} has several images of one, name them with --patient REGEX: else intervals are too narrow")
+    store = RealFolder(real, train, has_classes)
+    dataset = SyntheticFolder(synthetic, _paired(synthetic, store, request.pair))
+    pairing = f"the real image of the same {'name' if request.pair == 'name' else 'place in the order'}"
+    sides = sides_of(dataset, store, request.seed, SPLIT, ("train",) if train is not None else (), measures.positive_only or False, pairing)
+    return Comparison(sides, notes)
+
+
+def _common_size(folders: list[ImageFolder], reading: Reading) -> int:
+    if reading.size is not None:
+        return reading.size
+    sizes = {folder.size: folder.root for folder in folders}
+    if len(sizes) > 1:
+        told = ", ".join(f"{size} px in {root}" for size, root in sizes.items())
+        raise InputError(f"the sides differ in size: {told}; bring all to one with --size {min(sizes)}")
+    return next(iter(sizes))
+
+
+def _same_kind_of_files(folders: list[ImageFolder | None], accepted: bool) -> tuple[list[str], list[ImageFolder | None]]:
+    """Bits lost on one side only are a difference that every metric sees; they are refused, or lost on all sides and told."""
+    known = [folder for folder in folders if folder is not None]
+    channels = {tuple(folder.channels): folder.root for folder in known}
+    if len(channels) > 1:
+        kinds = [f"{root} is {'gray' if len(names) == 1 else 'in colour'}" for names, root in channels.items()]
+        raise InputError(f"{' and '.join(kinds)}; bring both to gray with --gray")
+    coarse, lossy = [folder for folder in known if folder.eight_bits], [folder for folder in known if folder.lossy]
+    notes = []
+    for some, what in ((coarse, "8 bits a value"), (lossy, "JPEG")):
+        if some and len(some) < len(known):
+            others = ", ".join(str(folder.root) for folder in known if folder not in some)
+            told = f"{', '.join(str(folder.root) for folder in some)}: {what}, but not {others}"
+            if not accepted:
+                raise InputError(f"{told}: metrics would see how the files were stored. Store all sides alike, or compare them all the same with --unlike-files")
+            notes.append(f"{told}; compared all the same{' (the finer side rounded to 8 bits)' if what.startswith('8') else ''}")
+    rounded = bool(coarse) and len(coarse) < len(known)
+    return notes, [folder if folder is None or folder.eight_bits or not rounded else replace(folder, to_eight_bits=True) for folder in folders]
+
+
+def _by_class(folders: list[ImageFolder | None], notes: list[str]) -> list[Any]:
+    """Subfolders (or labels) that stand on both sides are classes; others are patients."""
+    synthetic, real = folders[0], folders[1]
+    assert synthetic is not None and real is not None
+    names = [set(folder.items["label"]) - {""} for folder in (synthetic, real)]
+    are_classes = bool(names[0]) and names[0] == names[1] and not any((folder.items["label"] == "").any() for folder in (synthetic, real))
+    if are_classes:
+        notes.append(f"{', '.join(sorted(names[0]))} stand on both sides: taken as classes")
+    changed: list[Any] = []
+    for folder in folders:
+        if folder is None:
+            changed.append(None)
+            continue
+        items = folder.items
+        if are_classes:
+            items = items.assign(patient=np.where(items["patient"] == items["label"], items["file"], items["patient"]))
+        changed.append(replace(folder, items=items if are_classes else items.drop(columns="label")))
+    return changed
+
+
+def _paired(synthetic: ImageFolder, store: RealFolder, pair: str | None) -> pd.DataFrame:
+    """The items with the real image that each belongs to. Raises InputError unless every image has exactly one partner."""
+    items, real = synthetic.items, store.images_folder.items
+    aliases = store.aliases[: len(real)]
+    if pair is None:
+        return items.assign(condition_kind="none", condition="")
+    if pair == "index":
+        if len(items) != len(real):
+            raise InputError(f"--pair index: {len(items)} images in {synthetic.root}, but {len(real)} in {store.images_folder.root}; pairs need as many, in the same order")
+        return items.assign(condition_kind="real", condition=aliases)
+    partner = {_name_of(row): alias for row, alias in zip(real.to_dict("records"), aliases, strict=True)}
+    names = [_name_of(row) for row in items.to_dict("records")]
+    alone, left = [name for name in names if name not in partner], [name for name in partner if name not in set(names)]
+    if alone or left or len(set(names)) < len(names) or len(partner) < len(real):
+        told = [f"{len(some)} of {root} without a partner: {', '.join(some[:SHOWN])}{' ...' if len(some) > SHOWN else ''}"
+                for some, root in ((alone, synthetic.root), (left, store.images_folder.root)) if some]  # fmt: skip
+        raise InputError(f"--pair name: {'; '.join(told) or 'two images of one side have the same name'}; a pair has the same path in both folders, but for the suffix")
+    return items.assign(condition_kind="real", condition=[partner[name] for name in names])
+
+
+def _name_of(item: dict[Any, Any]) -> str:
+    return f"{stem_of(item['file'])}#{item['number']}"
+
+
+def table_of(found: list[Score]) -> str:
+    """Every score as a line of CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["metric", "channel", "group", "comparison", "value", "ci_low", "ci_high", "floor", "n", "unit", "better", "protocol"])
+    for item in found:
+        low, high = item.ci if item.ci is not None else ("", "")
+        writer.writerow([item.metric, item.channel, item.group or "", item.comparison or "", item.value, low, high,
+                         "" if item.floor is None else item.floor, item.n, item.unit, item.better, item.protocol])  # fmt: skip
+    return text.getvalue()
