@@ -279,6 +279,12 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
+def features(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
+    """Take one share of the features that an evaluate stage compares."""
+    _perform("features", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
 def report(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
     """Write the run's page: pictures, curves, scores, provenance."""
     _perform("report", run, stage, shard, attempt, again)

@@ -143,6 +143,10 @@ def collect_name(generate_stage: str) -> str:
     return f"collect_{generate_stage}"
 
 
+def features_name(evaluate_stage: str) -> str:
+    return f"features_{evaluate_stage}"
+
+
 def to_json(plan: Plan) -> dict[str, Any]:
     return asdict(plan)
 

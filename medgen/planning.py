@@ -11,13 +11,14 @@ from typing import Any
 from medgen import files, sbatch_options
 from medgen.errors import InputError
 from medgen.names import absolute
-from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task, collect_name
+from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task, collect_name, features_name
 from medgen.site import Site
 from medgen.spec import Spec, family_config
 from medgen.spec_base import GpuRequest, Resources
+from medgen.spec_evaluate import EvaluateStage, FeaturesStage
 from medgen.spec_stages import AnyStage, CollectStage, CommandStage, GenerateStage, TrainStage
 
-DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "evaluate": 60, "report": 15, "command": 60}
+DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "features": 120, "evaluate": 60, "report": 15, "command": 60}
 SHARED_CPUS = 4  # of a cluster's node, for a task without a GPU that says nothing
 # fields of a stage that cannot change what it produces
 NOT_SCIENCE = {"resources", "shards", "parallel", "segments", "launcher"}
@@ -34,13 +35,13 @@ class Unplannable(InputError):
 
 def run_id_of(spec: Spec) -> str:
     """The name of the run folder: changed resources are the same run, changed science is a new one."""
-    science = {name: _science(stage) for name, stage in _with_collect(spec).items()}
+    science = {name: _science(stage) for name, stage in _with_planned(spec).items() if not isinstance(stage, FeaturesStage)}
     return f"{spec.name}-{files.sha256_json(_run_science(spec, science))[:10]}"
 
 
 def make_plan(spec: Spec, site: Site) -> Plan:
     """Expand a spec into stages and tasks, in an order where every stage follows what it needs."""
-    stages = _with_collect(spec)
+    stages = _with_planned(spec)
     science = {name: _science(stage) for name, stage in stages.items()}
     run_id = run_id_of(spec)
     order = _topological(stages)
@@ -62,10 +63,12 @@ def _place(site: Site) -> Place:
     return Place(site.scheduler, interpreter, list(site.export), secrets, site.grace, site.notify.model_dump(mode="json"), site.lost)
 
 
-def _with_collect(spec: Spec) -> dict[str, AnyStage]:
-    """The user's stages, and a collect stage behind each generate stage."""
+def _with_planned(spec: Spec) -> dict[str, AnyStage]:
+    """The user's stages, a collect stage behind each generate stage, and a features stage in front of each evaluate stage of several shards."""
     stages: dict[str, AnyStage] = {}
     for name, stage in spec.stages.items():
+        if isinstance(stage, EvaluateStage) and stage.shards > 1:
+            stages[features_name(name)] = FeaturesStage(kind="features", of=name, parts=stage.shards, parallel=stage.parallel, resources=stage.resources)
         stages[name] = stage
         if isinstance(stage, GenerateStage):
             stages[collect_name(name)] = CollectStage(kind="collect", of=name)
@@ -77,11 +80,15 @@ def _needs(name: str, stages: dict[str, AnyStage]) -> list[str]:
     stage = stages[name]
     if stage.kind == "report":
         return [other for other, item in stages.items() if item.kind != "report"]
+    if isinstance(stage, FeaturesStage):
+        return [other for other in _needs(stage.of, stages) if other != name]
     waits_for_shards = isinstance(stage, CollectStage)
     needs = [
         collect_name(other) if isinstance(stages[other], GenerateStage) and not waits_for_shards else other
         for other in stage.inputs()
     ]
+    if features_name(name) in stages:
+        needs.append(features_name(name))
     return list(dict.fromkeys(needs))
 
 
@@ -128,7 +135,7 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         problem = uneven_batch(batch_sizes, resources.nodes * ranks_per_node)
         if problem is not None:
             raise Unplannable(("stages", name, "config", knob), problem)
-    parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage) and stage.parallel else len(tasks)
+    parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage | FeaturesStage) and stage.parallel else len(tasks)
     time_minutes = said.time_minutes or resources.time or DEFAULT_TIME_MINUTES[stage.kind]
     if site.limits.time is not None and time_minutes > site.limits.time:
         hint = {"train": "it goes on by itself after that", "command": "save and go on with segments"}.get(stage.kind, "use more shards")
@@ -257,7 +264,7 @@ def _gpus_per_node(stage: AnyStage, resources: Resources, site: Site) -> int:
     """What was asked for; where nothing was said, stages with a network take one GPU of a machine that has any."""
     if resources.gpus_asked is not None:
         return resources.gpus_asked
-    takes_one = stage.kind in ("train", "generate") and resources.processes is None
+    takes_one = stage.kind in ("train", "generate", "features") and resources.processes is None
     return min(1, site.gpus) if takes_one else 0
 
 
@@ -265,7 +272,7 @@ def _threads(stage: AnyStage, resources: Resources, ranks_per_node: int, gpus_pe
     """CPU threads per process: what was asked for; else one for each shard, a GPU's share of the cores, or all of them."""
     if resources.cpus is not None:
         return max(1, resources.cpus // ranks_per_node)
-    if isinstance(stage, GenerateStage):
+    if isinstance(stage, GenerateStage | FeaturesStage):
         return 1
     if gpus_per_node:
         return site.cpus_per_gpu or max(1, site.cpus // max(ranks_per_node, site.gpus))
@@ -277,6 +284,8 @@ def _threads(stage: AnyStage, resources: Resources, ranks_per_node: int, gpus_pe
 def _tasks(name: str, stage: AnyStage, stage_hash: str) -> list[Task]:
     if isinstance(stage, CommandStage) and stage.foreach:
         return [Task(name, number, files.sha256_json([stage_hash, number])[:16], None) for number in range(len(stage.foreach))]
+    if isinstance(stage, FeaturesStage):
+        return [Task(name, number, files.sha256_json([stage_hash, stage.parts, number])[:16], None) for number in range(stage.parts)]
     if not isinstance(stage, GenerateStage):
         return [Task(name, 0, stage_hash[:16], None)]
     tasks = []

@@ -237,7 +237,7 @@ class RunDir:
         """Where a command stage may put what it makes: MEDGEN_OUT."""
         return self.root / stage / "made" / f"{shard:05d}"
 
-    def command_result(self, stage: str, shard: int) -> Path:
+    def task_result(self, stage: str, shard: int) -> Path:
         return self.root / stage / "results" / f"{shard:05d}.json"
 
     def shard(self, stage: str, shard: int) -> Path:

@@ -110,7 +110,7 @@ def _take_sweep(spec_document: Document) -> dict[str, list[Any]]:
 def check(spec_document: Document) -> Spec:
     spec = document.check(Spec, spec_document)
     for name, stage in spec.stages.items():
-        if name in RESERVED_STAGE_NAMES or name.startswith("collect_"):
+        if name in RESERVED_STAGE_NAMES or name.startswith(("collect_", "features_")):
             raise spec_document.error(("stages", name), "this name is used inside the run folder; choose another")
         if isinstance(stage, TrainStage) and stage.repeat is None:
             _check_config(spec, spec_document, name)

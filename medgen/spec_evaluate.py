@@ -142,3 +142,12 @@ class EvaluateStage(StageSpec, Measures):
 
     def inputs(self) -> list[str]:
         return [*self.needs, self.of]
+
+
+class FeaturesStage(StageSpec):
+    """Never written by hand: the plan puts one in front of an evaluate stage with several shards, whose features its tasks take."""
+
+    kind: Literal["features"]
+    of: StageName
+    parts: int
+    parallel: int | None = None

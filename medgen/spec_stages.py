@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medgen.spec_base import Frozen, StageName, StageSpec, VariableName
 from medgen.spec_data import SPLITS
-from medgen.spec_evaluate import EvaluateStage
+from medgen.spec_evaluate import EvaluateStage, FeaturesStage
 
 SUBMITS_ITSELF = re.compile(r"^[^#\n]*\bsbatch\b[^#\n]*[\s\"']\$\{?0\b", re.MULTILINE)
 
@@ -149,4 +149,4 @@ class CollectStage(StageSpec):
 
 
 Stage = TrainStage | GenerateStage | EvaluateStage | ReportStage | CommandStage
-AnyStage = Stage | CollectStage
+AnyStage = Stage | CollectStage | FeaturesStage

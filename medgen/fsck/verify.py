@@ -306,6 +306,7 @@ STOPS = "it stops where it meets this file, and changes nothing; after the comma
 MADE_AGAIN = {
     "generate": "the shard is moved to quarantine/ and made again, the same images; the others stay",
     "collect": "the dataset is moved aside and built again from the shards",
+    "features": "the features that are missing are taken again",
     "evaluate": "the scores are computed again",
     "report": "the page is written again",
     "command": "the command is run again",

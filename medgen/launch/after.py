@@ -18,7 +18,7 @@ from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Relief, RunDir
 
 # of what told why it failed; collect, evaluate and report would give the same answer twice
-TRIES = {"train": 2, "generate": 2, "collect": 1, "evaluate": 1, "report": 1, "command": 1}
+TRIES = {"train": 2, "generate": 2, "collect": 1, "features": 2, "evaluate": 1, "report": 1, "command": 1}
 TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why
 TRIES_ON_BAD_NODES = 3  # each on another node
 INTERRUPTIONS = 5  # of what cannot show progress, where Slurm did not say that it was preempted

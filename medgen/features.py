@@ -1,0 +1,36 @@
+"""The features stage: one task's share of the features that an evaluate stage compares, kept for it in the cache. Called by task.py.
+
+What the cache already holds is not taken again, so that a task that was cut goes on; the evaluate stage takes what is missing still."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from medgen import collected, files
+from medgen.evaluate import extractors, feature_scores
+from medgen.evaluate.features import features as features_of
+from medgen.evaluate.run import sides_of_stage
+from medgen.plan import collect_name
+from medgen.spec_evaluate import EvaluateStage
+from medgen.task import Done, Work
+
+
+def features(work: Work) -> Done:
+    """Every n-th image of either side, of every picture that the network sees."""
+    stage = EvaluateStage.model_validate(work.plan.stage(work.stage.settings["of"]).settings)
+    work.require(collect_name(stage.of))
+    assert stage.extractor is not None  # the spec refuses shards without
+    with collected.made_again_if_damaged(work.run, stage.of):
+        need = feature_scores.needed(sides_of_stage(work.run, work.plan, stage, work.run.cache, work.say))
+        taken = 0
+        if need.parts:
+            extractor = extractors.load(stage.extractor.model_dump(mode="json"))
+            for name in need.sides.pictures:
+                for pictures, rows in zip(feature_scores.pictures_of(need.sides, name), (need.real_rows, need.synthetic_positions), strict=True):
+                    share: np.ndarray = rows[work.task.shard :: len(work.stage.tasks)]
+                    features_of(extractor, pictures, share, work.run.cache, work.progress)
+                    taken += len(share)
+                    work.say(f"{name}: {len(share)} of {len(rows)} images")
+    receipt = work.run.task_result(work.stage.name, work.task.shard)
+    files.write_json(receipt, {"images": taken})
+    return Done([receipt], {"images": taken})
