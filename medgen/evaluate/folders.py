@@ -219,7 +219,7 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     """Open the folders and match them. Raises InputError if they do not fit together."""
     reading = request.reading
     of_masks = set(measures.metrics) <= set(MASK_METRICS)
-    synthetic = open_folder(request.synthetic, reading, request.synthetic if of_masks else request.synthetic_masks)
+    synthetic = open_folder(request.synthetic, replace(reading, patient=None), request.synthetic if of_masks else request.synthetic_masks)
     real = open_folder(request.real, reading, request.real if of_masks else request.real_masks)
     train = None if request.train is None else open_folder(request.train, reading)
     size = _common_size([synthetic, real, *([train] if train is not None else [])], reading)
