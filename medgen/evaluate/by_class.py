@@ -127,7 +127,7 @@ def feature_scores(sides: Sides, names: list[str], asked: dict[str, Any], allow_
     reasons = {"fid": _reasons(left_out, _too_few(parts, kept["fid"])), "kid": _reasons(left_out, _of_one_patient(parts, kept["kid"]))}
     found: dict[str, list[Score]] = {name: [] for name in names}
     if any(kept[name] for name in names):
-        extractor = extractors.load(asked)
+        extractor = extractors.load(asked, None)
         facts = f"{extractor.name}; {_counts(parts)}; reference: {_reference(wide)}; {floor_words}; synthetic-synthetic: one half of the set against the other"
         for channel in sides.dataset.image_channels:
             say(f"features of {channel}: 4 x {parts[0].count} images, {extractor.name}")
