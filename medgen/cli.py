@@ -15,6 +15,7 @@ import typer
 from medgen import __version__, names, redact
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.prepare.table import Balance, Preset
+from medgen.weights import State
 
 EPILOG = "Exit codes: 0 done, 1 a stage failed, 2 wrong input, 3 interrupted (run it again to go on), 4 not finished yet (watch --once)."
 
@@ -25,6 +26,8 @@ app = typer.Typer(
 
 prepare = typer.Typer(help="From a raw cohort to files for training: match groups, split by subject, stack slices.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare", rich_help_panel="Data")
+weights = typer.Typer(help="Published weights of networks in $MEDGEN_WEIGHTS: which are there, and are they what they should be.", no_args_is_help=True)
+app.add_typer(weights, name="weights", rich_help_panel="Data")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="the job spec, a YAML file", show_default=False)]
 Override = Annotated[list[str] | None, typer.Option("--override", "-o", help="change one value: -o stages.train.config.lr=1e-4", show_default=False)]
@@ -410,6 +413,45 @@ def prepare_stack(
     columns = tables.columns_of(preset, Balance.NONE, subject, group, None, None, None, groups)
     settings = stack.Settings(path, root if root is not None else table.parent, stack.slice_numbers(slices), size, clip_negative)
     print(names.printable(stack.stack(table, out, columns, settings, print)))
+
+
+@weights.command("list")
+def weights_list(as_json: AsJson = False) -> None:
+    """Show which files are there, what each is for, and where the missing ones come from. Sizes are compared, hashes not."""
+    from medgen import weights as published
+
+    _show_weights(published.states(read_all=False), as_json)
+
+
+@weights.command("add")
+def weights_add(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="as its authors publish it", show_default=False)],
+    name: Annotated[str | None, typer.Option("--name", help="which weights it is; default: what its tensors say", show_default=False)] = None,
+) -> None:
+    """Check that a file is what it claims to be, copy it into the folder and record its hash: later uses must find the same."""
+    from medgen import weights as published
+
+    added = published.add(file, name)
+    print(f"{added.entry.name} for {added.entry.purpose}: {names.printable(str(added.file))}, sha256 {added.digits}")
+
+
+@weights.command("verify")
+def weights_verify(as_json: AsJson = False) -> None:
+    """Read every file again and compare its hash. Exit code 1 if one has changed."""
+    from medgen import weights as published
+
+    found = published.states(read_all=True)
+    _show_weights(found, as_json)
+    raise typer.Exit(Exit.FAILED if any(state.mark == "changed" for state in found) else Exit.DONE)
+
+
+def _show_weights(found: list[State], as_json: bool) -> None:
+    from medgen import weights as published
+
+    if as_json:
+        print(json.dumps([state.record for state in found], indent=1))
+    else:
+        published.show(found)
 
 
 def _perform(kind: str, run: str, stage: str | None, shard: int, attempt: int, again: bool = False) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import numpy as np
 
 from medgen import collected, files
-from medgen.evaluate import extractors, feature_scores
+from medgen.evaluate import feature_scores
+from medgen.evaluate.features import Bench
 from medgen.evaluate.features import features as features_of
 from medgen.evaluate.run import sides_of_stage
 from medgen.plan import collect_name
@@ -19,16 +20,16 @@ def features(work: Work) -> Done:
     """Every n-th image of either side, of every picture that the network sees."""
     stage = EvaluateStage.model_validate(work.plan.stage(work.stage.settings["of"]).settings)
     work.require(collect_name(stage.of))
-    assert stage.extractor is not None  # the spec refuses shards without
+    bench = Bench(work.run.cache, work.say, work.progress)
     with collected.made_again_if_damaged(work.run, stage.of):
         need = feature_scores.needed(sides_of_stage(work.run, work.plan, stage, work.run.cache, work.say))
         taken = 0
         if need.parts:
-            extractor = extractors.load(stage.extractor.model_dump(mode="json"))
             for name in need.sides.pictures:
+                extractor = feature_scores.extractor_of(need.sides, name, stage, bench)
                 for pictures, rows in zip(feature_scores.pictures_of(need.sides, name), (need.real_rows, need.synthetic_positions), strict=True):
                     share: np.ndarray = rows[work.task.shard :: len(work.stage.tasks)]
-                    features_of(extractor, pictures, share, work.run.cache, work.progress)
+                    features_of(extractor, pictures, share, bench)
                     taken += len(share)
                     work.say(f"{name}: {len(share)} of {len(rows)} images")
     receipt = work.run.task_result(work.stage.name, work.task.shard)

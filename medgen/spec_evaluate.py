@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from medgen import files
+from medgen import weights
 from medgen.errors import InputError
 from medgen.names import absolute
 from medgen.spec_base import Frozen, StageName, StageSpec
+from medgen.weights import INCEPTION_SHA256, Published
 
 USUAL_METRICS = ("mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd")
 FEATURE_METRICS = ("fid", "kid", "prdc", "cmmd")  # compare the features of an extractor
+PERCEPTUAL_METRICS = ("lpips", "lpips_diversity")  # compare images by LPIPS
 MASK_METRICS = ("dice", "iou", "hd95")  # of masks that belong together
-METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, "ssim_pairs", "auc", *MASK_METRICS)
-WEIGHTS_VARIABLE = "MEDGEN_WEIGHTS"
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, *PERCEPTUAL_METRICS, "ssim_pairs", "auc", *MASK_METRICS)
+LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet"}  # their names in weights.py
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class WeightsFile(Frozen):
-    """An extractor whose weights are a file on this machine: nothing is ever downloaded."""
+    """Weights that are a file on this machine: nothing is ever downloaded."""
+
+    key: ClassVar[str] = "extractor"  # where in the spec it stands, for messages
 
     file: Path
     sha256: Sha256 | None = None
@@ -34,31 +35,73 @@ class WeightsFile(Frozen):
     def _file_counts_from_here(cls, value: Path) -> Path:
         return absolute(value)
 
+    @property
+    def published(self) -> Published | None:
+        """What medgen knows of the file that its authors publish; None if it may be anybody's."""
+        return None
+
     def verified(self) -> str:
-        """The sha256 of the file. Raises InputError if it is missing, or not the one that the spec expects."""
-        try:
-            found = files.sha256_file(self.file)
-        except OSError as error:
-            raise InputError(f"extractor: {self.file}: {error.strerror or error}; weights are never downloaded, docs/evaluation.md tells where they come from") from None
-        if self.sha256 not in (None, found):
-            raise InputError(f"extractor: {self.file} has the sha256 {found}, expected {self.sha256}; copy the file again, or write its own sha256: beside file:")
-        return found
+        """The sha256 of the file. Raises InputError if it is missing, or not the one that the spec, its publisher or its record tells."""
+        return weights.verified(self.file, self.sha256, self.published, self.key)
 
 
-class InceptionExtractor(WeightsFile):
-    """InceptionV3 as torch-fidelity defines it, the network of the FID."""
+class PublishedWeights(WeightsFile):
+    """Weights that lie in $MEDGEN_WEIGHTS under the name of their publisher, unless `file` names another place."""
 
-    kind: Literal["inception"]
-    sha256: Sha256 = INCEPTION_SHA256
+    @classmethod
+    def published_name(cls, value: dict[str, Any]) -> str:
+        """Which entry of weights.REGISTRY the settings ask for; raises ValueError for a setting that names none."""
+        raise NotImplementedError
+
+    @property
+    def published(self) -> Published:
+        return weights.REGISTRY[self.published_name(self.model_dump())]
 
     @model_validator(mode="before")
     @classmethod
     def _usual_place(cls, value: Any) -> Any:
         if not isinstance(value, dict) or "file" in value:
             return value
-        if not os.environ.get(WEIGHTS_VARIABLE):
-            raise ValueError(f"inception needs its weights: `export {WEIGHTS_VARIABLE}=<the folder that holds {INCEPTION_FILE}>`, or write {{kind: inception, file: <path>}}")
-        return {**value, "file": Path(os.environ[WEIGHTS_VARIABLE]) / INCEPTION_FILE}
+        try:
+            return {**value, "file": weights.usual_file(weights.REGISTRY[cls.published_name(value)])}
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+
+class InceptionExtractor(PublishedWeights):
+    """InceptionV3 as torch-fidelity defines it, the network of the FID."""
+
+    kind: Literal["inception"]
+    sha256: Sha256 = INCEPTION_SHA256
+
+    @classmethod
+    def published_name(cls, value: dict[str, Any]) -> str:
+        return "inception"
+
+
+class Dinov2Extractor(PublishedWeights):
+    """A vision transformer of DINOv2 with patches of 14 px: small, base or large, plain or with four registers."""
+
+    kind: Literal["dinov2"]
+    arch: Literal["vits14", "vitb14", "vitl14", "vits14_reg", "vitb14_reg", "vitl14_reg"] = "vits14"
+
+    @classmethod
+    def published_name(cls, value: dict[str, Any]) -> str:
+        arch = value.get("arch", cls.model_fields["arch"].default)
+        known = [name.removeprefix("dinov2_") for name in weights.REGISTRY if name.startswith("dinov2_")]
+        if arch not in known:
+            raise ValueError(f"arch: {arch!r} is no network of dinov2; those are: {', '.join(known)}")
+        return f"dinov2_{arch}"
+
+
+class ResNet50Extractor(PublishedWeights):
+    """A ResNet-50: trained on photographs without labels (swav) or with them (resnet50), or on radiological images (radimagenet)."""
+
+    kind: Literal["swav", "resnet50", "radimagenet"]
+
+    @classmethod
+    def published_name(cls, value: dict[str, Any]) -> str:
+        return str(value["kind"])
 
 
 class TorchScriptExtractor(WeightsFile):
@@ -82,11 +125,38 @@ class RandomConvExtractor(Frozen):
     kind: Literal["random_conv"]
 
 
+class EncoderExtractor(Frozen):
+    """A small network that the evaluation trains on the real training slices, without labels: needs no file."""
+
+    kind: Literal["encoder"]
+    size: int | None = Field(None, ge=16, le=256)  # pixels of a side; None: 64, or those of the data if they have fewer
+    steps: int = Field(600, ge=1, le=100_000)
+    width: int = Field(32, ge=4, le=256)  # channels of the first layers; the features are eight times as many
+
+
+class LpipsBackbone(PublishedWeights):
+    """The network whose features LPIPS compares, trained on ImageNet; what LPIPS puts on top comes with its package."""
+
+    key: ClassVar[str] = "lpips"
+
+    net: Literal["alex", "vgg", "squeeze"]
+
+    @classmethod
+    def published_name(cls, value: dict[str, Any]) -> str:
+        if "net" not in value or value["net"] not in LPIPS_BACKBONES:
+            raise ValueError(f"net: which network; write one of {', '.join(LPIPS_BACKBONES)}")
+        return LPIPS_BACKBONES[value["net"]]
+
+
 def _extractor_by_name(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-AnyExtractor = InceptionExtractor | TorchScriptExtractor | RandomConvExtractor
+def _backbone_by_name(value: Any) -> Any:
+    return {"net": value} if isinstance(value, str) else value
+
+
+AnyExtractor = InceptionExtractor | Dinov2Extractor | ResNet50Extractor | TorchScriptExtractor | EncoderExtractor | RandomConvExtractor
 Extractor = Annotated[Annotated[AnyExtractor, Field(discriminator="kind")], BeforeValidator(_extractor_by_name)]
 
 
@@ -95,6 +165,7 @@ class Measures(Frozen):
 
     metrics: list[str] = Field(list(USUAL_METRICS), min_length=1)
     extractor: Extractor | None = None
+    lpips: Annotated[LpipsBackbone, BeforeValidator(_backbone_by_name)] | None = None
     allow_small_n: bool = False  # a Frechet distance of few images, under a name that says so
     positive_only: bool | None = None  # only images whose mask is not empty; default: if every synthetic one has a lesion
     by: Literal["class", "lesion_size"] | None = None  # also each group alone; default: by class where the images were made by class
@@ -114,13 +185,26 @@ class Measures(Frozen):
     def _features_need_an_extractor(self) -> Measures:
         asked = [name for name in self.metrics if name in FEATURE_METRICS]
         if asked and self.extractor is None:
-            raise ValueError(f"{' and '.join(asked)} {'compares' if len(asked) == 1 else 'compare'} features: add extractor: inception (weights from a local file), "
-                             "random_conv (needs no file), or {kind: torchscript, file: ..., size: ..., range: [0, 1]}")  # fmt: skip
+            raise ValueError(f"{' and '.join(asked)} {'compares' if len(asked) == 1 else 'compare'} features: add extractor: inception, dinov2, swav, resnet50 or radimagenet "
+                             "(weights from a local file), encoder or random_conv (need no file), or {kind: torchscript, file: ..., size: ..., range: [0, 1]}")  # fmt: skip
         if self.extractor is not None and not asked:
             raise ValueError(f"extractor has no effect without {' or '.join(FEATURE_METRICS)} among the metrics; remove it")
         if self.allow_small_n and "fid" not in self.metrics:
             raise ValueError("allow_small_n has no effect without fid among the metrics; remove it")
         return self
+
+    @model_validator(mode="after")
+    def _lpips_needs_a_backbone(self) -> Measures:
+        asked = [name for name in self.metrics if name in PERCEPTUAL_METRICS]
+        if asked and self.lpips is None:
+            raise ValueError(f"{' and '.join(asked)} {'needs' if len(asked) == 1 else 'need'} the weights of a network: add lpips: alex, vgg or squeeze (from a local file)")
+        if self.lpips is not None and not asked:
+            raise ValueError(f"lpips has no effect without {' or '.join(PERCEPTUAL_METRICS)} among the metrics; remove it")
+        return self
+
+    def weights_files(self) -> list[WeightsFile]:
+        """The files that must be there when this is measured."""
+        return [item for item in (self.extractor, self.lpips) if isinstance(item, WeightsFile)]
 
 
 class EvaluateStage(StageSpec, Measures):

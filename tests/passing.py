@@ -10,7 +10,7 @@ import numpy as np
 
 from medgen.evaluate import features
 from medgen.evaluate.extractors import Extractor
-from medgen.evaluate.features import Pictures
+from medgen.evaluate.features import Bench, Pictures
 
 
 def pictures_of(images: np.ndarray) -> Pictures:
@@ -19,4 +19,4 @@ def pictures_of(images: np.ndarray) -> Pictures:
 
 def features_of(extractor: Extractor, images: np.ndarray) -> np.ndarray:
     with tempfile.TemporaryDirectory() as cache:
-        return np.array(features.features(extractor, pictures_of(images), np.arange(len(images)), Path(cache), lambda *_: None))
+        return np.array(features.features(extractor, pictures_of(images), np.arange(len(images)), Bench(Path(cache), print, lambda *_: None)))

@@ -35,7 +35,7 @@ def a_pass(network: torch.nn.Module, cache: Path, rows: np.ndarray, images: np.n
         if told is not None:
             told.append(done)
 
-    return features.features(Extractor(name, 8, (0.0, 1.0), network), pictures_of(images), rows, cache, progress)
+    return features.features(Extractor(name, 8, (0.0, 1.0), network), pictures_of(images), rows, features.Bench(cache, print, progress))
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def moments(features: np.ndarray) -> distances.Moments:
 
 
 def random_features(images: np.ndarray) -> np.ndarray:
-    return features_of(extractors.load({"kind": "random_conv"}), images)
+    return features_of(extractors.load({"kind": "random_conv"}, None), images)
 
 
 def test_the_offline_extractor_orders_blur_noise_and_contrast() -> None:
@@ -99,7 +99,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inception_gives_the_features_of_torch_fidelity(inception_file: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    extractor = extractors.load({"kind": "inception", "file": str(inception_file), "sha256": sha256_file(inception_file)})
+    extractor = extractors.load({"kind": "inception", "file": str(inception_file), "sha256": sha256_file(inception_file)}, None)
     assert not extractor.published_inception and sha256_file(inception_file)[:12] in extractor.name
     bytes_ = GENERATOR.integers(0, 256, size=(2, 299, 299), dtype=np.uint8)
     found = features_of(extractor, (bytes_ / 255).astype(np.float32))
@@ -112,18 +112,18 @@ def test_inception_gives_the_features_of_torch_fidelity(inception_file: Path) ->
 
 
 def test_weights_that_are_not_there_or_not_those_are_refused(inception_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"never downloaded, docs/evaluation\.md tells where they come from"):
-        extractors.load({"kind": "inception", "file": str(tmp_path / "none.pth")})
+    with pytest.raises(InputError, match=r"never downloaded \(docs/weights\.md\): put there weights-inception\S* from https://github"):
+        extractors.load({"kind": "inception", "file": str(tmp_path / "none.pth")}, None)
     with pytest.raises(InputError, match=f"expected {INCEPTION_SHA256}"):
-        extractors.load({"kind": "inception", "file": str(inception_file)})
+        extractors.load({"kind": "inception", "file": str(inception_file)}, None)
 
     def load(content: object) -> None:
         torch.save(content, tmp_path / "other.pth")
-        extractors.load({"kind": "inception", "file": str(tmp_path / "other.pth"), "sha256": sha256_file(tmp_path / "other.pth")})
+        extractors.load({"kind": "inception", "file": str(tmp_path / "other.pth"), "sha256": sha256_file(tmp_path / "other.pth")}, None)
 
     with pytest.raises(InputError, match="does not hold the weights of torch-fidelity's InceptionV3"):
         load({"fc.weight": torch.zeros(3)})
-    with pytest.raises(InputError, match="does not hold the weights"):
+    with pytest.raises(InputError, match="holds other objects than tensors"):
         load(Trap(tmp_path / "ran"))
     assert not (tmp_path / "ran").exists(), "code in a weights file is not run"
 
@@ -146,12 +146,12 @@ def test_any_torchscript_file_is_an_extractor(tmp_path: Path) -> None:
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
     asked = {"kind": "torchscript", "file": str(tmp_path / "means.pt"), "size": 24, "range": [-1, 1]}
     images = textured(3, 1)
-    found = features_of(extractors.load(asked), images[:3])
+    found = features_of(extractors.load(asked, None), images[:3])
     np.testing.assert_allclose(found, np.repeat(2 * images.mean(axis=(1, 2)) - 1, 3).reshape(3, 3), atol=1e-3)
-    assert "means.pt" in extractors.load(asked).name and "24 px in [-1, 1]" in extractors.load(asked).name
+    assert "means.pt" in extractors.load(asked, None).name and "24 px in float in [-1, 1]" in extractors.load(asked, None).name
     (tmp_path / "text.pt").write_bytes(pickle.dumps("no network"))
     with pytest.raises(InputError, match=r"text\.pt is no TorchScript file"):
-        extractors.load({**asked, "file": str(tmp_path / "text.pt")})
+        extractors.load({**asked, "file": str(tmp_path / "text.pt")}, None)
 
     class Maps(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -159,4 +159,4 @@ def test_any_torchscript_file_is_an_extractor(tmp_path: Path) -> None:
 
     torch.jit.script(Maps()).save(str(tmp_path / "maps.pt"))
     with pytest.raises(InputError, match=r"got shape \[3, 3, 24, 24\]"):
-        features_of(extractors.load({**asked, "file": str(tmp_path / "maps.pt")}), images[:3])
+        features_of(extractors.load({**asked, "file": str(tmp_path / "maps.pt")}, None), images[:3])

@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "medgen"
 
 # each may import what stands before it: spec -> plan -> launch -> train -> ... -> report, and the services they share
 ORDER = [
-    "errors", "stop", "world", "activity", "lifeline", "fault", "files", "commits", "room", "names", "redact", "units", "sbatch_options", "document", "rng", "roc", "models", "spec_base", "spec_data", "spec_evaluate", "spec_stages", "spec", "site", "rundir", "watchdog", "plan", "planning", "data", "launch", "dist", "context", "sharded", "checkpoint",
+    "errors", "stop", "world", "activity", "lifeline", "fault", "files", "commits", "room", "names", "weights", "redact", "units", "sbatch_options", "document", "rng", "roc", "models", "spec_base", "spec_data", "spec_evaluate", "spec_stages", "spec", "site", "rundir", "watchdog", "plan", "planning", "data", "launch", "dist", "context", "sharded", "checkpoint",
     "published", "importing",
     "task", "train_log", "training", "validation", "resume", "train", "collected", "shards", "generate", "collect", "command", "evaluate", "features", "report", "prepare", "classify", "two_folders", "watch", "fsck", "checks", "cli", "__main__",
 ]
@@ -107,7 +107,7 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
             continue
         if words[1].startswith("-"):
             continue
-        verb = words[1:3] if words[1] == "prepare" else words[1:2]
+        verb = words[1:3] if words[1] in ("prepare", "weights") else words[1:2]
         shown = subprocess.run([sys.executable, "-m", "medgen", *verb, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
         assert shown.returncode == 0, f"{page.name}: {line}"
         for option in [word.split("=")[0] for word in words[2:] if word.startswith("--")]:

@@ -6,25 +6,45 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medgen import weights
 from medgen.data.resize import resize_images
 from medgen.errors import InputError
-from medgen.spec_evaluate import INCEPTION_SHA256, InceptionExtractor, RandomConvExtractor, TorchScriptExtractor
+from medgen.evaluate import encoder
+from medgen.evaluate.encoder import TrainingImages
+from medgen.evaluate.folding import folded
+from medgen.spec_evaluate import (
+    INCEPTION_SHA256,
+    Dinov2Extractor,
+    EncoderExtractor,
+    InceptionExtractor,
+    RandomConvExtractor,
+    ResNet50Extractor,
+    TorchScriptExtractor,
+)
 
 if TYPE_CHECKING:
     import torch
 
 INCEPTION_PIXELS = 299
+PHOTOGRAPH_PIXELS = 224  # what dinov2, swav, resnet50 and radimagenet were trained or tested with
+PHOTOGRAPH_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue in [0, 1]
+PHOTOGRAPH_SPREAD = (0.229, 0.224, 0.225)
+ENCODER_PIXELS = 64
 RANDOM_CONV_PIXELS = 128
 RANDOM_CONV_WIDTHS = (16, 32, 64, 96, 32)
 RANDOM_CONV_GAIN = 2.6  # features of brain slices then have a root mean square near 1, where the cubic kernel of KID is not a line
 RANDOM_CONV_GRID = 4
 RANDOM_CONV_SEED = b"medgen random_conv 1"
+SHOWN_DIGITS = 12  # of a sha256, in names
+
+Tensors = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -41,21 +61,32 @@ class Extractor:
     published_inception: bool = False
 
     def prepared(self, images: np.ndarray) -> torch.Tensor:
-        """What the network sees of gray images [n,H,W] in [0,1], the window of the data. Nothing is rounded to 8 bits."""
+        """What the network sees of gray images [n,H,W] or colour images [n,3,H,W] in [0,1], the window of the data, channels last.
+
+        Gray is given three times; nothing is rounded to 8 bits."""
         import torch
 
         low, high = self.value_range
-        resized = torch.from_numpy(low + (high - low) * resize_images(images, self.size))
-        return resized[:, None].expand(-1, 3, -1, -1).contiguous()
+        square = resize_images(images.reshape(-1, *images.shape[-2:]), self.size)
+        resized = torch.from_numpy(low + (high - low) * square).reshape(len(images), -1, self.size, self.size)
+        return resized.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
-def load(asked: dict[str, Any]) -> Extractor:
-    """The extractor of an evaluate stage, from its settings in the plan. Raises InputError for weights that are missing or others."""
+def load(asked: dict[str, Any], training: TrainingImages | None) -> Extractor:
+    """The extractor of an evaluate stage, from its settings in the plan; `training` is what `encoder` learns from.
+
+    Raises InputError for weights that are missing or others, and for `encoder` without training slices."""
     match asked["kind"]:
         case "inception":
             return _inception(InceptionExtractor.model_validate(asked))
+        case "dinov2":
+            return _dinov2(Dinov2Extractor.model_validate(asked))
+        case "swav" | "resnet50" | "radimagenet":
+            return _resnet50(ResNet50Extractor.model_validate(asked))
         case "torchscript":
             return _torchscript(TorchScriptExtractor.model_validate(asked))
+        case "encoder":
+            return _encoder(EncoderExtractor.model_validate(asked), training)
         case _:
             return random_conv(RandomConvExtractor.model_validate(asked))
 
@@ -72,19 +103,128 @@ def _inception(asked: InceptionExtractor) -> Extractor:
 
     # read here, as tensors only: torch-fidelity would run whatever code the file holds, and download one if it got no file
     buffer = io.BytesIO()
+    torch.save(weights.tensors(asked.file, "extractor"), buffer)
+    buffer.seek(0)
     try:
-        torch.save(torch.load(asked.file, map_location="cpu", weights_only=True), buffer)
-        buffer.seek(0)
         whole = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
-    except pickle.UnpicklingError:  # its words advise to run the code
-        raise InputError(f"extractor: {asked.file} does not hold the weights of torch-fidelity's InceptionV3, but other objects than tensors") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
-        raise InputError(f"extractor: {asked.file} does not hold the weights of torch-fidelity's InceptionV3: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        raise _other_layout(asked.file, "torch-fidelity's InceptionV3", error) from None
     blocks = [block for name, block in whole.named_children() if name != "fc"]
-    network = torch.nn.Sequential(*blocks, torch.nn.Flatten()).eval()
+    network = folded(torch.nn.Sequential(*blocks, torch.nn.Flatten()))
     # the graph computes (x - 128) / 128 of 0..255
-    name = f"InceptionV3 of torch-fidelity, 2048 pooled features, sha256 {digest[:12]}, antialiased bilinear to {INCEPTION_PIXELS} px in float"
+    name = f"InceptionV3 of torch-fidelity, 2048 pooled features, {_file_words(digest, INCEPTION_PIXELS)}"
     return Extractor(name, INCEPTION_PIXELS, (-1.0, 127 / 128), network, digest == INCEPTION_SHA256)
+
+
+def _dinov2(asked: Dinov2Extractor) -> Extractor:
+    import torch
+
+    from medgen.evaluate.vision_transformer import SHAPES, VisionTransformer
+
+    digest = asked.verified()
+    shape = SHAPES[asked.arch]
+    network = VisionTransformer(shape)
+    found = {name: value for name, value in weights.tensors(asked.file, "extractor").items() if name != "mask_token"}  # of training only
+    _fill(network, found, asked.file, f"the ViT {asked.arch} of DINOv2")
+    name = f"DINOv2 {asked.arch}, {shape.width} features (normalised class token), {_file_words(digest, PHOTOGRAPH_PIXELS)}, mean and spread of ImageNet"
+    return Extractor(name, PHOTOGRAPH_PIXELS, (0.0, 1.0), torch.nn.Sequential(_standardised(), folded(network)).eval())
+
+
+def _resnet50(asked: ResNet50Extractor) -> Extractor:
+    """Three trainings of one network, each with the names that its authors gave the weights and the input that they used."""
+    import torch
+
+    from medgen.evaluate import torchvision_operators
+
+    digest = asked.verified()
+    torchvision_operators.make_importable()
+    from torchvision.models import resnet50
+
+    network = resnet50(weights=None)
+    network.fc = torch.nn.Identity()
+    words, renamed = RESNET50_LAYOUTS[asked.kind]
+    _fill(network, renamed(weights.tensors(asked.file, "extractor")), asked.file, words)
+    name = f"{words}, 2048 pooled features, {_file_words(digest, PHOTOGRAPH_PIXELS)}"
+    if asked.kind == "radimagenet":  # (image - 127.5) * 2 / 255 in pytorch_example.ipynb of its authors
+        return Extractor(f"{name} in [-1, 1]", PHOTOGRAPH_PIXELS, (-1.0, 1.0), folded(network))
+    return Extractor(f"{name}, mean and spread of ImageNet", PHOTOGRAPH_PIXELS, (0.0, 1.0), torch.nn.Sequential(_standardised(), folded(network)).eval())
+
+
+def _from_swav(found: Tensors) -> Tensors:
+    """Saved from a parallel training, with the head and the prototypes that the features were compared by. (Its padding before the
+    first convolution is a layer of its own, of the same pixels.)"""
+    return {name.removeprefix("module."): value for name, value in found.items() if not name.startswith(("module.projection_head.", "module.prototypes."))}
+
+
+def _from_torchvision(found: Tensors) -> Tensors:
+    return {name: value for name, value in found.items() if not name.startswith("fc.")}
+
+
+def _from_radimagenet(found: Tensors) -> Tensors:
+    """Saved from a Sequential of torchvision's parts, by their numbers; 2, 3 and 8 have no weights."""
+    parts = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+    renamed = {}
+    for name, value in found.items():
+        number, _, rest = name.removeprefix("backbone.").partition(".")
+        renamed[f"{parts[number]}.{rest}" if number in parts else name] = value
+    return renamed
+
+
+RESNET50_LAYOUTS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
+    "swav": ("ResNet-50 of SwAV", _from_swav),
+    "resnet50": ("ResNet-50 of torchvision", _from_torchvision),
+    "radimagenet": ("ResNet-50 of RadImageNet", _from_radimagenet),
+}
+
+
+def _standardised() -> torch.nn.Module:
+    import torch
+
+    class Standardised(torch.nn.Module):
+        mean: torch.Tensor
+        spread: torch.Tensor
+
+        """[n, 3, h, w] in [0, 1] with the mean and spread of photographs taken off."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.tensor(PHOTOGRAPH_MEAN).view(3, 1, 1))
+            self.register_buffer("spread", torch.tensor(PHOTOGRAPH_SPREAD).view(3, 1, 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return (images - self.mean) / self.spread
+
+    return Standardised()
+
+
+def _fill(network: torch.nn.Module, found: Tensors, file: Path, words: str) -> None:
+    """Every tensor in its place and none left over."""
+    try:
+        network.load_state_dict(found)
+    except RuntimeError as error:
+        raise _other_layout(file, words, error) from None
+
+
+def _other_layout(file: Path, words: str, error: RuntimeError) -> InputError:
+    told = [line.strip() for line in str(error).splitlines()]
+    return InputError(f"extractor: {file} does not hold the weights of {words}: {' '.join(told[1:2] or told[:1])[:300]}")
+
+
+def _file_words(digest: str, size: int) -> str:
+    return f"sha256 {digest[:SHOWN_DIGITS]}, antialiased bilinear to {size} px in float"
+
+
+def _encoder(asked: EncoderExtractor, training: TrainingImages | None) -> Extractor:
+    if training is None:
+        raise InputError("extractor: encoder learns from the real training slices, and there are none here; give the data a train split, "
+                         "or write extractor: random_conv, which needs none")  # fmt: skip
+    size = asked.size if asked.size is not None else min(ENCODER_PIXELS, training.size)
+    if size > training.size:
+        raise InputError(f"extractor.size: {size} px, but the data have {training.size}; the encoder cannot see more than there is")
+    found = encoder.trained(training, encoder.Settings(size, asked.steps, asked.width))
+    name = (f"encoder {encoder.VERSION} (trained without labels on {training.count} real training slices, {asked.steps} steps), {found.features} features, "
+            f"{_file_words(found.sha256, size)}")  # fmt: skip
+    return Extractor(name, size, (0.0, 1.0), found.network)
 
 
 def _torchscript(asked: TorchScriptExtractor) -> Extractor:
@@ -96,7 +236,7 @@ def _torchscript(asked: TorchScriptExtractor) -> Extractor:
     except RuntimeError as error:
         raise InputError(f"extractor: {asked.file} is no TorchScript file: {str(error).splitlines()[0]}") from None
     low, high = asked.range
-    name = f"TorchScript {asked.file.name}, sha256 {digest[:12]}, antialiased bilinear to {asked.size} px in [{low:g}, {high:g}]"
+    name = f"TorchScript {asked.file.name}, {_file_words(digest, asked.size)} in [{low:g}, {high:g}]"
     return Extractor(name, asked.size, asked.range, network)
 
 

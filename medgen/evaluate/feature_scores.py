@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from medgen.evaluate import by_class, distances, extractors, features, intervals, manifold
 from medgen.evaluate.by_class import Measured, Pair, Parts
+from medgen.evaluate.encoder import TrainingImages
 from medgen.evaluate.extractors import Extractor
-from medgen.evaluate.features import Pictures, Progress
+from medgen.evaluate.features import Bench, Pictures
 from medgen.evaluate.inputs import Sides, some_rows
 from medgen.evaluate.scores import COMPARISONS, Comparison, Score, ScoresOrReason, Skipped
 from medgen.spec_evaluate import Measures
@@ -102,7 +102,27 @@ def _texts(channels: list[list[str]]) -> list[str]:
     return [" ".join(texts) for texts in zip(*channels, strict=True)]
 
 
-def feature_scores(sides: Sides, names: list[str], measures: Measures, cache: Path, progress: Progress) -> dict[str, ScoresOrReason]:
+def extractor_of(sides: Sides, picture: str, measures: Measures, bench: Bench) -> Extractor:
+    """The network for one picture; one that trains itself does so on the training slices of this picture."""
+    assert measures.extractor is not None  # the spec refuses metrics of features without
+    return extractors.load(measures.extractor.model_dump(mode="json"), training_of(sides, picture, bench))
+
+
+def training_of(sides: Sides, picture: str, bench: Bench) -> TrainingImages | None:
+    """What an encoder learns from; colours as gray. None where no training images are known."""
+    if len(sides.train) == 0:
+        return None
+    of_real, _ = pictures_of(sides, picture)
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = of_real.read(sides.train[rows])
+        return images if images.ndim == 3 else images.mean(axis=1)
+
+    fingerprint = f"{of_real.fingerprint} {'+'.join(sides.seen)}{' positive' if sides.positive_only else ''}"
+    return TrainingImages(read, len(sides.train), sides.patients(sides.train), sides.store.size, fingerprint, bench.cache, sides.seed, bench.say)
+
+
+def feature_scores(sides: Sides, names: list[str], measures: Measures, bench: Bench) -> dict[str, ScoresOrReason]:
     """Scores of each of `names` (fid, kid, ...) and what had to be left out, from one feature pass over each set."""
     if not sides.dataset.image_channels:
         return dict.fromkeys(names, ([], "only masks were drawn, and extractors know images"))
@@ -112,12 +132,11 @@ def feature_scores(sides: Sides, names: list[str], measures: Measures, cache: Pa
     kept = {name: [part for part in need.parts if _reason(name, part, need.sides, measures) is None] for name in names}
     found: dict[str, list[Score]] = {name: [] for name in names}
     if any(kept.values()):
-        assert measures.extractor is not None  # the spec refuses metrics of features without
-        extractor = extractors.load(measures.extractor.model_dump(mode="json"))
-        facts = (f"{extractor.name}; {by_class.counts_in_words(need.parts)}; reference: {by_class.reference_in_words(need.sides)}; {need.floor_words}; "
-                 "synthetic-synthetic: one half of the set against the other")  # fmt: skip
         for picture in need.sides.pictures:
-            compared = {(item.label, item.comparison): item for item in _compared(need, extractor, picture, cache, progress)}
+            extractor = extractor_of(need.sides, picture, measures, bench)
+            facts = (f"{extractor.name}; {by_class.counts_in_words(need.parts)}; reference: {by_class.reference_in_words(need.sides)}; {need.floor_words}; "
+                     "synthetic-synthetic: one half of the set against the other")  # fmt: skip
+            compared = {(item.label, item.comparison): item for item in _compared(need, extractor, picture, bench)}
             for name in names:
                 for part in kept[name]:
                     of_part = {comparison: compared[part.label, comparison] for comparison in COMPARISONS}
@@ -126,12 +145,12 @@ def feature_scores(sides: Sides, names: list[str], measures: Measures, cache: Pa
     return {name: (found[name], _told(name, need, measures)) for name in names}
 
 
-def _compared(need: Needed, extractor: Extractor, picture: str, cache: Path, progress: Progress) -> Iterator[Compared]:
+def _compared(need: Needed, extractor: Extractor, picture: str, bench: Bench) -> Iterator[Compared]:
     """Every comparison of every part; the first part holds the rows of all others, so that each image is seen once."""
     sides, rows, positions = need.sides, need.real_rows, need.synthetic_positions
     of_real, of_synthetic = pictures_of(sides, picture)
-    real = features.features(extractor, of_real, rows, cache, progress)
-    synthetic = features.features(extractor, of_synthetic, positions, cache, progress)
+    real = features.features(extractor, of_real, rows, bench)
+    synthetic = features.features(extractor, of_synthetic, positions, bench)
     groups = sides.synthetic_groups()
     for part in need.parts:
         real_sides = [(real, np.searchsorted(rows, side), sides.patients(side)) for side in part.real]

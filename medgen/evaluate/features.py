@@ -22,7 +22,17 @@ BATCH = 32
 BLOCK = 512  # images whose features are kept in one file: what a kill costs
 KEY_BYTES = 16
 
+Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What metrics work with besides the images: where features are kept, and who is told. `progress` gets images done, of how many, unit."""
+
+    cache: Path
+    say: Say
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,13 @@ class Pictures:
     fingerprint: str
 
 
-def features(extractor: Extractor, pictures: Pictures, rows: np.ndarray, cache: Path, progress: Progress) -> np.ndarray:
+def features(extractor: Extractor, pictures: Pictures, rows: np.ndarray, bench: Bench) -> np.ndarray:
     """Features [n, d] float32 of `rows`, mapped from a file: memory does not grow with the number of images.
 
     What the cache holds is taken from there; the rest is computed in blocks, each kept as soon as it is done, so that a pass
-    that was cut goes on, and several tasks share one. `progress` gets images done, of how many, unit.
+    that was cut goes on, and several tasks share one.
     Raises InputError for a network that does not return one finite row per image."""
-    folder = cache / "features" / _digest(extractor.name).hex()[:16] / _digest(pictures.fingerprint).hex()[:16]
+    folder = bench.cache / "features" / _digest(extractor.name).hex()[:16] / _digest(pictures.fingerprint).hex()[:16]
     keys = [_digest(content) for content in pictures.contents(rows)]
     place_of: dict[bytes, list[int]] = {}
     for place, key in enumerate(keys):
@@ -53,13 +63,13 @@ def features(extractor: Extractor, pictures: Pictures, rows: np.ndarray, cache: 
             table.put(place_of.pop(key, []), row)
     missing = np.array([places[0] for places in place_of.values()], dtype=np.int64)
     for start in range(0, len(missing), BLOCK):
-        progress(len(rows) - len(missing) + start, len(rows), "images")
+        bench.progress(len(rows) - len(missing) + start, len(rows), "images")
         places = missing[start : start + BLOCK]
         computed = _computed(extractor, pictures, rows[places])
         _keep(folder, [keys[place] for place in places], computed)
         for place, row in zip(places, computed, strict=True):
             table.put(place_of[keys[place]], row)
-    progress(len(rows), len(rows), "images")
+    bench.progress(len(rows), len(rows), "images")
     return table.whole()
 
 

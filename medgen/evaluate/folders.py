@@ -16,14 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from medgen import files
+from medgen import files, weights
 from medgen.errors import InputError
 from medgen.evaluate import scores
+from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
 from medgen.evaluate.inputs import MASK, Sides, sides_of
-from medgen.evaluate.run import Bench, Progress, Say, evaluate_sides
+from medgen.evaluate.run import evaluate_sides
 from medgen.evaluate.scores import Score
-from medgen.spec_evaluate import FEATURE_METRICS, INCEPTION_FILE, MASK_METRICS, WEIGHTS_VARIABLE, Measures
+from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, Measures
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "scores.csv"
 SPLIT = "images"  # what the real folder is called where a job says test
@@ -207,12 +208,12 @@ def measures_of(request: Request) -> Measures:
     if "metrics" not in asked:
         asked["metrics"] = [*USUAL, *(PAIRED if request.pair is not None else ())]
     if "extractor" not in asked and set(asked["metrics"]) & set(FEATURE_METRICS):
-        asked["extractor"] = "inception" if _has_inception() else "random_conv"
+        asked["extractor"] = "inception" if _has_weights("inception") else "random_conv"
     return Measures.model_validate(asked)
 
 
-def _has_inception() -> bool:
-    return WEIGHTS_VARIABLE in os.environ and (Path(os.environ[WEIGHTS_VARIABLE]) / INCEPTION_FILE).is_file()
+def _has_weights(name: str) -> bool:
+    return weights.WEIGHTS_VARIABLE in os.environ and weights.usual_file(weights.REGISTRY[name]).is_file()
 
 
 def sides_of_folders(request: Request, measures: Measures) -> Comparison:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from medgen import plan as plans
 from medgen.data.store import open_store
 from medgen.errors import InputError
 from medgen.evaluate import auc, by_class, curves, distributions, feature_scores, paired, scores
+from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.inputs import MASK, Sides, choose_sides, read_dataset
 from medgen.evaluate.scores import Score, ScoresOrReason
 from medgen.plan import Plan
@@ -25,19 +24,6 @@ PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery
 SHOWN_PAIRS = 12
 SHOWN_COPIES = 4
-
-
-Say = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the metrics work with besides the images: where features are kept, and who is told."""
-
-    cache: Path
-    say: Say
-    progress: Progress
 
 
 def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progress: Progress) -> list[Path]:
@@ -84,7 +70,7 @@ def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresO
     images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
     of_features = [name for name in FEATURE_METRICS if name in measures.metrics]
     if of_features:
-        computed = computed | feature_scores.feature_scores(sides, of_features, measures, bench.cache, bench.progress)
+        computed = computed | feature_scores.feature_scores(sides, of_features, measures, bench)
     found, skipped, details = _all_scores(sides, images, measures.metrics, computed, bench)
     return {
         "schema": scores.METRICS_SCHEMA,

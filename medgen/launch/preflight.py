@@ -27,7 +27,7 @@ from medgen.spec_stages import CommandStage
 
 ENVIRONMENT_SECONDS = 60.0  # modules and conda on a busy login node
 SLOW_BYTES_PER_SECOND = 100e6  # a shared disk on a bad day
-PACKAGES = ("torch", "monai", "nibabel", "pydantic", "yaml", "typer", "rich", "filelock", "ema_pytorch", "torch_fidelity", "pandas", "tensorboard")
+PACKAGES = ("torch", "monai", "nibabel", "pydantic", "yaml", "typer", "rich", "filelock", "ema_pytorch", "torch_fidelity", "lpips", "pandas", "tensorboard")
 PROBE = "import importlib.util as u, sys; print(sys.version.split()[0], *[n for n in sys.argv[1:] if u.find_spec(n) is None])"
 OLDEST_PYTHON = (3, 10)
 

@@ -27,7 +27,7 @@ from medgen.models.settings import FamilyConfig
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
 from medgen.spec_data import SPLITS
-from medgen.spec_evaluate import EvaluateStage, WeightsFile
+from medgen.spec_evaluate import EvaluateStage
 from medgen.spec_stages import GenerateStage, TrainStage
 
 RESOURCE_FIELDS = (
@@ -97,7 +97,7 @@ def _plan_before(run: RunDir) -> Plan | None:
 
 
 def check_data(checked: spec.Spec) -> str:
-    """Look at every file's header before anything is queued, and at the weights of extractors; returns one line about the data.
+    """Look at every file's header before anything is queued, and at the weights of networks; returns one line about the data.
 
     Raises InputError for unusable files, if a stage names a split that has no patients, or a checkpoint that is none."""
     from medgen.data.index import check_headers
@@ -105,8 +105,8 @@ def check_data(checked: spec.Spec) -> str:
     for name, stage in checked.stages.items():
         if isinstance(stage, TrainStage):
             _check_start(name, stage.config["model"], spec.family_config(stage.config))
-        if isinstance(stage, EvaluateStage) and isinstance(stage.extractor, WeightsFile):
-            stage.extractor.verified()
+        for needed in stage.weights_files() if isinstance(stage, EvaluateStage) else ():
+            needed.verified()
     if checked.data is None:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
