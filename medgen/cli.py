@@ -256,6 +256,7 @@ def evaluate(
     allow_small_n: Annotated[bool, typer.Option("--allow-small-n", help="a Frechet distance of few images, under a name that says so")] = False,
     synthetic_masks: Annotated[Path | None, typer.Option("--synthetic-masks", metavar="FOLDER", help="masks with the names of the images", show_default=False)] = None,
     real_masks: Annotated[Path | None, typer.Option("--real-masks", metavar="FOLDER", show_default=False)] = None,
+    train_masks: Annotated[Path | None, typer.Option("--train-masks", metavar="FOLDER", show_default=False)] = None,
     positive_only: Annotated[bool, typer.Option("--positive-only", help="only images whose mask is not empty")] = False,
     by: Annotated[Literal["class", "lesion_size"] | None, typer.Option("--by", help="also each group alone", show_default=False)] = None,
     size: Annotated[int | None, typer.Option("--size", metavar="PIXELS", min=8, max=2048, help="bring all images to one size", show_default=False)] = None,
@@ -276,7 +277,7 @@ def evaluate(
 
     asked = {"metrics": metrics and [name.strip() for name in metrics.split(",")], "extractor": extractor, "by": by, "positive_only": positive_only, "allow_small_n": allow_small_n}
     print(names.printable(two_folders.evaluate(
-        Path(run), real, out, train=train, masks=(synthetic_masks, real_masks), pair=pair, size=size, window=window, gray=gray, patient=patient,
+        Path(run), real, out, train=train, masks=(synthetic_masks, real_masks, train_masks), pair=pair, size=size, window=window, gray=gray, patient=patient,
         unlike_files=unlike_files, measures={name: value for name, value in asked.items() if value}, seed=seed,
     )))  # fmt: skip
 

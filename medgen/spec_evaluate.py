@@ -160,6 +160,9 @@ AnyExtractor = InceptionExtractor | Dinov2Extractor | ResNet50Extractor | TorchS
 Extractor = Annotated[Annotated[AnyExtractor, Field(discriminator="kind")], BeforeValidator(_extractor_by_name)]
 
 
+Grouping = Literal["class", "lesion_size"]
+
+
 class Measures(Frozen):
     """What is measured, and how: the same for a stage of a run and for two folders. See docs/evaluation.md."""
 
@@ -168,7 +171,7 @@ class Measures(Frozen):
     lpips: Annotated[LpipsBackbone, BeforeValidator(_backbone_by_name)] | None = None
     allow_small_n: bool = False  # a Frechet distance of few images, under a name that says so
     positive_only: bool | None = None  # only images whose mask is not empty; default: if every synthetic one has a lesion
-    by: Literal["class", "lesion_size"] | None = None  # also each group alone; default: by class where the images were made by class
+    by: Grouping | None = None  # also each group alone; default: by class where the images were made by class
 
     @field_validator("metrics")
     @classmethod
@@ -191,6 +194,12 @@ class Measures(Frozen):
             raise ValueError(f"extractor has no effect without {' or '.join(FEATURE_METRICS)} among the metrics; remove it")
         if self.allow_small_n and "fid" not in self.metrics:
             raise ValueError("allow_small_n has no effect without fid among the metrics; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_of_lesions(self) -> Measures:
+        if self.by == "lesion_size" and self.positive_only is False:
+            raise ValueError("by: lesion_size compares slices with a lesion; remove positive_only: false")
         return self
 
     @model_validator(mode="after")
@@ -222,6 +231,13 @@ class EvaluateStage(StageSpec, Measures):
             raise ValueError(f"shards share the features of images, and none of the metrics compares any; add {' or '.join(FEATURE_METRICS)}, or remove shards")
         if self.parallel is not None and self.shards == 1:
             raise ValueError("parallel limits the shards, and there is one; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_need_pairs(self) -> EvaluateStage:
+        asked = [name for name in self.metrics if name in MASK_METRICS]
+        if asked:
+            raise ValueError(f"{asked[0]} is of masks that belong together, in two folders: medgen evaluate; in a job, a stage of kind structure tells how images follow their masks")
         return self
 
     def inputs(self) -> list[str]:

@@ -20,13 +20,13 @@ from medgen.report.words import number
 
 
 def evaluate(
-    synthetic: Path, real: Path, out: Path, *, train: Path | None, masks: tuple[Path | None, Path | None], pair: Literal["name", "index"] | None,
+    synthetic: Path, real: Path, out: Path, *, train: Path | None, masks: tuple[Path | None, Path | None, Path | None], pair: Literal["name", "index"] | None,
     size: int | None, window: str | None, gray: bool, patient: str | None, unlike_files: bool, measures: dict[str, Any], seed: int,
 ) -> str:
-    """Compare two folders and write the new folder `out`; returns the scores in words. Raises InputError naming the option that is wrong."""
+    """Compare two folders and write the new folder `out`; returns the scores in words. `masks`: of the synthetic, real and training images. Raises InputError naming the option that is wrong."""
     reading = Reading(size, None if window is None else _window(window), gray, None if patient is None else _pattern(patient))
     cache = rundir.cache_root(rundir.runs_root())
-    request = Request(synthetic, real, out, train, masks[0], masks[1], pair, reading, unlike_files, measures, seed, cache)
+    request = Request(synthetic, real, out, train, *masks, pair, reading, unlike_files, measures, seed, cache)
     console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}

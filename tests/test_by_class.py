@@ -27,6 +27,7 @@ from medgen.report import words
 from medgen.report.build import build_report
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
+from medgen.spec_evaluate import Measures
 from medgen.watch import sweep
 from medgen.watch.state import read_state
 
@@ -133,7 +134,7 @@ def test_a_collapsed_class_resembles_itself(tmp_path: Path, data: tuple[DataSpec
 def test_pairs_are_of_one_class_and_never_of_one_patient(data: tuple[DataSpec, SliceStore], good: tuple[RunDir, dict[str, Any]]) -> None:
     from medgen import plan as plans
 
-    sides = inputs.choose_sides(inputs.read_dataset(good[0], "images"), plans.read(good[0]), "test", data[1])
+    sides = inputs.choose_sides(inputs.read_dataset(good[0], "images"), plans.read(good[0]), "test", data[1], Measures())
     groups = sides.synthetic_groups()
     for label in sides.classes:
         found = by_class._pairs_of_class(sides, groups, label)

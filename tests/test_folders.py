@@ -40,7 +40,7 @@ def write_png(folder: Path, images: np.ndarray, names: list[str] | None = None, 
 
 def compare(synthetic: Path, real: Path, out: Path, **changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "train": None, "masks": (None, None), "pair": None, "size": None, "window": None, "gray": False, "patient": None, "unlike_files": False,
+        "train": None, "masks": (None, None, None), "pair": None, "size": None, "window": None, "gray": False, "patient": None, "unlike_files": False,
         "measures": {"metrics": QUICK}, "seed": 1,
     }  # fmt: skip
     two_folders.evaluate(synthetic, real, out, **options | changes)
@@ -167,11 +167,11 @@ def test_lesions_only(tmp_path: Path) -> None:
     for side in ("real", "drawn"):
         write_png(tmp_path / side, images)
         write_png(tmp_path / f"{side}_masks", masks)
-    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", masks=(tmp_path / "drawn_masks", tmp_path / "real_masks"), measures={"metrics": QUICK, "positive_only": True})
+    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", masks=(tmp_path / "drawn_masks", tmp_path / "real_masks", None), measures={"metrics": QUICK, "positive_only": True})
     assert record["counts"]["real"] == 24 and record["counts"]["synthetic_used"] == 24 and record["positive_only"]
     assert "with a lesion only" in value(record, "psd")["protocol"]
     with pytest.raises(InputError, match="has no masks that would tell which images show a lesion"):
-        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "x", masks=(None, tmp_path / "real_masks"), measures={"metrics": QUICK, "positive_only": True})
+        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "x", masks=(None, tmp_path / "real_masks", None), measures={"metrics": QUICK, "positive_only": True})
 
 
 def test_one_image_gives_reasons_instead_of_numbers(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_masks_that_are_none_are_refused(tmp_path: Path, damage: Callable[[Path]
         write_png(tmp_path / f"{side}_masks", (textured(12, 4) > 0.5).astype(np.float32))
     damage(tmp_path / "real_masks")
     with pytest.raises(InputError, match=message):
-        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", masks=(tmp_path / "drawn_masks", tmp_path / "real_masks"), measures={"metrics": QUICK, "positive_only": True})
+        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", masks=(tmp_path / "drawn_masks", tmp_path / "real_masks", None), measures={"metrics": QUICK, "positive_only": True})
 
 
 def test_unlike_files_are_brought_to_the_coarser_side_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -269,3 +269,55 @@ def test_copies_of_training_images_are_looked_for(tmp_path: Path) -> None:
     assert 0.25 <= found["value"] <= 0.3 and found["floor"] < 0.05
     assert {pair["synthetic"] for pair in record["details"]["copies"][:4]} <= {f"{number:03d}.png" for number in range(10)}
     assert record["details"]["copies"][0]["real"].startswith("train/")
+
+
+def boxes(count: int, seed: int, grow: int = 0) -> np.ndarray:
+    """One square lesion an image, of 4 to 15 pixels a side."""
+    generator = np.random.default_rng(seed)
+    found = np.zeros((count, SIZE, SIZE), np.float32)
+    for mask in found:
+        side, row, column = generator.integers(4, 16), generator.integers(1, 15), generator.integers(1, 15)
+        mask[row : row + side + grow, column : column + side] = 1
+    return found
+
+
+def write_nifti(folder: Path, images: np.ndarray, spacing_mm: float) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        nibabel.save(nibabel.Nifti1Image(image.T[::-1, ::-1, None], np.diag([spacing_mm, spacing_mm, 5, 1])), folder / f"{number:03d}.nii.gz")
+    return folder
+
+
+def test_folders_of_masks_are_compared_by_overlap_and_distance(tmp_path: Path) -> None:
+    truth, found = boxes(12, 1), boxes(12, 1, grow=2)
+    write_nifti(tmp_path / "truth", truth, 2.0)
+    write_nifti(tmp_path / "found", found, 2.0)
+    record = compare(tmp_path / "found", tmp_path / "truth", tmp_path / "out", pair="name", measures={"metrics": ["dice", "iou", "hd95"]})
+    common = (truth * found).sum((1, 2))
+    assert value(record, "dice")["value"] == pytest.approx((2 * common / (truth.sum((1, 2)) + found.sum((1, 2)))).mean())
+    assert value(record, "iou")["value"] == pytest.approx((common / np.maximum(truth, found).sum((1, 2))).mean())
+    assert value(record, "hd95")["value"] == pytest.approx(4.0), "two rows of 2 mm"
+    assert value(record, "dice")["floor"] < 0.6 and value(record, "hd95")["unit"] == "mm"
+    pictures = compare(write_png(tmp_path / "a", truth), write_png(tmp_path / "b", found), tmp_path / "x", pair="name", measures={"metrics": ["dice", "hd95"]})
+    assert value(pictures, "dice")["value"] == pytest.approx(value(record, "dice")["value"]) and "how large a pixel is" in pictures["skipped"]["hd95"]
+    with pytest.raises(InputError, match="not a mask"):
+        compare(write_png(tmp_path / "photographs", textured(12, 1)), tmp_path / "b", tmp_path / "y", pair="name", measures={"metrics": ["dice"]})
+
+
+def test_scores_by_the_size_of_the_lesion(tmp_path: Path) -> None:
+    """Sides of 4 to 15 px of 1.5 mm: lesions of 8 to 32 mm; small ones get an error of their own."""
+    images, masks = textured(80, 1), boxes(80, 2)
+    diameters = 1.5 * np.sqrt(2 * masks.sum((1, 2)))
+    worse = images + np.where((diameters < 10)[:, None, None], 0.2, 0.05) * np.where(images > 0.5, -1, 1)
+    for name, values in (("real", images), ("drawn", worse.astype(np.float32)), ("masks", masks)):
+        write_nifti(tmp_path / name, values, 1.5)
+    options = {"masks": (tmp_path / "masks", tmp_path / "masks", None), "pair": "name", "measures": {"metrics": ["mae", "psd"], "by": "lesion_size"}}
+    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", **options)
+    found = {item["group"]: item for item in record["scores"] if item["metric"] == "mae"}
+    assert set(found) == {None, "<10 mm", "10-20 mm", "20-30 mm", ">=30 mm"} & set(found) and {"<10 mm", "10-20 mm", "20-30 mm"} <= set(found)
+    assert found["<10 mm"]["value"] == pytest.approx(0.2, rel=1e-3) and found["20-30 mm"]["value"] == pytest.approx(0.05, rel=1e-3)
+    assert found["<10 mm"]["n"] == int((diameters < 10).sum()) and record["positive_only"]
+    for name, values in (("p_real", images), ("p_drawn", images), ("p_masks", masks)):
+        write_png(tmp_path / name, values)
+    with pytest.raises(InputError, match="pictures do not say how large a pixel is"):
+        compare(tmp_path / "p_drawn", tmp_path / "p_real", tmp_path / "x", **options | {"masks": (tmp_path / "p_masks", tmp_path / "p_masks", None)})

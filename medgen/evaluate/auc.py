@@ -27,8 +27,8 @@ def auc_scores(run: RunDir, plan: Plan, sides: Sides) -> ScoresOrReason:
     real = {name: sides.store.images(name, sides.reference) for name in classifier.channels}
     images = {name: sides.dataset.read(name, sides.chosen) for name in classifier.channels}
     found = [
-        _score("auc_real", classifier, real, sides.labels(sides.reference), sides.patients(sides.reference), "patient", sides),
-        _score("auc_synthetic", classifier, images, sides.synthetic_labels(), sides.synthetic_groups(), "image", sides),
+        _score("auc_real", classifier, real, sides.store.rows["label"].to_numpy()[sides.reference], sides.patients(sides.reference), "patient", sides),
+        _score("auc_synthetic", classifier, images, sides.dataset.index["label"].to_numpy()[sides.chosen], sides.synthetic_groups(), "image", sides),
     ]
     missing = None if all(found) else f"some class has no image on one of the sides; the classes are {', '.join(classifier.classes)}"
     return [item for item in found if item is not None], missing

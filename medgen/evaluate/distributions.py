@@ -129,34 +129,49 @@ def _real(sides: Sides, channel: str, rows: np.ndarray) -> np.ndarray:
     return sides.store.images(minuend, rows) - sides.store.images(subtrahend, rows)
 
 
-def diversity_scores(sides: Sides, images: Images) -> tuple[list[Score], Skipped]:
-    """MS-SSIM between random pairs of different synthetic images, beside pairs of different real patients."""
+@dataclass(frozen=True)
+class RandomPairs:
+    """Pairs of images that do not belong together: of the synthetic set (positions in `chosen`), and of `real_rows` (positions there), as many."""
+
+    synthetic: np.ndarray
+    real: np.ndarray
+    real_rows: np.ndarray
+    members: list[np.ndarray]  # the group of either image of each synthetic pair
+    words: str
+
+
+def random_pairs_of(sides: Sides) -> RandomPairs | str:
+    """Never two synthetic images of one patient's masks, nor two real slices of one patient. Or why there are none."""
     groups = sides.synthetic_groups()
     if sides.partners is not None and len(np.unique(groups)) < 2:
-        return [], "all masks are of one patient, whose slices resemble each other; use a generate stage on masks of several patients"
+        return "all masks are of one patient, whose slices resemble each other; use a generate stage on masks of several patients"
     real_rows, real_words = sides.reference, f"real {sides.against}"
     if len(np.unique(sides.patients(real_rows))) < 2:
         real_rows, real_words = sides.train, f"real train ({sides.against} has one patient)"
-    synthetic_pairs = diversity.random_pairs(groups, diversity.MOST_PAIRS, sides.seed, "diversity_synthetic")
-    real_pairs = diversity.random_pairs(sides.patients(real_rows), diversity.MOST_PAIRS, sides.seed, "diversity_real")
-    if len(synthetic_pairs) == 0:
-        return [], "there is only one synthetic image"
-    count = min(len(synthetic_pairs), len(real_pairs)) or len(synthetic_pairs)
-    synthetic_pairs, real_pairs = synthetic_pairs[:count], real_pairs[:count]
+    synthetic = diversity.random_pairs(groups, diversity.MOST_PAIRS, sides.seed, "diversity_synthetic")
+    real = diversity.random_pairs(sides.patients(real_rows), diversity.MOST_PAIRS, sides.seed, "diversity_real")
+    if len(synthetic) == 0:
+        return "there is only one synthetic image"
+    count = min(len(synthetic), len(real)) or len(synthetic)
     unit = "patient" if sides.partners is not None else "image"
+    words = (f"{count} random pairs on each side at {sides.store.size}x{sides.store.size} pixels, never two of one {unit}; floor: {real_words}, pairs of different patients"
+             f"{', slices with a lesion only' if sides.positive_only else ''}; {intervals.describe(groups, unit)}; seed {sides.seed}")  # fmt: skip
+    return RandomPairs(synthetic[:count], real[:count], real_rows, [groups[synthetic[:count, side]] for side in (0, 1)], words)
+
+
+def diversity_scores(sides: Sides, images: Images) -> tuple[list[Score], Skipped]:
+    """MS-SSIM between random pairs of different synthetic images, beside pairs of different real patients."""
+    drawn = random_pairs_of(sides)
+    if not isinstance(drawn, RandomPairs):
+        return [], drawn
     found = []
     for channel in images:
-        drawn, real = _synthetic(images, channel), _real(sides, channel, real_rows)
-        values = diversity.similarities(pairs.ms_ssim, drawn, drawn, synthetic_pairs)
-        floor = float(diversity.similarities(pairs.ms_ssim, real, real, real_pairs).mean()) if len(real_pairs) else None
-        protocol = (
-            f"MS-SSIM with {pairs.scales_for(sides.store.size)} scales at {sides.store.size}x{sides.store.size} pixels, data range 1, "
-            f"{count} random pairs on each side, never two of one {unit}; floor: {real_words}, pairs of different patients"
-            f"{', slices with a lesion only' if sides.positive_only else ''}; {intervals.describe(groups, unit)}; seed {sides.seed}"
-        )
-        members = [groups[synthetic_pairs[:, 0]], groups[synthetic_pairs[:, 1]]]
-        interval = intervals.mean_interval(values, members, sides.seed, f"interval_diversity_{channel}")
-        found.append(score("ms_ssim_diversity", channel, values.mean(), interval, floor, count, protocol))
+        synthetic, real = _synthetic(images, channel), _real(sides, channel, drawn.real_rows)
+        values = diversity.similarities(pairs.ms_ssim, synthetic, synthetic, drawn.synthetic)
+        floor = float(diversity.similarities(pairs.ms_ssim, real, real, drawn.real).mean()) if len(drawn.real) else None
+        protocol = f"MS-SSIM with {pairs.scales_for(sides.store.size)} scales, data range 1; {drawn.words}"
+        interval = intervals.mean_interval(values, drawn.members, sides.seed, f"interval_diversity_{channel}")
+        found.append(score("ms_ssim_diversity", channel, values.mean(), interval, floor, len(values), protocol))
     return found, None
 
 

@@ -54,6 +54,7 @@ class Look:
     eight_bits: bool
     is_stack: bool = False
     is_volume: bool = False
+    spacing_mm: tuple[float, float] | None = None  # between rows, between columns; pictures do not say
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class ImageFolder:
     @cached_property
     def has_masks(self) -> bool:
         return self.masks_root is not None or "file_seg" in self.items.columns
+
+    def spacings_mm(self) -> np.ndarray | None:
+        """Of the images as they are read, between rows and between columns, [n, 2]; None if any file does not say."""
+        found = [(self.looks[name].spacing_mm, max(self.looks[name].height, self.looks[name].width) / self.size) for name in self.items["file"]]
+        steps = [(spacing[0] * scale, spacing[1] * scale) for spacing, scale in found if spacing is not None]
+        return np.array(steps) if len(steps) == len(found) else None
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -291,7 +298,8 @@ def look_at(path: Path) -> Look:
         header = volumes.read_header(path)
         axis = header.slice_axis(2)
         width, height = (count for place, count in enumerate(header.shape) if place != axis)
-        return Look(path, header.shape[axis], 1, height, width, eight_bits=False, is_volume=header.shape[axis] > 1)
+        column_mm, row_mm = (step for place, step in enumerate(header.spacing_mm) if place != axis)
+        return Look(path, header.shape[axis], 1, height, width, eight_bits=False, is_volume=header.shape[axis] > 1, spacing_mm=(row_mm, column_mm))
     if suffix == ".npy":
         shape = image_files.read_slice(path).array.shape
         return Look(path, 1, 1, shape[0], shape[1], eight_bits=False)

@@ -21,7 +21,7 @@ from medgen.errors import InputError
 from medgen.evaluate import scores
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
-from medgen.evaluate.inputs import MASK, Sides, sides_of
+from medgen.evaluate.inputs import MASK, SPACING, Pairing, Sides, sides_of
 from medgen.evaluate.run import evaluate_sides
 from medgen.evaluate.scores import Score
 from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, Measures
@@ -43,6 +43,7 @@ class Request:
     train: Path | None
     synthetic_masks: Path | None
     real_masks: Path | None
+    train_masks: Path | None
     pair: Literal["name", "index"] | None
     reading: Reading
     unlike_files: bool
@@ -222,10 +223,12 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     of_masks = set(measures.metrics) <= set(MASK_METRICS)
     synthetic = open_folder(request.synthetic, replace(reading, patient=None), request.synthetic if of_masks else request.synthetic_masks)
     real = open_folder(request.real, reading, request.real if of_masks else request.real_masks)
-    train = None if request.train is None else open_folder(request.train, reading)
+    train = None if request.train is None else open_folder(request.train, reading, request.train_masks)
     size = _common_size([synthetic, real, *([train] if train is not None else [])], reading)
     fixed = replace(reading, size=size)
-    folders = [None if folder is None else replace(folder, reading=fixed) for folder in (synthetic, real, train)]
+    folders = [None if folder is None else _with_spacing(replace(folder, reading=fixed)) for folder in (synthetic, real, train)]
+    if measures.by == "lesion_size" and train is not None and not train.has_masks:
+        raise InputError(f"--by lesion_size: the masks of {train.root} are needed too: --train-masks FOLDER")
     notes, folders = _same_kind_of_files(folders, request.unlike_files)
     synthetic, real, train = _by_class(folders, notes)
     has_classes = "label" in synthetic.items.columns
@@ -233,9 +236,14 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
         notes.append(f"each real file counts as a patient of its own; if {real.root} has several images of one, name them with --patient REGEX: else intervals are too narrow")
     store = RealFolder(real, train, has_classes)
     dataset = SyntheticFolder(synthetic, _paired(synthetic, store, request.pair))
-    pairing = f"the real image of the same {'name' if request.pair == 'name' else 'place in the order'}"
-    sides = sides_of(dataset, store, request.seed, SPLIT, ("train",) if train is not None else (), measures.positive_only or False, pairing)
+    pairing = Pairing(f"the real image of the same {'name' if request.pair == 'name' else 'place in the order'}", "no pairs: say which images belong together, --pair name or --pair index")
+    sides = sides_of(dataset, store, request.seed, SPLIT, ("train",) if train is not None else (), measures, pairing)
     return Comparison(sides, notes)
+
+
+def _with_spacing(folder: ImageFolder) -> ImageFolder:
+    spacings = folder.spacings_mm()
+    return folder if spacings is None else replace(folder, items=folder.items.assign(**dict(zip(SPACING, spacings.T, strict=True))))
 
 
 def _common_size(folders: list[ImageFolder], reading: Reading) -> int:

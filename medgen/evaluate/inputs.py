@@ -5,6 +5,7 @@ Used by every metric and by the report's pictures. A run brings a collected data
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,15 @@ from medgen import collected, rng
 from medgen.collected import SHA_SUFFIX
 from medgen.data import image_files
 from medgen.errors import InputError, MedgenError
+from medgen.evaluate import masks
 from medgen.plan import Plan
 from medgen.rundir import RunDir
+from medgen.spec_evaluate import Grouping, Measures
 
 MASK = "seg"
 COLOURS = ("red", "green", "blue")
+SPACING = ("spacing_y_mm", "spacing_x_mm")  # columns: between rows, between columns
+MASK_BLOCK = 512
 MOST_IMAGES = 2048  # per side; more cost time and memory and no longer move the numbers
 ROUNDING = 1e-3  # stored images may leave [0,1] by the rounding of their file format
 
@@ -122,6 +127,20 @@ def read_dataset(run: RunDir, stage: str) -> Dataset:
 
 
 @dataclass(frozen=True)
+class Pairing:
+    """What the partner of a synthetic image is, and why there may be none, in words."""
+
+    partner: str
+    missing: str
+
+
+RUN_PAIRING = Pairing(
+    "real slice whose mask it was given",
+    "the conditions were not real slices, so no real partner exists; condition the generate stage on a real split for pairs",
+)
+
+
+@dataclass(frozen=True)
 class Sides:
     """What is compared: rows of the dataset with rows of the slice store. `partners` only where every condition was real."""
 
@@ -135,7 +154,8 @@ class Sides:
     reference: np.ndarray  # store rows of the `against` split, at most 2048
     train: np.ndarray  # store rows of what the model was trained on, all of them
     seen: tuple[str, ...] = ("train",)  # the splits that those are
-    pairing: str = "real slice whose mask it was given"  # what the partner of an image is
+    pairing: Pairing = RUN_PAIRING
+    by: Grouping | None = None  # None: by class where the images were made by class
 
     def patients(self, rows: np.ndarray) -> np.ndarray:
         return self.store.rows["patient"].to_numpy()[rows]
@@ -152,11 +172,16 @@ class Sides:
         """The same with up to `most` rows a side: features of many more images than pictures fit into memory."""
         everything = np.arange(len(self.dataset.index))
         if self.positive_only and len(everything) > len(self.chosen):
-            masks = synthetic_masks(self.dataset, everything, self.store)
-            everything = everything if masks is None else everything[masks.any(axis=(1, 2))]
+            shown = synthetic_masks(self.dataset, everything, self.store)
+            everything = everything if shown is None else everything[shown.any(axis=(1, 2))]
         chosen = some_rows(everything, self.seed, "evaluate_synthetic", most)
         reference = some_rows(self.store.select(self.against, self.positive_only), self.seed, "evaluate_real", most)
         return replace(self, chosen=chosen, partners=partner_rows(self.dataset, chosen, self.store), reference=reference)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """0 to n-1: of everything in `chosen`."""
+        return np.arange(len(self.chosen))
 
     @property
     def pictures(self) -> dict[str, tuple[str, ...]]:
@@ -164,16 +189,38 @@ class Sides:
         channels = tuple(self.dataset.image_channels)
         return {"colour": COLOURS} if set(channels) == set(COLOURS) else {channel: (channel,) for channel in channels}
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The classes that the synthetic set was made by, in their order; empty if it was not."""
+        """The groups that are also compared alone, in their order: classes, or sizes of lesions; empty if there are none."""
+        if self.by == "lesion_size":
+            return masks.BINS
         return self.store.classes if "label" in self.dataset.index.columns else ()
 
     def synthetic_labels(self) -> np.ndarray:
-        return self.dataset.index["label"].to_numpy()[self.chosen]
+        """The group of each of `chosen`."""
+        return self._synthetic_bins if self.by == "lesion_size" else self.dataset.index["label"].to_numpy()[self.chosen]
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
-        return self.store.rows["label"].to_numpy()[rows]
+        """The groups of real slices."""
+        return self._real_bins[rows] if self.by == "lesion_size" else self.store.rows["label"].to_numpy()[rows]
+
+    @cached_property
+    def _real_bins(self) -> np.ndarray:
+        """Of every slice of the store, those without a lesion in none."""
+        found = np.full(len(self.store.rows), masks.NO_LESION, dtype=object)
+        positive = np.flatnonzero(self.store.rows["mask_pixels"].to_numpy() > 0)
+        for start in range(0, len(positive), MASK_BLOCK):
+            rows = positive[start : start + MASK_BLOCK]
+            found[rows] = masks.lesion_bins(self.store.masks(rows).astype(bool), spacing_mm(self.store.rows, rows))
+        return found
+
+    @cached_property
+    def _synthetic_bins(self) -> np.ndarray:
+        if self.partners is not None and MASK not in self.dataset.files:
+            return self._real_bins[self.partners]
+        shown = synthetic_masks(self.dataset, self.chosen, self.store)
+        assert shown is not None  # sides_of refuses lesions without masks
+        return masks.lesion_bins(shown.astype(bool), spacing_mm(self.dataset.index, self.chosen))
 
     def synthetic_groups(self) -> np.ndarray:
         """Names [n] of what varies independently: patients of the conditions, else single images."""
@@ -183,9 +230,9 @@ class Sides:
         return np.array([f"synthetic {name}" for name in self.dataset.index["id"].to_numpy()[self.chosen]])
 
 
-def choose_sides(dataset: Dataset, plan: Plan, against: str, store: RealImages, positive_only: bool | None = None) -> Sides:
+def choose_sides(dataset: Dataset, plan: Plan, against: str, store: RealImages, measures: Measures) -> Sides:
     """The sides of an evaluate stage."""
-    sides = sides_of(dataset, store, plan.seed, against, plan.trained_on(dataset.name), positive_only)
+    sides = sides_of(dataset, store, plan.seed, against, plan.trained_on(dataset.name), measures)
     sample = dataset.read(dataset.outputs[0], sides.chosen[:1])
     if sample.shape[1:] != (store.size, store.size):
         raise MedgenError(f"{dataset.name}: images of {sample.shape[1]}x{sample.shape[2]}, but the data have {store.size}x{store.size} pixels")
@@ -193,30 +240,40 @@ def choose_sides(dataset: Dataset, plan: Plan, against: str, store: RealImages, 
 
 
 def sides_of(
-    dataset: SyntheticImages, store: RealImages, seed: int, against: str, seen: tuple[str, ...], positive_only: bool | None,
-    pairing: str = Sides.pairing,
+    dataset: SyntheticImages, store: RealImages, seed: int, against: str, seen: tuple[str, ...], measures: Measures, pairing: Pairing = RUN_PAIRING
 ) -> Sides:
     """Match the synthetic set with real slices: the same size of set, and slices with a lesion only where that is asked for, or every synthetic one has one.
 
-    Raises InputError if lesions are asked for and there are no masks to see them by, or none is left."""
+    Raises InputError if lesions are asked for and there are no masks to see them by, or none is left; or classes, and there are none."""
+    if measures.by == "class" and "label" not in dataset.index.columns:
+        raise InputError(f"by: class: the images of {dataset.name} are of no class; remove it")
     chosen = some_rows(np.arange(len(dataset.index)), seed, "evaluate_synthetic")
-    masks = synthetic_masks(dataset, chosen, store)
-    if positive_only is None:
-        positive_only = masks is not None and bool(masks.any(axis=(1, 2)).all())
-    elif positive_only:
-        chosen = chosen[_with_lesion(dataset, masks)]
-    return Sides(
+    shown = synthetic_masks(dataset, chosen, store)
+    positive_only = measures.positive_only
+    if positive_only is None and measures.by != "lesion_size":
+        positive_only = shown is not None and bool(shown.any(axis=(1, 2)).all())
+    elif positive_only is None or positive_only:
+        chosen, positive_only = chosen[_with_lesion(dataset, shown)], True
+    sides = Sides(
         dataset=dataset, store=store, seed=seed, against=against, positive_only=positive_only, chosen=chosen,
         partners=partner_rows(dataset, chosen, store),
         reference=some_rows(store.select(against, positive_only), seed, "evaluate_real"),
-        train=_rows_of(store, seen, positive_only), seen=seen, pairing=pairing,
+        train=_rows_of(store, seen, positive_only), seen=seen, pairing=pairing, by=measures.by,
     )
+    if measures.by == "lesion_size" and not all({*SPACING} <= set(table.columns) for table in (store.rows, dataset.index)):
+        raise InputError("by: lesion_size: pictures do not say how large a pixel is; NIfTI files do")
+    return sides
 
 
-def _with_lesion(dataset: SyntheticImages, masks: np.ndarray | None) -> np.ndarray:
-    if masks is None:
+def spacing_mm(table: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    """Between rows and between columns, [n, 2]."""
+    return table[list(SPACING)].to_numpy(dtype=float)[rows]
+
+
+def _with_lesion(dataset: SyntheticImages, shown: np.ndarray | None) -> np.ndarray:
+    if shown is None:
         raise InputError(f"positive_only: {dataset.name} has no masks that would tell which images show a lesion; remove it")
-    found = np.asarray(masks.any(axis=(1, 2)))
+    found = np.asarray(shown.any(axis=(1, 2)))
     if not found.any():
         raise InputError(f"positive_only: no mask of {dataset.name} shows a lesion; remove it")
     return found

@@ -11,14 +11,24 @@ from medgen import collected, files, rng
 from medgen import plan as plans
 from medgen.data.store import open_store
 from medgen.errors import InputError
-from medgen.evaluate import auc, by_class, curves, distributions, feature_scores, paired, scores
+from medgen.evaluate import (
+    auc,
+    by_class,
+    curves,
+    distributions,
+    feature_scores,
+    mask_scores,
+    paired,
+    perceptual,
+    scores,
+)
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.inputs import MASK, Sides, choose_sides, read_dataset
 from medgen.evaluate.scores import Score, ScoresOrReason
 from medgen.plan import Plan
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
-from medgen.spec_evaluate import FEATURE_METRICS, EvaluateStage, Measures
+from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, PERCEPTUAL_METRICS, EvaluateStage, Measures
 
 PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery
@@ -60,7 +70,7 @@ def sides_of_stage(run: RunDir, plan: Plan, stage: EvaluateStage, cache_root: Pa
             f"the data have changed since {stage.of} was made from them (then {made_from[:12]}, now {store.fingerprint[:12]}): "
             "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
         )
-    return choose_sides(dataset, plan, stage.against, store, stage.positive_only)
+    return choose_sides(dataset, plan, stage.against, store, stage)
 
 
 def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresOrReason], bench: Bench) -> dict[str, Any]:
@@ -71,6 +81,12 @@ def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresO
     of_features = [name for name in FEATURE_METRICS if name in measures.metrics]
     if of_features:
         computed = computed | feature_scores.feature_scores(sides, of_features, measures, bench)
+    of_lpips = [name for name in PERCEPTUAL_METRICS if name in measures.metrics]
+    if of_lpips:
+        computed = computed | perceptual.perceptual_scores(sides, of_lpips, measures)
+    of_masks = [name for name in MASK_METRICS if name in measures.metrics]
+    if of_masks:
+        computed = computed | mask_scores.mask_scores(sides, of_masks)
     found, skipped, details = _all_scores(sides, images, measures.metrics, computed, bench)
     return {
         "schema": scores.METRICS_SCHEMA,

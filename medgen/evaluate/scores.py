@@ -71,6 +71,8 @@ NEIGHBOUR_READING = (
     "unusual images."
 )
 
+MASK_READING = "The floor is what the mask of another real patient scores. Small lesions have lower values for the same outline error."
+
 MEANINGS: dict[str, Meaning] = {
     "mae": Meaning(
         "Mean absolute error", "of the window", "lower",
@@ -170,6 +172,22 @@ MEANINGS: dict[str, Meaning] = {
         "Power-spectrum distance", "dB", "lower",
         "Difference of the radially averaged power spectra of real and synthetic images, root mean square over spatial frequencies. Needs no trained network.",
         "The floor is the difference between two groups of real patients. Above it the texture is wrong: too smooth (missing high frequencies), noisy or striped.",
+    ),
+    "lpips": Meaning(
+        "LPIPS", "", "lower",
+        "Distance between the features of a synthetic image and its real partner, weighted as people judge differences between photographs; 0 is identical.",
+        BEAT_THE_FLOOR,
+    ),
+    "lpips_diversity": Meaning(
+        "LPIPS within the set", "", "closer to floor",
+        "LPIPS between random pairs of different images of one set.",
+        "The floor is the same between slices of different real patients. Lower than the floor: the images resemble each other more than real ones do. Higher "
+        "is no merit: noise is far from everything.",
+    ),
+    "dice": Meaning("Dice", "", "higher", "Overlap of two masks that belong together: twice the common area over the sum of both.", MASK_READING),
+    "iou": Meaning("Intersection over union", "", "higher", "Overlap of two masks that belong together: common area over the area of both.", MASK_READING),
+    "hd95": Meaning(
+        "HD95", "mm", "lower", "95th percentile of the distances between the outlines of two masks that belong together.", MASK_READING
     ),
     "auc_real": Meaning(
         "Real images classified (AUC)", "", "higher",
