@@ -61,12 +61,12 @@ class Extractor:
     published_inception: bool = False
 
     def prepared(self, images: np.ndarray) -> torch.Tensor:
-        """What the network sees of gray images [n,H,W] in [0,1], the window of the data, channels last. Nothing is rounded to 8 bits."""
+        """What the network sees of gray images [n,H,W] in [0,1], the window of the data. Nothing is rounded to 8 bits."""
         import torch
 
         low, high = self.value_range
         resized = torch.from_numpy(low + (high - low) * resize_images(images, self.size))
-        return resized[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return resized[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
 def load(asked: dict[str, Any], training: TrainingImages | None) -> Extractor:
