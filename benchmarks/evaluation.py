@@ -3,13 +3,12 @@
 The same images of 128 px, the same weights from a local file (drawn at random: they take as long as trained ones), CPU seconds of one
 thread, since others on the machine cost waiting time, which does not count. Both sides make one pass of InceptionV3 over each set and one
 of AlexNet over both; features that were kept from an earlier evaluation do not count, but are told as a row of their own. Memory is the
-peak of a process that scores N images a side, and of one that scores four times as many."""
+peak while a process scores N images a side, and while one scores four times as many; what loading took before is left out."""
 
 from __future__ import annotations
 
 import io
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -108,7 +107,8 @@ def of_medgen(extractor: Extractor, lpips: Lpips, real: np.ndarray, synthetic: n
     second = timed(seconds, "features_of_synthetic", lambda: features.features(extractor, lambda rows: in_float(synthetic, rows), every))
     fid = timed(seconds, "fid", lambda: distances.frechet(first, second))
     kid = timed(seconds, "kid", lambda: distances.kernel(first, second, every, every, 1, "benchmark").value)
-    apart = timed(seconds, "lpips", lambda: lpips_distance.row_distances(lpips, in_float(real, every), in_float(synthetic, every)))
+    blocks = [every[start : start + lpips_distance.BATCH] for start in range(0, len(every), lpips_distance.BATCH)]
+    apart = timed(seconds, "lpips", lambda: np.concatenate([lpips_distance.row_distances(lpips, in_float(real, some), in_float(synthetic, some)) for some in blocks]))
     return {"fid": fid, "kid": kid, "lpips": float(apart.mean())}, seconds
 
 
@@ -166,7 +166,7 @@ def distances_of_torch_fidelity(extractor: Extractor, real: np.ndarray, syntheti
 
 
 def peak_mebibytes(count: int, inception: Path, alexnet: Path) -> float:
-    """Of a process of its own that scores `count` images a side, read from a file as an evaluation reads them."""
+    """While a process of its own scores `count` images a side, read from a file as an evaluation reads them."""
     code = f"from benchmarks import evaluation as e; e.scored_from_disk({count}, e.Path({str(inception)!r}), e.Path({str(alexnet)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return round(int(done.stdout.split()[-1]) / 1024, 1)
@@ -182,8 +182,11 @@ def scored_from_disk(count: int, inception: Path, alexnet: Path) -> None:
             stored[:] = np.resize(images(MEMORY_COUNT, side), stored.shape)
             del stored
             sides.append(np.load(path, mmap_mode="r"))
-        of_medgen(*loaded(inception, alexnet), *sides)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        networks = loaded(inception, alexnet)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading, which is the highest
+        of_medgen(*networks, *sides)
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(peak.split()[1])
 
 
 # all of it
