@@ -10,12 +10,12 @@ from datetime import date, datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import cache, checkpoint_sharded, loop, pacgan, planning, startup, submit_scale, watch_scale
+from benchmarks import cache, checkpoint_sharded, evaluation, loop, pacgan, planning, startup, submit_scale, watch_scale
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {"startup": startup.run, "planning": planning.run, "cache": cache.run, "loop": loop.run,
               "submit": submit_scale.run, "watch": watch_scale.run, "checkpoint": checkpoint_sharded.run,
-              "pacgan": pacgan.run}
+              "pacgan": pacgan.run, "evaluation": evaluation.run}
 
 
 def machine() -> dict[str, object]:
@@ -29,7 +29,7 @@ def main() -> None:
     record: dict[str, object] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "monai", "numpy", "nibabel", "pydantic", "typer")},
+        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "lpips", "monai", "numpy", "nibabel", "pydantic", "typer")},
     }
     for name in chosen:
         print(f"{name} ...", flush=True)

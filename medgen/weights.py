@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WEIGHTS_VARIABLE = "MEDGEN_WEIGHTS"
 PAGE = "docs/weights.md"
 WITHOUT = "what needs no weights: extractor: encoder or random_conv, and the metrics swd, ssim_pairs and ms_ssim_diversity"
-SHOWN_DIGITS = 12
+SHOWN_DIGITS = 8  # of a hash, as many as publishers put into a file's name
 SHOWN_COLUMNS = 120  # where there is no terminal
 COLOURS = {"there": "green", "not recorded": "yellow", "missing": "dim", "changed": "bold red"}
 
@@ -228,7 +228,7 @@ def _state(entry: Published, file: Path, read_all: bool) -> State:
         known = files.sha256_file(file)
         if _not_what_it_should_be(file, known, None, entry) is not None:
             return State(entry, file, "changed", known)
-    return State(entry, file, "there" if noted is not None else "not recorded", known)
+    return State(entry, file, "there" if noted is not None or entry.sha256 else "not recorded", known)
 
 
 def add(file: Path, name: str | None) -> State:

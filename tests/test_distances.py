@@ -46,6 +46,14 @@ def test_both_distances_are_those_of_torch_fidelity() -> None:
     assert distances.discrepancy(distances.cubic, one.numpy(), other.numpy(), every, every, 1, "test").value == pytest.approx(kid, rel=1e-3)
 
 
+def test_both_distances_are_those_of_clean_fid() -> None:
+    """Computed once with clean-fid 0.1.35: fid_from_feats, and kernel_distance with one subset of everything, on these features."""
+    one, fewer, other = gaussian(300, 40, seed=1), gaussian(250, 40, 0.2, seed=2), gaussian(300, 40, 0.2, seed=2)
+    assert frechet(one, fewer) == pytest.approx(2.474367079732744, rel=1e-6)
+    every = np.arange(300)
+    assert distances.discrepancy(distances.cubic, one, other, every, every, 1, "test").value == pytest.approx(0.18604552390966014, rel=1e-6)
+
+
 def test_the_kernel_distance_leaves_out_pairs_of_one_patient() -> None:
     one, other = gaussian(12, 5, seed=1), gaussian(9, 5, seed=2)
     patients, images = np.repeat(["c", "a", "b", "d"], 3)[::-1], np.arange(9)

@@ -61,7 +61,7 @@ class Extractor:
     published_inception: bool = False
 
     def prepared(self, images: np.ndarray) -> torch.Tensor:
-        """What the network sees of gray images [n,H,W] or colour images [n,3,H,W] in [0,1], the window of the data, channels last.
+        """What the network sees of gray images [n,H,W] or colour images [n,3,H,W] in [0,1], the window of the data.
 
         Gray is given three times; nothing is rounded to 8 bits."""
         import torch
@@ -69,7 +69,7 @@ class Extractor:
         low, high = self.value_range
         square = resize_images(images.reshape(-1, *images.shape[-2:]), self.size)
         resized = torch.from_numpy(low + (high - low) * square).reshape(len(images), -1, self.size, self.size)
-        return resized.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return resized.expand(-1, 3, -1, -1).contiguous()
 
 
 def load(asked: dict[str, Any], training: TrainingImages | None) -> Extractor:

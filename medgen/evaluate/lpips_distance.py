@@ -46,7 +46,7 @@ class Lpips:
         weight = next(self.model.parameters())
         given = torch.from_numpy(2 * images.astype(np.float32, copy=False) - 1).to(weight.device)
         colours = given.reshape(len(images), -1, *images.shape[-2:]).expand(-1, 3, -1, -1)
-        colours = self.model.scaling_layer(colours).contiguous(memory_format=torch.channels_last)
+        colours = self.model.scaling_layer(colours)
         vectors = []
         for maps, top in zip(self.model.net(colours), self.model.lins, strict=True):
             root = (top.model[-1].weight / (maps.shape[2] * maps.shape[3])).sqrt()
