@@ -180,6 +180,16 @@ def study(sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="the name o
 
 
 @app.command(rich_help_panel="Jobs")
+def compare(
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="runs, or folders that `medgen evaluate` made", show_default=False)], as_json: AsJson = False,
+) -> None:
+    """Put the scores of several runs side by side: only what was measured alike, and which differences are larger than their noise."""
+    from medgen.watch import compare as comparing
+
+    comparing.compare(run, as_json)
+
+
+@app.command(rich_help_panel="Jobs")
 def fsck(
     run: RunName, as_json: AsJson = False,
     clean: Annotated[bool, typer.Option("--clean", help="delete what is listed as safe, without asking")] = False,
