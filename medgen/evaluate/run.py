@@ -10,9 +10,10 @@ import numpy as np
 
 from medgen import collected, files, rng
 from medgen import plan as plans
+from medgen.data.csv_files import write_rows
 from medgen.data.store import open_store
 from medgen.errors import InputError
-from medgen.evaluate import auc, by_class, curves, distributions, paired, scores
+from medgen.evaluate import auc, by_class, curves, distributions, paired, privacy, scores
 from medgen.evaluate.inputs import MASK, Sides, choose_sides
 from medgen.evaluate.scores import Score
 from medgen.plan import Plan
@@ -23,7 +24,6 @@ from medgen.spec_evaluate import FEATURE_METRICS
 PAIRED = ("mae", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery
 SHOWN_PAIRS = 12
-SHOWN_COPIES = 4
 
 
 Say = Callable[[str], None]
@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progress: Progress) -> list[Path]:
-    """Score one generated dataset and write `metrics.json`; returns the files written. `progress` gets step, total, unit.
+    """Score one generated dataset and write `metrics.json` and `suspects.csv`; returns the files written. `progress` gets step, total, unit.
 
     Raises MedgenError if the dataset is missing or does not verify, InputError if the real data are wrong."""
     plan = plans.read(run)
@@ -57,17 +57,19 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     if "auc" in names:
         computed["auc"] = auc.auc_scores(run, plan, sides, images)
     found, skipped, details = _all_scores(sides, images, names, computed, say, progress)
+    examined = privacy.examine(run, plan, sides, images, stage.settings["extractor"], say)
     record = {
         "schema": scores.METRICS_SCHEMA,
         "stage": stage_name,
         "of": sides.dataset.name,
         "against": sides.against,
         "positive_only": sides.positive_only,
-        "scores": scores.to_json(found),
-        "skipped": skipped,
+        "scores": scores.to_json(found + examined.scores),
+        "skipped": skipped | examined.skipped,
         "counts": _counts(sides),
         "generation": generation_facts(run, plan, sides.dataset.name),
-        "details": details,
+        "details": details | {"copies": examined.nearest},
+        "privacy": examined.record,
         "samples": _samples_to_show(sides),
         "inputs": {
             "dataset": str((sides.dataset.folder / collected.INDEX).relative_to(run.root)),
@@ -75,8 +77,9 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
             "data_fingerprint": store.fingerprint,
         },
     }
+    write_rows(run.suspects(stage_name), privacy.SUSPECT_COLUMNS, examined.suspects)
     files.write_json(run.metrics(stage_name), record)
-    return [run.metrics(stage_name)]
+    return [run.metrics(stage_name), run.suspects(stage_name)]
 
 
 def _all_scores(
@@ -103,10 +106,6 @@ def _all_scores(
         for item in new:
             say(f"{item.name}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
         progress(number + 1, len(names), "metrics")
-    new, reason, details["copies"] = distributions.copy_scores(sides, images, SHOWN_COPIES)
-    found += new
-    if reason is not None:
-        skipped["near_train"] = reason
     details["curves"] = _curves(sides, images)
     return found, skipped, details
 

@@ -1,0 +1,435 @@
+"""What a synthetic set and its model give away of the training patients: copies, membership, and what is guaranteed. Called by run.py.
+
+The searches themselves are in copies.py and membership.py, on plain rows; here is which rows, and the words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from medgen import spec
+from medgen.checkpoint import Checkpoint
+from medgen.errors import MedgenError
+from medgen.evaluate import classification, copies, extractors, features, intervals, membership
+from medgen.evaluate.copies import Copies, Rows, Whitening
+from medgen.evaluate.extractors import Extractor
+from medgen.evaluate.inputs import MASK, Sides, some_rows
+from medgen.evaluate.maker import maker
+from medgen.evaluate.membership import Inferred
+from medgen.evaluate.scores import Score, score
+from medgen.models.base import Batch, DataShape, Model
+from medgen.plan import Plan
+from medgen.roc import binary_area
+from medgen.rundir import RunDir
+from medgen.training import load_channel, trained_model
+
+SHOWN = 16  # pictures of the most suspicious
+MOST_HELD_OUT = 2048  # slices that set the threshold, or are attacked; all training slices are searched
+MOST_WITH_MODEL = 256  # a side; each takes some passes of the network
+MODEL_BATCH = 16
+READ_BLOCK = 512
+PIXELS, FEATURES = "pixels", "features"
+METRIC_OF = {PIXELS: "near_train", FEATURES: "near_train_features"}
+
+Images = dict[str, np.ndarray]
+Say = Callable[[str], None]
+Look = Callable[[np.ndarray], np.ndarray]  # images [..., H, W] as they are compared: as they are, or mirrored
+
+
+@dataclass(frozen=True)
+class Examined:
+    """`skipped`: metric -> reason. `nearest`: the pairs for the report's pictures, the most suspicious first. `suspects`: a line per
+    synthetic image and space that is below the threshold. `record`: what metrics.json holds under `privacy`, see `in_words`."""
+
+    scores: list[Score]
+    skipped: dict[str, str]
+    nearest: list[dict[str, Any]]
+    suspects: list[dict[str, Any]]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The slices that are looked at: store rows, and all of them in one space. `words`: of the space, for the protocol."""
+
+    space: str
+    words: str
+    train: np.ndarray  # rows [m, D]
+    held_out: Rows
+    synthetic: Rows
+
+
+@dataclass(frozen=True)
+class Known:
+    """The real slices. `held_out`: at most 2048 store rows, none that is a training slice under another name (`leaked` of them were).
+
+    `people` [m]: of the training slices; patients who share an identical slice count as one (`same_person` names fell away)."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    people: np.ndarray
+    same_person: int
+    leaked: int
+
+
+SUSPECT_COLUMNS = ("space", "synthetic", "real", "ratio", "threshold")
+
+
+def examine(run: RunDir, plan: Plan, sides: Sides, images: Images, extractor: dict[str, Any] | None, say: Say) -> Examined:
+    """images: of every drawn channel, [n,H,W], for `sides.chosen`. `extractor`: of the stage, None for the one without weights."""
+    guarantee = _guarantee(run, plan, sides)
+    held_out = some_rows(sides.held_out(), sides.seed, "copies_held_out", MOST_HELD_OUT)
+    if len(held_out) == 0:
+        return _finished([], dict.fromkeys(("near_train", "membership"), "needs held-out patients (val or test) as a yardstick"), [], [], [], guarantee, say)
+    known = _known(sides, held_out)
+    if len(known.held_out) == 0:
+        return _finished([], dict.fromkeys(("near_train", "membership"), "every held-out slice is a training slice as well"), [], [], [], guarantee, say)
+    tables = [_pixel_table(sides, images, known)]
+    if sides.dataset.image_channels and (_gives_a_threshold(known) or _can_be_attacked(sides, known)):
+        tables.append(_feature_table(sides, images, known, extractor, say))
+    found, skipped, pairs, searches = _copies(sides, known, tables, images)
+    inferred, reasons = _membership(run, plan, sides, known, tables[-1])
+    for attack, (words, results) in inferred.items():
+        found += _membership_scores(sides, images, attack, words, results, reasons)
+    attacks = [{"attack": attack, **asdict(item)} for attack, (_, results) in inferred.items() for item in results]
+    return _finished(found, {**skipped, **reasons}, pairs, searches, attacks, guarantee, say)
+
+
+def _finished(found: list[Score], skipped: dict[str, str], pairs: list[dict[str, Any]], searches: list[dict[str, Any]],
+              attacks: list[dict[str, Any]], guarantee: dict[str, Any] | None, say: Say) -> Examined:  # fmt: skip
+    record = {"guarantee": guarantee, "searches": searches, "membership": attacks}
+    for sentence in in_words(record):
+        say(sentence)
+    suspects = [{name: pair[name] for name in SUSPECT_COLUMNS} for pair in pairs if pair["is_suspect"]]
+    return Examined(found, skipped, _most_suspicious(pairs), suspects, record)
+
+
+# --- which rows -------------------------------------------------------------------------------------------------------
+
+
+def _known(sides: Sides, held_out: np.ndarray) -> Known:
+    """Without the held-out slices that were trained on under another name: they would hide copies, not reveal them.
+
+    Masks are no mark of a person: small ones are often alike."""
+    patients = sides.patients(sides.train).astype(str)
+    if not sides.dataset.image_channels:
+        return Known(sides.train, held_out, patients, 0, 0)
+    prints, theirs = (np.concatenate([copies.fingerprints(block) for block in _blocks(sides, sides.dataset.image_channels, rows)]) for rows in (sides.train, held_out))
+    is_new = ~np.isin(theirs, prints[prints != 0])
+    people = copies.people(patients, prints)
+    return Known(sides.train, held_out[is_new], people, len(np.unique(patients)) - len(np.unique(people)), int((~is_new).sum()))
+
+
+def _blocks(sides: Sides, channels: list[str], rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Real slices [k,C,H,W], some at a time: a whole training set at full size does not fit into memory."""
+    for start in range(0, len(rows), READ_BLOCK):
+        some = rows[start : start + READ_BLOCK]
+        yield np.stack([sides.store.masks(some).astype(np.float32) if name == MASK else sides.store.images(name, some) for name in channels], axis=1)
+
+
+def _gives_a_threshold(known: Known) -> bool:
+    return len(known.held_out) >= copies.FEWEST_HELD_OUT
+
+
+def _pixel_table(sides: Sides, images: Images, known: Known) -> Table:
+    """Of masks alone the place counts: it is most of what tells small ones apart."""
+    channels = list(images)
+    place, where = (copies.centred, "centred, ") if sides.dataset.image_channels else (_as_is, "")
+
+    def of_real(rows: np.ndarray, look: Look) -> np.ndarray:
+        return np.concatenate([copies.pixel_rows(place(look(block))) for block in _blocks(sides, channels, rows)])
+
+    def of_synthetic(look: Look) -> np.ndarray:
+        return copies.pixel_rows(place(look(np.stack([images[name].astype(np.float32) for name in channels], axis=1))))
+
+    words = f"{min(copies.COMPARED_PIXELS, sides.store.size)} px over {', '.join(channels)}, {where}with mean 0 and norm 1"
+    return Table(PIXELS, words, of_real(known.train, _as_is), Rows(of_real(known.held_out, _as_is), of_real(known.held_out, copies.mirrored)),
+                 Rows(of_synthetic(_as_is), of_synthetic(copies.mirrored)))  # fmt: skip
+
+
+def _feature_table(sides: Sides, images: Images, known: Known, asked: dict[str, Any] | None, say: Say) -> Table:
+    extractor, channels = extractors.load(asked or {"kind": "random_conv"}), sides.dataset.image_channels
+    say(f"features of {len(known.train)} training, {len(known.held_out)} held-out and {len(sides.chosen)} synthetic images: {extractor.name}")
+
+    def of_real(rows: np.ndarray, look: Look) -> np.ndarray:
+        return _features(extractor, channels, lambda name, some: look(sides.store.images(name, some)), rows)
+
+    def of_synthetic(look: Look) -> np.ndarray:
+        return _features(extractor, channels, lambda name, some: look(images[name][some]), np.arange(len(sides.chosen)))
+
+    words = f"features of {', '.join(channels)} ({extractor.name})"
+    return Table(FEATURES, words, of_real(known.train, _as_is), Rows(of_real(known.held_out, _as_is), of_real(known.held_out, copies.mirrored)),
+                 Rows(of_synthetic(_as_is), of_synthetic(copies.mirrored)))  # fmt: skip
+
+
+def _features(extractor: Extractor, channels: list[str], read: Callable[[str, np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Of every channel beside each other, [n, channels * d]."""
+    return np.concatenate([features.features(extractor, partial(read, name), rows) for name in channels], axis=1)
+
+
+def _as_is(images: np.ndarray) -> np.ndarray:
+    return images
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def _copies(sides: Sides, known: Known, tables: list[Table], images: Images) -> tuple[list[Score], dict[str, str], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Scores, reasons for what there is none of, every pair of a synthetic image and its nearest training slice, and the record."""
+    metrics = [METRIC_OF[table.space] for table in tables]
+    if len(np.unique(known.people)) < 2:
+        return [], dict.fromkeys(metrics, "needs at least two training patients"), [], []
+    searches = [Search(table, result, _why_no_threshold(known, result)) for table in tables for result in [_search(sides, known, table)]]
+    measured = [search for search in searches if search.reason is None]
+    found = [_copy_score(sides, known, search, images) for search in measured]
+    found += _closeness_scores(sides, measured[-1], images) if measured else []
+    skipped = {METRIC_OF[search.table.space]: search.reason for search in searches if search.reason is not None}
+    pairs = [pair for search in searches for pair in _pairs(sides, known, search)]
+    return found, skipped, pairs, [_search_record(sides, known, search) for search in measured]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One space, what was found in it, and why that is no measurement, if it is none."""
+
+    table: Table
+    result: Copies
+    reason: str | None
+
+
+def _why_no_threshold(known: Known, result: Copies) -> str | None:
+    if not _gives_a_threshold(known):
+        return f"{len(known.held_out)} held-out slices give no 1st percentile; at least {copies.FEWEST_HELD_OUT} are needed"
+    if result.threshold == 0:
+        return "1% or more of the held-out slices are equal to a training slice, so that no copy can be told from them"
+    return None
+
+
+def _search(sides: Sides, known: Known, table: Table) -> Copies:
+    train, held_out, synthetic = table.train, table.held_out, table.synthetic
+    if table.space == FEATURES:
+        whitening = Whitening.fitted(train)
+        train = whitening(train)
+        held_out, synthetic = (Rows(whitening(side.plain), whitening(side.mirrored)) for side in (held_out, synthetic))
+    return copies.find_copies(synthetic, held_out, sides.patients(known.held_out), train, known.people)
+
+
+def _pairs(sides: Sides, known: Known, search: Search) -> list[dict[str, Any]]:
+    identifiers, store_ids = sides.dataset.index["id"].to_numpy()[sides.chosen], sides.store.aliases
+    result = search.result
+    nearest, ratios = known.train[result.synthetic.place], result.synthetic.ratios
+    return [
+        {"space": search.table.space, "synthetic": str(identifiers[i]), "real": str(store_ids[nearest[i]]), "ratio": float(ratios[i]),
+         "threshold": result.threshold, "is_suspect": bool(search.reason is None and result.suspects[i])}
+        for i in np.argsort(ratios, kind="stable")
+    ]  # fmt: skip
+
+
+def _most_suspicious(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One pair per synthetic image, by how far it is below its space's threshold."""
+    order = sorted(pairs, key=lambda pair: pair["ratio"] / max(pair["threshold"], 1e-12))
+    first: dict[str, dict[str, Any]] = {}
+    for pair in order:
+        first.setdefault(pair["synthetic"], pair)
+    return [{name: pair[name] for name in ("synthetic", "real", "ratio", "space", "is_suspect")} for pair in list(first.values())[:SHOWN]]
+
+
+def _search_record(sides: Sides, known: Known, search: Search) -> dict[str, Any]:
+    result = search.result
+    return {
+        "space": search.table.space, "threshold": result.threshold, "images": len(sides.chosen), "of_images": len(sides.dataset.index),
+        "suspects": int(result.suspects.sum()), "floor": result.floor, "training_slices": len(known.train),
+        "held_out_slices": len(known.held_out), "held_out_patients": len(np.unique(sides.patients(known.held_out))),
+        "held_out_slices_left_out": known.leaked, "training_patients_taken_for_another": known.same_person,
+    }  # fmt: skip
+
+
+def _copy_score(sides: Sides, known: Known, search: Search, images: Images) -> Score:
+    table, result = search.table, search.result
+    groups, share = sides.synthetic_groups(), float(result.suspects.mean())
+    return score(METRIC_OF[table.space], _channels(table, sides, images), share, intervals.share_interval(share, groups), result.floor, len(groups),
+                 f"{_search_protocol(sides, known, table)}; threshold {result.threshold:.4f}; "
+                 f"{intervals.describe(groups, _unit(sides), 'Wilson interval')}; seed {sides.seed}")  # fmt: skip
+
+
+def _search_protocol(sides: Sides, known: Known, table: Table) -> str:
+    whitened = ", whitened by the training slices" if table.space == FEATURES else ""
+    doubts = [f"{known.same_person} training patients share an identical slice with another and count as the same person"] if known.same_person else []
+    doubts += [f"{known.leaked} held-out slices are identical to training slices and were left out"] if known.leaked else []
+    patients = len(np.unique(sides.patients(known.held_out)))
+    return "; ".join([
+        f"distance in {table.words}{whitened}, of the image or its mirror image: to the nearest of {len(known.train)} training slices, over the nearest of another training patient",
+        f"the threshold is the 1st percentile of {len(known.held_out)} held-out slices of {patients} {'val and test' if sides.seen == ('train',) else 'test'} patients; "
+        "floor: their own share, each patient judged by the others",
+        *doubts,
+    ])  # fmt: skip
+
+
+def _closeness_scores(sides: Sides, search: Search, images: Images) -> list[Score]:
+    """Are synthetic images nearer to the training slices than unseen patients are, as a whole?"""
+    table, result = search.table, search.result
+    groups, channels = sides.synthetic_groups(), _channels(table, sides, images)
+    distances = np.concatenate([result.synthetic.distance, result.held_out.distance])
+    is_synthetic = np.arange(len(distances)) < len(groups)
+    everyone = np.concatenate([groups.astype(str), result.held_out_patients.astype(str)])
+    closer = classification.estimate(lambda weights: binary_area(-distances, is_synthetic, weights), everyone, sides.seed)
+    assert closer.value is not None, "both sides have images"
+    where = f"nearest training slice in {table.words}{', whitened by the training slices' if table.space == FEATURES else ''}; beside {len(result.held_out_patients)} held-out slices"
+    authentic = float(result.authentic.mean())
+    return [
+        score("closer_to_train", channels, closer.value, closer.interval, 0.5, len(groups),
+              f"{where}; {intervals.describe(everyone, 'group')} (held-out patients, and synthetic images or patients of their conditions); seed {sides.seed}"),
+        score("authentic", channels, authentic, intervals.share_interval(authentic, groups), float(result.held_out_authentic.mean()), len(groups),
+              f"{where}; {intervals.describe(groups, _unit(sides), 'Wilson interval')}; seed {sides.seed}"),
+    ]  # fmt: skip
+
+
+def _channels(table: Table, sides: Sides, images: Images) -> str:
+    return " + ".join(images if table.space == PIXELS else sides.dataset.image_channels)
+
+
+def _unit(sides: Sides) -> str:
+    return "patient" if sides.partners is not None else "image"
+
+
+# --- membership -------------------------------------------------------------------------------------------------------
+
+
+Attacks = dict[str, tuple[str, list[Inferred]]]  # what the attacker holds -> the protocol, and the result by slice and by patient
+
+
+def _membership(run: RunDir, plan: Plan, sides: Sides, known: Known, table: Table) -> tuple[Attacks, dict[str, str]]:
+    """Training slices against as many held-out ones of the same classes and positions, and why an attack was left out."""
+    if not _can_be_attacked(sides, known):
+        besides = " that no image was conditioned on" if sides.partners is not None else ""
+        return {}, {"membership": f"needs {intervals.FEWEST_GROUPS} training and {intervals.FEWEST_GROUPS} held-out patients{besides} with slices of the same class and position"}
+    members, others = _attacked(sides, known, MOST_HELD_OUT, "membership")
+    found: Attacks = {"images": _attack_by_images(sides, known, table, members, others)}
+    source = plan.stage(plan.stage(sides.dataset.name).settings["from"])
+    if not spec.family_config(source.settings["config"]).attackable:
+        return found, {"membership from the model": f"the model of {source.name} does not say how likely an image is a training image"}
+    try:
+        found["model"] = _attack_by_model(sides, known, maker(run, source.name, sides.dataset))
+    except MedgenError as error:
+        return found, {"membership from the model": str(error)}
+    return found, {}
+
+
+def _can_be_attacked(sides: Sides, known: Known) -> bool:
+    members, others = _attacked(sides, known, MOST_HELD_OUT, "membership")
+    return membership.has_enough_patients(sides.patients(known.train[members]), sides.patients(known.held_out[others]))
+
+
+def _attacked(sides: Sides, known: Known, most: int, stream: str) -> tuple[np.ndarray, np.ndarray]:
+    """Places among `known.train` and `known.held_out`. Nobody whose mask an image was made from: it resembles him for that reason."""
+    rows = sides.store.rows
+    given = np.array([]) if sides.partners is None else sides.patients(sides.partners)
+    free = [np.flatnonzero(~np.isin(sides.patients(side), given)) for side in (known.train, known.held_out)]
+    slices, labels = rows["slice"].to_numpy(), rows["label"].to_numpy().astype(str)
+    of_train, of_held_out = known.train[free[0]], known.held_out[free[1]]
+    members, others = membership.matched((slices[of_train], slices[of_held_out]), (labels[of_train], labels[of_held_out]), most, sides.seed, stream)
+    return free[0][members], free[1][others]
+
+
+def _attack_by_images(sides: Sides, known: Known, table: Table, members: np.ndarray, others: np.ndarray) -> tuple[str, list[Inferred]]:
+    items, reference, synthetic = np.concatenate([table.train[members], table.held_out.plain[others]]), table.held_out.plain, table.synthetic.plain
+    if table.space == FEATURES:
+        whitening = Whitening.fitted(np.concatenate([items, synthetic]))  # not by the training slices alone: they would lie otherwise in it
+        items, reference, synthetic = whitening(items), whitening(reference), whitening(synthetic)
+    of_members = membership.folds(sides.patients(known.train[members]), sides.seed, "membership_members")
+    of_reference = membership.folds(sides.patients(known.held_out), sides.seed, "membership_reference")
+    scores = membership.image_scores(items, np.concatenate([of_members, of_reference[others]]), synthetic, reference, of_reference)
+    words = (f"attack with {len(synthetic)} synthetic images alone: distance to the nearest one in {table.words}, beside the nearest of "
+             f"{len(reference)} held-out slices of other patients")  # fmt: skip
+    return words, _inferred(sides, known, members, others, scores)
+
+
+def _attack_by_model(sides: Sides, known: Known, made_by: Checkpoint) -> tuple[str, list[Inferred]]:
+    members, others = _attacked(sides, known, MOST_WITH_MODEL, "membership_model")
+    scores = _scores_of_model(made_by, sides, np.concatenate([known.train[members], known.held_out[others]]))
+    return f"attack with the model ({made_by.folder.name}): what it says itself", _inferred(sides, known, members, others, scores)
+
+
+def _inferred(sides: Sides, known: Known, members: np.ndarray, others: np.ndarray, scores: np.ndarray) -> list[Inferred]:
+    patients = sides.patients(np.concatenate([known.train[members], known.held_out[others]]))
+    is_member = np.arange(len(scores)) < len(members)
+    return [measure(scores, is_member, patients, sides.seed) for measure in (membership.by_slice, membership.by_patient)]
+
+
+def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray) -> np.ndarray:
+    """float64 [n] of real slices by store row."""
+    state = made_by.state()
+    config = spec.family_config(state["config"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]))
+    model = trained_model(made_by, state["config"]["model"], config, shape, device)
+    blocks = [rows[start : start + MODEL_BATCH] for start in range(0, len(rows), MODEL_BATCH)]
+    return np.concatenate([_scores_of_block(model, config.input_channels, config.uses_labels, sides, block, device) for block in blocks])
+
+
+def _scores_of_block(model: Model, channels: tuple[str, ...], uses_labels: bool, sides: Sides, rows: np.ndarray, device: torch.device) -> np.ndarray:
+    labels = torch.from_numpy(sides.store.labels(rows)).to(device) if uses_labels else None
+    batch = Batch({name: load_channel(sides.store, name, rows, device) for name in channels}, rows.tolist(), sides.seed, "membership", labels)
+    return model.attack_scores(batch).double().cpu().numpy()
+
+
+def _membership_scores(sides: Sides, images: Images, attack: str, words: str, results: list[Inferred], reasons: dict[str, str]) -> list[Score]:
+    """By patient; the rate by slice where there are too few patients for it."""
+    slices, patients = results
+    channel = f"{' + '.join(images)}, from the {attack}"
+    rated = patients if patients.true_positive_rate is not None else slices
+    found = [_membership_score(sides, "membership_auc", channel, words, patients, patients.auc, 0.5)]
+    if rated.true_positive_rate is None:
+        reasons[f"membership_tpr from the {attack}"] = f"{slices.others} held-out slices cannot show 1% false positives; at least {membership.FEWEST_OTHERS} are needed"
+        return found
+    return [*found, _membership_score(sides, "membership_tpr", channel, words, rated, rated.true_positive_rate, membership.FALSE_POSITIVE_RATE)]
+
+
+def _membership_score(sides: Sides, metric: str, channel: str, words: str, result: Inferred, value: classification.Estimate, floor: float) -> Score:
+    assert value.value is not None, "both sides have slices"
+    unit = "per patient, by the mean over the slices" if result.unit == "patient" else "per slice"
+    protocol = (f"{words}; {result.members} training against {result.others} held-out {result.unit}s, equally many slices of each class and tenth of the "
+                f"head; {unit}; 95% bootstrap over patients; seed {sides.seed}")  # fmt: skip
+    return score(metric, channel, value.value, value.interval, floor, result.members + result.others, protocol)
+
+
+# --- what is guaranteed, and the words --------------------------------------------------------------------------------
+
+
+def _guarantee(run: RunDir, plan: Plan, sides: Sides) -> dict[str, Any] | None:
+    """The fact `dp` {epsilon, delta, unit} of a train stage that was trained with differential privacy; None for any other."""
+    outcome = run.read_outcome(plan.stage(sides.dataset.name).settings["from"], 0)
+    return outcome.facts["dp"] if outcome is not None and "dp" in outcome.facts else None
+
+
+def in_words(record: dict[str, Any]) -> list[str]:
+    """Sentences for people, of `privacy` in metrics.json: what was looked for and found, never that nothing could be."""
+    return [*map(_search_in_words, record["searches"]), *(_attack_in_words(item) for item in record["membership"] if item["unit"] == "patient"),
+            _guarantee_in_words(record["guarantee"])]  # fmt: skip
+
+
+def _search_in_words(search: dict[str, Any]) -> str:
+    where = f"at threshold {search['threshold']:.3f} ({search['space']})"
+    among = f"{search['images']:,} images" if search["images"] == search["of_images"] else f"{search['images']:,} of {search['of_images']:,} images"
+    if search["suspects"] == 0:
+        return f"No copies found {where} among {among}."
+    expected = search["floor"] * search["images"]
+    suspected = "1 suspected copy" if search["suspects"] == 1 else f"{search['suspects']:,} suspected copies"
+    return f"{suspected} {where} among {among}; held-out patients would give about {expected:.0f}: look at the nearest pairs."
+
+
+def _attack_in_words(item: dict[str, Any]) -> str:
+    auc = item["auc"]
+    interval = "" if auc["interval"] is None else f" ({auc['interval'][0]:.2f} to {auc['interval'][1]:.2f})"
+    return f"Membership inference from the {item['attack']}: AUC {auc['value']:.2f}{interval} per patient, where 0.5 is guessing."
+
+
+def _guarantee_in_words(guarantee: dict[str, Any] | None) -> str:
+    if guarantee is None:
+        return "No DP guarantee."
+    return f"Trained with differential privacy: epsilon {guarantee['epsilon']:g} at delta {guarantee['delta']:g} per {guarantee['unit']}."
