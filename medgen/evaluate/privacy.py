@@ -29,6 +29,7 @@ from medgen.rundir import RunDir
 from medgen.training import load_channel, trained_model
 
 SHOWN = 16  # pictures of the most suspicious
+MOST_SEARCHED = 100_000  # synthetic images, in pixels; in features those that the other scores are of
 MOST_HELD_OUT = 2048  # slices that set the threshold, or are attacked; all training slices are searched
 MOST_WITH_MODEL = 256  # a side; each takes some passes of the network
 MODEL_BATCH = 16
@@ -36,9 +37,8 @@ READ_BLOCK = 512
 PIXELS, FEATURES = "pixels", "features"
 METRIC_OF = {PIXELS: "near_train", FEATURES: "near_train_features"}
 
-Images = dict[str, np.ndarray]
 Say = Callable[[str], None]
-Look = Callable[[np.ndarray], np.ndarray]  # images [..., H, W] as they are compared: as they are, or mirrored
+ToRows = Callable[[np.ndarray], np.ndarray]  # images float32 [k,C,H,W] to rows [k,D]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ class Examined:
 
 @dataclass(frozen=True)
 class Table:
-    """The slices that are looked at: store rows, and all of them in one space. `words`: of the space, for the protocol."""
+    """All that is compared, in one space. `words`: of the space, for the protocol. `sides.chosen` are the synthetic images."""
 
     space: str
     words: str
+    sides: Sides
+    channels: list[str]
     train: np.ndarray  # rows [m, D]
     held_out: Rows
     synthetic: Rows
@@ -80,8 +82,8 @@ class Known:
 SUSPECT_COLUMNS = ("space", "synthetic", "real", "ratio", "threshold")
 
 
-def examine(run: RunDir, plan: Plan, sides: Sides, images: Images, extractor: dict[str, Any] | None, say: Say) -> Examined:
-    """images: of every drawn channel, [n,H,W], for `sides.chosen`. `extractor`: of the stage, None for the one without weights."""
+def examine(run: RunDir, plan: Plan, sides: Sides, extractor: dict[str, Any] | None, say: Say) -> Examined:
+    """`extractor`: of the stage, None for the one without weights. Raises MedgenError for an image of the set that does not verify."""
     guarantee = _guarantee(run, plan, sides)
     held_out = some_rows(sides.held_out(), sides.seed, "copies_held_out", MOST_HELD_OUT)
     if len(held_out) == 0:
@@ -89,13 +91,13 @@ def examine(run: RunDir, plan: Plan, sides: Sides, images: Images, extractor: di
     known = _known(sides, held_out)
     if len(known.held_out) == 0:
         return _finished([], dict.fromkeys(("near_train", "membership"), "every held-out slice is a training slice as well"), [], [], [], guarantee, say)
-    tables = [_pixel_table(sides, images, known)]
+    tables = [_pixel_table(sides.widened(MOST_SEARCHED), known)]
     if sides.dataset.image_channels and (_gives_a_threshold(known) or _can_be_attacked(sides, known)):
-        tables.append(_feature_table(sides, images, known, extractor, say))
-    found, skipped, pairs, searches = _copies(sides, known, tables, images)
+        tables.append(_feature_table(sides, known, extractor, say))
+    found, skipped, pairs, searches = _copies(known, tables)
     inferred, reasons = _membership(run, plan, sides, known, tables[-1])
     for attack, (words, results) in inferred.items():
-        found += _membership_scores(sides, images, attack, words, results, reasons)
+        found += _membership_scores(sides, attack, words, results, reasons)
     attacks = [{"attack": attack, **asdict(item)} for attack, (_, results) in inferred.items() for item in results]
     return _finished(found, {**skipped, **reasons}, pairs, searches, attacks, guarantee, say)
 
@@ -119,78 +121,76 @@ def _known(sides: Sides, held_out: np.ndarray) -> Known:
     patients = sides.patients(sides.train).astype(str)
     if not sides.dataset.image_channels:
         return Known(sides.train, held_out, patients, 0, 0)
-    prints, theirs = (np.concatenate([copies.fingerprints(block) for block in _blocks(sides, sides.dataset.image_channels, rows)]) for rows in (sides.train, held_out))
+    prints, theirs = (np.concatenate([copies.fingerprints(block) for block in _real(sides, sides.dataset.image_channels, rows)]) for rows in (sides.train, held_out))
     is_new = ~np.isin(theirs, prints[prints != 0])
     people = copies.people(patients, prints)
     return Known(sides.train, held_out[is_new], people, len(np.unique(patients)) - len(np.unique(people)), int((~is_new).sum()))
 
 
-def _blocks(sides: Sides, channels: list[str], rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Real slices [k,C,H,W], some at a time: a whole training set at full size does not fit into memory."""
+def _real(sides: Sides, channels: list[str], rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Slices [k,C,H,W], some at a time: a whole training set at full size does not fit into memory."""
     for start in range(0, len(rows), READ_BLOCK):
         some = rows[start : start + READ_BLOCK]
         yield np.stack([sides.store.masks(some).astype(np.float32) if name == MASK else sides.store.images(name, some) for name in channels], axis=1)
+
+
+def _synthetic(sides: Sides, channels: list[str]) -> Iterator[np.ndarray]:
+    for start in range(0, len(sides.chosen), READ_BLOCK):
+        some = sides.chosen[start : start + READ_BLOCK]
+        yield np.stack([sides.dataset.read(name, some).astype(np.float32) for name in channels], axis=1)
 
 
 def _gives_a_threshold(known: Known) -> bool:
     return len(known.held_out) >= copies.FEWEST_HELD_OUT
 
 
-def _pixel_table(sides: Sides, images: Images, known: Known) -> Table:
+def _pixel_table(sides: Sides, known: Known) -> Table:
     """Of masks alone the place counts: it is most of what tells small ones apart."""
-    channels = list(images)
-    place, where = (copies.centred, "centred, ") if sides.dataset.image_channels else (_as_is, "")
-
-    def of_real(rows: np.ndarray, look: Look) -> np.ndarray:
-        return np.concatenate([copies.pixel_rows(place(look(block))) for block in _blocks(sides, channels, rows)])
-
-    def of_synthetic(look: Look) -> np.ndarray:
-        return copies.pixel_rows(place(look(np.stack([images[name].astype(np.float32) for name in channels], axis=1))))
-
-    words = f"{min(copies.COMPARED_PIXELS, sides.store.size)} px over {', '.join(channels)}, {where}with mean 0 and norm 1"
-    return Table(PIXELS, words, of_real(known.train, _as_is), Rows(of_real(known.held_out, _as_is), of_real(known.held_out, copies.mirrored)),
-                 Rows(of_synthetic(_as_is), of_synthetic(copies.mirrored)))  # fmt: skip
+    channels = sides.dataset.outputs
+    pixels = f"{min(copies.COMPARED_PIXELS, sides.store.size)} px over {', '.join(channels)}"
+    if not sides.dataset.image_channels:
+        return _table(PIXELS, f"{pixels}, with mean 0 and norm 1", sides, channels, known, copies.pixel_rows)
+    return _table(PIXELS, f"{pixels}, centred, with mean 0 and norm 1", sides, channels, known, lambda images: copies.pixel_rows(copies.centred(images)))
 
 
-def _feature_table(sides: Sides, images: Images, known: Known, asked: dict[str, Any] | None, say: Say) -> Table:
+def _feature_table(sides: Sides, known: Known, asked: dict[str, Any] | None, say: Say) -> Table:
     extractor, channels = extractors.load(asked or {"kind": "random_conv"}), sides.dataset.image_channels
     say(f"features of {len(known.train)} training, {len(known.held_out)} held-out and {len(sides.chosen)} synthetic images: {extractor.name}")
-
-    def of_real(rows: np.ndarray, look: Look) -> np.ndarray:
-        return _features(extractor, channels, lambda name, some: look(sides.store.images(name, some)), rows)
-
-    def of_synthetic(look: Look) -> np.ndarray:
-        return _features(extractor, channels, lambda name, some: look(images[name][some]), np.arange(len(sides.chosen)))
-
-    words = f"features of {', '.join(channels)} ({extractor.name})"
-    return Table(FEATURES, words, of_real(known.train, _as_is), Rows(of_real(known.held_out, _as_is), of_real(known.held_out, copies.mirrored)),
-                 Rows(of_synthetic(_as_is), of_synthetic(copies.mirrored)))  # fmt: skip
+    return _table(FEATURES, f"features of {', '.join(channels)} ({extractor.name})", sides, channels, known, partial(_features, extractor))
 
 
-def _features(extractor: Extractor, channels: list[str], read: Callable[[str, np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Of every channel beside each other, [n, channels * d]."""
-    return np.concatenate([features.features(extractor, partial(read, name), rows) for name in channels], axis=1)
+def _features(extractor: Extractor, images: np.ndarray) -> np.ndarray:
+    """Of every channel beside each other, [k, C * d]."""
+    every = np.arange(len(images))
+    return np.concatenate([features.features(extractor, channel.__getitem__, every) for channel in images.swapaxes(0, 1)], axis=1)
 
 
-def _as_is(images: np.ndarray) -> np.ndarray:
-    return images
+def _table(space: str, words: str, sides: Sides, channels: list[str], known: Known, to_rows: ToRows) -> Table:
+    train = np.concatenate([to_rows(block) for block in _real(sides, channels, known.train)])
+    held_out, synthetic = (_both_ways(blocks, to_rows) for blocks in (_real(sides, channels, known.held_out), _synthetic(sides, channels)))
+    return Table(space, words, sides, channels, train, held_out, synthetic)
+
+
+def _both_ways(blocks: Iterator[np.ndarray], to_rows: ToRows) -> Rows:
+    plain, mirrored = zip(*((to_rows(block), to_rows(copies.mirrored(block))) for block in blocks), strict=True)
+    return Rows(np.concatenate(plain), np.concatenate(mirrored))
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 
-def _copies(sides: Sides, known: Known, tables: list[Table], images: Images) -> tuple[list[Score], dict[str, str], list[dict[str, Any]], list[dict[str, Any]]]:
+def _copies(known: Known, tables: list[Table]) -> tuple[list[Score], dict[str, str], list[dict[str, Any]], list[dict[str, Any]]]:
     """Scores, reasons for what there is none of, every pair of a synthetic image and its nearest training slice, and the record."""
     metrics = [METRIC_OF[table.space] for table in tables]
     if len(np.unique(known.people)) < 2:
         return [], dict.fromkeys(metrics, "needs at least two training patients"), [], []
-    searches = [Search(table, result, _why_no_threshold(known, result)) for table in tables for result in [_search(sides, known, table)]]
+    searches = [Search(table, result, _why_no_threshold(known, result)) for table in tables for result in [_search(known, table)]]
     measured = [search for search in searches if search.reason is None]
-    found = [_copy_score(sides, known, search, images) for search in measured]
-    found += _closeness_scores(sides, measured[-1], images) if measured else []
+    found = [_copy_score(known, search) for search in measured]
+    found += _closeness_scores(measured[-1]) if measured else []
     skipped = {METRIC_OF[search.table.space]: search.reason for search in searches if search.reason is not None}
-    pairs = [pair for search in searches for pair in _pairs(sides, known, search)]
-    return found, skipped, pairs, [_search_record(sides, known, search) for search in measured]
+    pairs = [pair for search in searches for pair in _pairs(known, search)]
+    return found, skipped, pairs, [_search_record(known, search) for search in measured]
 
 
 @dataclass(frozen=True)
@@ -210,18 +210,18 @@ def _why_no_threshold(known: Known, result: Copies) -> str | None:
     return None
 
 
-def _search(sides: Sides, known: Known, table: Table) -> Copies:
+def _search(known: Known, table: Table) -> Copies:
     train, held_out, synthetic = table.train, table.held_out, table.synthetic
     if table.space == FEATURES:
         whitening = Whitening.fitted(train)
         train = whitening(train)
         held_out, synthetic = (Rows(whitening(side.plain), whitening(side.mirrored)) for side in (held_out, synthetic))
-    return copies.find_copies(synthetic, held_out, sides.patients(known.held_out), train, known.people)
+    return copies.find_copies(synthetic, held_out, table.sides.patients(known.held_out), train, known.people)
 
 
-def _pairs(sides: Sides, known: Known, search: Search) -> list[dict[str, Any]]:
+def _pairs(known: Known, search: Search) -> list[dict[str, Any]]:
+    sides, result = search.table.sides, search.result
     identifiers, store_ids = sides.dataset.index["id"].to_numpy()[sides.chosen], sides.store.aliases
-    result = search.result
     nearest, ratios = known.train[result.synthetic.place], result.synthetic.ratios
     return [
         {"space": search.table.space, "synthetic": str(identifiers[i]), "real": str(store_ids[nearest[i]]), "ratio": float(ratios[i]),
@@ -239,8 +239,8 @@ def _most_suspicious(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: pair[name] for name in ("synthetic", "real", "ratio", "space", "is_suspect")} for pair in list(first.values())[:SHOWN]]
 
 
-def _search_record(sides: Sides, known: Known, search: Search) -> dict[str, Any]:
-    result = search.result
+def _search_record(known: Known, search: Search) -> dict[str, Any]:
+    sides, result = search.table.sides, search.result
     return {
         "space": search.table.space, "threshold": result.threshold, "images": len(sides.chosen), "of_images": len(sides.dataset.index),
         "suspects": int(result.suspects.sum()), "floor": result.floor, "training_slices": len(known.train),
@@ -249,15 +249,16 @@ def _search_record(sides: Sides, known: Known, search: Search) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _copy_score(sides: Sides, known: Known, search: Search, images: Images) -> Score:
-    table, result = search.table, search.result
+def _copy_score(known: Known, search: Search) -> Score:
+    table, result, sides = search.table, search.result, search.table.sides
     groups, share = sides.synthetic_groups(), float(result.suspects.mean())
-    return score(METRIC_OF[table.space], _channels(table, sides, images), share, intervals.share_interval(share, groups), result.floor, len(groups),
-                 f"{_search_protocol(sides, known, table)}; threshold {result.threshold:.4f}; "
+    return score(METRIC_OF[table.space], " + ".join(table.channels), share, intervals.share_interval(share, groups), result.floor, len(groups),
+                 f"{_search_protocol(known, table)}; threshold {result.threshold:.4f}; "
                  f"{intervals.describe(groups, _unit(sides), 'Wilson interval')}; seed {sides.seed}")  # fmt: skip
 
 
-def _search_protocol(sides: Sides, known: Known, table: Table) -> str:
+def _search_protocol(known: Known, table: Table) -> str:
+    sides = table.sides
     whitened = ", whitened by the training slices" if table.space == FEATURES else ""
     doubts = [f"{known.same_person} training patients share an identical slice with another and count as the same person"] if known.same_person else []
     doubts += [f"{known.leaked} held-out slices are identical to training slices and were left out"] if known.leaked else []
@@ -270,10 +271,10 @@ def _search_protocol(sides: Sides, known: Known, table: Table) -> str:
     ])  # fmt: skip
 
 
-def _closeness_scores(sides: Sides, search: Search, images: Images) -> list[Score]:
+def _closeness_scores(search: Search) -> list[Score]:
     """Are synthetic images nearer to the training slices than unseen patients are, as a whole?"""
-    table, result = search.table, search.result
-    groups, channels = sides.synthetic_groups(), _channels(table, sides, images)
+    table, result, sides = search.table, search.result, search.table.sides
+    groups, channels = sides.synthetic_groups(), " + ".join(table.channels)
     distances = np.concatenate([result.synthetic.distance, result.held_out.distance])
     is_synthetic = np.arange(len(distances)) < len(groups)
     everyone = np.concatenate([groups.astype(str), result.held_out_patients.astype(str)])
@@ -287,10 +288,6 @@ def _closeness_scores(sides: Sides, search: Search, images: Images) -> list[Scor
         score("authentic", channels, authentic, intervals.share_interval(authentic, groups), float(result.held_out_authentic.mean()), len(groups),
               f"{where}; {intervals.describe(groups, _unit(sides), 'Wilson interval')}; seed {sides.seed}"),
     ]  # fmt: skip
-
-
-def _channels(table: Table, sides: Sides, images: Images) -> str:
-    return " + ".join(images if table.space == PIXELS else sides.dataset.image_channels)
 
 
 def _unit(sides: Sides) -> str:
@@ -378,10 +375,10 @@ def _scores_of_block(model: Model, channels: tuple[str, ...], uses_labels: bool,
     return model.attack_scores(batch).double().cpu().numpy()
 
 
-def _membership_scores(sides: Sides, images: Images, attack: str, words: str, results: list[Inferred], reasons: dict[str, str]) -> list[Score]:
+def _membership_scores(sides: Sides, attack: str, words: str, results: list[Inferred], reasons: dict[str, str]) -> list[Score]:
     """By patient; the rate by slice where there are too few patients for it."""
     slices, patients = results
-    channel = f"{' + '.join(images)}, from the {attack}"
+    channel = f"{' + '.join(sides.dataset.outputs)}, from the {attack}"
     rated = patients if patients.true_positive_rate is not None else slices
     found = [_membership_score(sides, "membership_auc", channel, words, patients, patients.auc, 0.5)]
     if rated.true_positive_rate is None:

@@ -57,7 +57,8 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     if "auc" in names:
         computed["auc"] = auc.auc_scores(run, plan, sides, images)
     found, skipped, details = _all_scores(sides, images, names, computed, say, progress)
-    examined = privacy.examine(run, plan, sides, images, stage.settings["extractor"], say)
+    with collected.made_again_if_damaged(run, stage.settings["of"]):
+        examined = privacy.examine(run, plan, sides, stage.settings["extractor"], say)
     record = {
         "schema": scores.METRICS_SCHEMA,
         "stage": stage_name,
