@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from medgen import collected, files
-from medgen.evaluate import feature_scores
+from medgen.evaluate import feature_scores, privacy
 from medgen.evaluate.features import Bench
 from medgen.evaluate.features import features as features_of
 from medgen.evaluate.run import sides_of_stage
@@ -22,12 +22,14 @@ def features(work: Work) -> Done:
     work.require(collect_name(stage.of))
     bench = Bench(work.run.cache, work.say, work.progress)
     with collected.made_again_if_damaged(work.run, stage.of):
-        need = feature_scores.needed(sides_of_stage(work.run, work.plan, stage, work.run.cache, work.say))
+        sides = sides_of_stage(work.run, work.plan, stage, work.run.cache, work.say)
+        need = feature_scores.needed(sides)
         taken = 0
         if need.parts:
             for name in need.sides.pictures:
                 extractor = feature_scores.extractor_of(need.sides, name, stage, bench)
-                for pictures, rows in zip(feature_scores.pictures_of(need.sides, name), (need.real_rows, need.synthetic_positions), strict=True):
+                compared = zip(feature_scores.pictures_of(need.sides, name), (need.real_rows, need.synthetic_positions), strict=True)
+                for pictures, rows in (*compared, *privacy.passes_of(sides, name)):
                     share: np.ndarray = rows[work.task.shard :: len(work.stage.tasks)]
                     features_of(extractor, pictures, share, bench)
                     taken += len(share)

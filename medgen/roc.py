@@ -1,4 +1,4 @@
-"""The area under the ROC curve of several classes. Used by families that are selected by it and by evaluate/."""
+"""The area under the ROC curve, of two sides and of several classes. Used by families that are selected by it and by evaluate/."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ def area_under_curve(labels: np.ndarray, probabilities: np.ndarray, weights: np.
     """One class against the rest, averaged over classes; None unless every class is there.
 
     labels int [n], probabilities [n, classes]; weights [n], at least 0: how often each sample counts."""
-    from sklearn.metrics import roc_auc_score
-
     counted = np.ones(len(labels)) if weights is None else weights
-    classes = range(probabilities.shape[1])
-    if any(counted[labels == number].sum() == 0 for number in classes):
+    areas = [binary_area(probabilities[:, number], labels == number, counted) for number in range(probabilities.shape[1])]
+    known = [area for area in areas if area is not None]
+    return float(np.mean(known)) if len(known) == len(areas) else None
+
+
+def binary_area(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray) -> float | None:
+    """How often a positive scores higher than a negative, a tie counting half; None if one side has no weight. All [n].
+
+    The rank form (Mann and Whitney): a bootstrap asks a thousand times, and a library's curve takes milliseconds each."""
+    levels, place = np.unique(scores, return_inverse=True)
+    positive, negative = (np.bincount(place[side], weights[side], len(levels)) for side in (is_positive, ~is_positive))
+    pairs = positive.sum() * negative.sum()
+    if pairs == 0:
         return None
-    return float(np.mean([roc_auc_score(labels == number, probabilities[:, number], sample_weight=counted) for number in classes]))
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / pairs)

@@ -253,6 +253,10 @@ class RunDir:
     def metrics(self, stage: str) -> Path:
         return self.root / stage / "metrics.json"
 
+    def suspects(self, stage: str) -> Path:
+        """Every synthetic image that may be a copy of a training slice, a line each."""
+        return self.root / stage / "suspects.csv"
+
     def log(self, stage: str, shard: int, rank: int, attempt: int) -> Path:
         return self.root / "logs" / stage / f"s{shard}" / f"r{rank}.a{attempt}.log"
 

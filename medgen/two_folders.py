@@ -14,7 +14,8 @@ from medgen import files, rundir
 from medgen.errors import InputError
 from medgen.evaluate import folders, scores
 from medgen.evaluate.file_images import Reading
-from medgen.evaluate.folders import METRICS_FILE, TABLE_FILE, Request
+from medgen.evaluate.folders import METRICS_FILE, SUSPECTS_FILE, TABLE_FILE, Request
+from medgen.evaluate.privacy import in_words
 from medgen.prepare.page import Table
 from medgen.report.words import number
 
@@ -73,4 +74,5 @@ def _in_words(out: Path) -> str:
     )  # fmt: skip
     lines = [Table("", ("", "channel", "value", "real-real (floor)", "95% interval", "n"), rows).text(), ""] if rows else []
     lines += [f"not computed: {name}: {reason}" for name, reason in record["skipped"].items()]
-    return "\n".join([*lines, f"{out}: {METRICS_FILE}, {TABLE_FILE}"])
+    lines += ["", *in_words(record["privacy"])]
+    return "\n".join([*lines, "", f"{out}: {METRICS_FILE}, {TABLE_FILE}, {SUSPECTS_FILE}"])

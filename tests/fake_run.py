@@ -112,7 +112,7 @@ def full_run(root: Path, cache: Path, patients: int = 8, size: int = 32, count: 
     """Masks, images on those masks, pairs on real test masks, and their evaluations (not yet run)."""
     data = DataSpec(format="phantom", patients=patients, size=size, splits=SplitFractions(train=0.5, val=0.2, test=0.3))
     store = open_store(data, SEED, cache, quiet)
-    evaluate = {"against": "test", "metrics": ["mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd"]}
+    evaluate = {"against": "test", "metrics": ["mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd"], "extractor": None}
     config = {"model": "diffusion", "strategy": "rflow", "mode": "bravo"}
     stages = [
         planned("train_seg", "train", [], {"config": {**config, "mode": "seg"}, "repeat": None}),

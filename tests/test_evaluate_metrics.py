@@ -7,7 +7,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from medgen.errors import MedgenError
-from medgen.evaluate import copies, curves, diversity, intervals, pairs, scores, sliced
+from medgen.evaluate import curves, diversity, intervals, pairs, scores, sliced
 
 
 def textured(count: int, seed: int, size: int = 32) -> np.ndarray:
@@ -191,28 +191,6 @@ def test_a_collapsed_set_resembles_itself_more() -> None:
     few = every[np.arange(20) % 2] + np.random.default_rng(0).normal(scale=0.01, size=every.shape).astype(np.float32)
     chosen = diversity.random_pairs(np.arange(20), 60, 1, "test")
     assert diversity.similarities(pairs.ms_ssim, few, few, chosen).mean() > diversity.similarities(pairs.ms_ssim, every, every, chosen).mean() + 0.2
-
-
-def smooth_heads(count: int, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    return np.stack([gaussian_filter(image, 4) * 8 + 0.5 for image in generator.normal(size=(count, 32, 32))])
-
-
-def test_copies_are_found_even_when_blurred_and_noisy_and_strangers_are_not() -> None:
-    train, held_out, strangers = smooth_heads(60, 1), smooth_heads(100, 2), smooth_heads(40, 3)
-    patients = np.repeat(np.arange(20), 3)
-    taken = np.arange(0, 60, 3)
-    copied = np.stack([gaussian_filter(image, 1) for image in train[taken]]) + np.random.default_rng(0).normal(scale=0.02, size=(20, 32, 32))
-    rows = {name: copies.shrink(images[:, None]) for name, images in
-            {"train": train, "held_out": held_out, "strangers": strangers, "copied": copied}.items()}
-    found = copies.find_copies(rows["copied"], rows["held_out"], rows["train"], patients)
-    assert (found.nearest == taken).all()
-    assert (found.ratios < found.threshold).mean() > 0.95
-    innocent = copies.find_copies(rows["strangers"], rows["held_out"], rows["train"], patients)
-    assert (innocent.ratios < innocent.threshold).mean() < 0.1
-    # a blurred stranger is near to everything, and still no copy
-    blurred = copies.shrink(np.stack([gaussian_filter(image, 2) for image in strangers])[:, None])
-    assert (copies.find_copies(blurred, rows["held_out"], rows["train"], patients).ratios < found.threshold).mean() < 0.1
 
 
 def test_the_spectrum_shows_blur_and_the_histogram_shows_contrast() -> None:

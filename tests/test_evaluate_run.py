@@ -32,7 +32,7 @@ def run(fake: tuple[RunDir, SliceStore], tmp_path: Path) -> RunDir:
 def evaluated(run: RunDir, stage: str, cache: Path) -> dict:
     progress: list[int] = []
     written = evaluate_run(run, stage, cache, fake_run.quiet, lambda step, total, unit: progress.append(step))
-    assert written == [run.metrics(stage)]
+    assert written == [run.metrics(stage), run.suspects(stage)]
     assert progress == sorted(progress)
     return json.loads(written[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
@@ -113,7 +113,7 @@ def test_dual_images_are_scored_per_channel_and_for_their_difference(tmp_path: P
     run = fake_run.make_run(tmp_path, data, [
         fake_run.planned("train", "train", [], {"config": {"model": "diffusion"}, "repeat": None}),
         fake_run.planned("dual", "generate", [], {"from": "train", "count": 20, "condition": "test"}, 20),
-        fake_run.planned("evaluate", "evaluate", [], {"of": "dual", "against": "test", "metrics": ["mae", "swd"]}),
+        fake_run.planned("evaluate", "evaluate", [], {"of": "dual", "against": "test", "metrics": ["mae", "swd"], "extractor": None}),
     ])
     rows = store.select("test", positive_only=True)[np.arange(20) % 10]
     pre, gd = store.images("t1_pre", rows), store.images("t1_gd", rows)

@@ -207,6 +207,22 @@ def test_classes_of_an_image_do_not_depend_on_the_others(family: str, name: str)
     assert together.std(dim=0).min() > 0
 
 
+ATTACKABLE = [(family, name) for family, name in VARIANTS if models.config_class(family).model_validate(models.config_class(family).examples()[name]).attackable]
+
+
+@pytest.mark.parametrize(("family", "name"), ATTACKABLE)
+def test_what_a_model_says_of_a_suspected_training_image_does_not_depend_on_the_others(family: str, name: str) -> None:
+    config, model = make(family, name)
+    train(model, config, range(3))
+    together = model.attack_scores(batch_of(config, 0))
+    assert together.shape == (4,) and together.dtype == torch.float32 and not together.requires_grad
+    assert bool(torch.isfinite(together).all()) and together.std() > 0
+    for number in range(4):
+        alone = batch_of(config, 0, first=number, count=1)
+        alone.positions = [77]
+        torch.testing.assert_close(model.attack_scores(alone)[0], together[number], rtol=0, atol=1e-5)
+
+
 def _scramble(model: Model, keys: set[str]) -> None:
     with torch.no_grad():
         for key in keys:

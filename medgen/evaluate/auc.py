@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from medgen import checkpoint, commits, spec
-from medgen.errors import MedgenError
+from medgen import spec
 from medgen.evaluate import classification, intervals
 from medgen.evaluate.classification import Classifier
 from medgen.evaluate.inputs import Sides
+from medgen.evaluate.maker import maker
 from medgen.evaluate.scores import Score, ScoresOrReason, score
 from medgen.plan import Plan
 from medgen.rundir import RunDir
@@ -23,7 +23,7 @@ def auc_scores(run: RunDir, plan: Plan, sides: Sides) -> ScoresOrReason:
     source = plan.stage(plan.stage(sides.dataset.name).settings["from"])
     if not spec.family_config(source.settings["config"]).classifies:
         return [], f"the model of {source.name} does not tell classes apart"
-    classifier = _maker(run, source.name, sides)
+    classifier = classification.load(maker(run, source.name, sides.dataset))
     real = {name: sides.store.images(name, sides.reference) for name in classifier.channels}
     images = {name: sides.dataset.read(name, sides.chosen) for name in classifier.channels}
     found = [
@@ -32,15 +32,6 @@ def auc_scores(run: RunDir, plan: Plan, sides: Sides) -> ScoresOrReason:
     ]
     missing = None if all(found) else f"some class has no image on one of the sides; the classes are {', '.join(classifier.classes)}"
     return [item for item in found if item is not None], missing
-
-
-def _maker(run: RunDir, stage: str, sides: Sides) -> Classifier:
-    """The checkpoint that drew the images, not whatever is the last one now."""
-    made_by = sides.dataset.index["checkpoint_sha256"].iloc[0]
-    found = next((commit for commit in commits.committed(run.checkpoints(stage)) if commit.sha256 == made_by), None)
-    if found is None:
-        raise MedgenError(f"{run.checkpoints(stage)}: the checkpoint that {sides.dataset.name} was drawn from ({made_by[:12]}) is not there; remove auc from metrics, or generate anew")
-    return classification.load(checkpoint.open_verified(found.folder))
 
 
 def _score(metric: str, classifier: Classifier, images: Images, names: np.ndarray, groups: np.ndarray, unit: str, sides: Sides) -> Score | None:

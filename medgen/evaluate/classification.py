@@ -88,7 +88,7 @@ def performance(labels: np.ndarray, probabilities: np.ndarray, subjects: np.ndar
     return Performance(
         len(labels), len(np.unique(subjects)),
         auc_estimate(labels, probabilities, subjects, seed),
-        _estimate(lambda weights: _balanced_accuracy(labels, predicted, classes, weights), subjects, seed),
+        estimate(lambda weights: _balanced_accuracy(labels, predicted, classes, weights), subjects, seed),
         float((predicted == labels).mean()), confusion.tolist(), expected_calibration_error(labels, probabilities),
         float(((probabilities - truth) ** 2).sum(axis=1).mean()),
     )  # fmt: skip
@@ -96,11 +96,11 @@ def performance(labels: np.ndarray, probabilities: np.ndarray, subjects: np.ndar
 
 def auc_estimate(labels: np.ndarray, probabilities: np.ndarray, subjects: np.ndarray, seed: int) -> Estimate:
     """One class against the rest, averaged over classes, with its interval over subjects."""
-    return _estimate(lambda weights: area_under_curve(labels, probabilities, weights), subjects, seed)
+    return estimate(lambda weights: area_under_curve(labels, probabilities, weights), subjects, seed)
 
 
-def _estimate(statistic: Callable[[np.ndarray], float | None], subjects: np.ndarray, seed: int) -> Estimate:
-    """`statistic` of a weight per image; drawn again with subjects as often as a bootstrap draws them. A draw without some class says nothing."""
+def estimate(statistic: Callable[[np.ndarray], float | None], subjects: np.ndarray, seed: int) -> Estimate:
+    """`statistic` of a weight per image; drawn again with subjects [n] as often as a bootstrap draws them. A draw without some class says nothing."""
     value = statistic(np.ones(len(subjects)))
     names, member = np.unique(subjects, return_inverse=True)
     if value is None or len(names) < FEWEST_GROUPS:

@@ -1,4 +1,4 @@
-"""Scores of whole sets: patches, diversity, copies; equal numbers on both sides, floors from disjoint patients. Used by run.py."""
+"""Scores of whole sets: patches, diversity; equal numbers on both sides, floors from disjoint patients. Used by run.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from medgen import rng
-from medgen.evaluate import copies, diversity, intervals, pairs, sliced, spectrum
+from medgen.evaluate import diversity, intervals, pairs, sliced, spectrum
 from medgen.evaluate.inputs import MASK, Sides, some_rows
 from medgen.evaluate.scores import Score, Skipped, score
 
 Images = dict[str, np.ndarray]
 FEWEST_IMAGES = 8
-READ_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -173,45 +172,3 @@ def diversity_scores(sides: Sides, images: Images) -> tuple[list[Score], Skipped
         interval = intervals.mean_interval(values, drawn.members, sides.seed, f"interval_diversity_{channel}")
         found.append(score("ms_ssim_diversity", channel, values.mean(), interval, floor, len(values), protocol))
     return found, None
-
-
-def copy_scores(sides: Sides, images: Images, shown: int) -> tuple[list[Score], Skipped, list[dict[str, Any]]]:
-    """The search for copied training images over all drawn channels at once, and the nearest pairs for the report."""
-    held_out = sides.held_out()
-    if len(held_out) == 0:
-        return [], "needs held-out patients (val or test) as a yardstick", []
-    if len(np.unique(sides.patients(sides.train))) < 2:
-        return [], "needs at least two training patients", []
-    channels = list(images)
-    synthetic = copies.shrink(np.stack([_synthetic(images, channel) for channel in channels], axis=1))
-    result = copies.find_copies(synthetic, _shrunk(sides, channels, held_out), _shrunk(sides, channels, sides.train),
-                                sides.patients(sides.train))
-    nearest = _nearest_pairs(sides, result, shown)
-    if len(held_out) < copies.FEWEST_HELD_OUT:
-        return [], f"{len(held_out)} held-out slices give no 1st percentile; at least {copies.FEWEST_HELD_OUT} are needed", nearest
-    groups = sides.synthetic_groups()
-    below = (result.ratios < result.threshold).astype(float)
-    protocol = (
-        f"root mean square distance at {min(copies.COMPARED_PIXELS, sides.store.size)} px over {', '.join(channels)}: to the nearest of "
-        f"{len(sides.train)} training slices, over the nearest of another training patient; "
-        f"threshold {result.threshold:.4f} = 1st percentile of {len(held_out)} "
-        f"held-out slices of {len(np.unique(sides.patients(held_out)))} {'val and test' if sides.seen == ('train',) else 'test'} patients; "
-        f"{intervals.describe(groups, 'patient' if sides.partners is not None else 'image', 'Wilson interval')}; seed {sides.seed}"
-    )
-    interval = intervals.share_interval(float(below.mean()), groups)
-    floor = float((result.held_out_ratios < result.threshold).mean())
-    return [score("near_train", " + ".join(channels), below.mean(), interval, floor, len(synthetic), protocol)], None, nearest
-
-
-def _nearest_pairs(sides: Sides, result: copies.Copies, shown: int) -> list[dict[str, Any]]:
-    identifiers, store_ids = sides.dataset.index["id"].to_numpy()[sides.chosen], sides.store.aliases
-    return [
-        {"synthetic": str(identifiers[i]), "real": str(store_ids[sides.train[result.nearest[i]]]), "ratio": float(result.ratios[i])}
-        for i in np.argsort(result.ratios, kind="stable")[:shown]
-    ]
-
-
-def _shrunk(sides: Sides, channels: list[str], rows: np.ndarray) -> np.ndarray:
-    """Real slices made small, block by block: a whole training set at full size does not fit into memory."""
-    blocks = [rows[start : start + READ_BLOCK] for start in range(0, len(rows), READ_BLOCK)]
-    return np.concatenate([copies.shrink(np.stack([_real(sides, channel, block) for channel in channels], axis=1)) for block in blocks])

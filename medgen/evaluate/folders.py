@@ -17,16 +17,18 @@ import numpy as np
 import pandas as pd
 
 from medgen import files, weights
+from medgen.data.csv_files import write_rows
 from medgen.errors import InputError
 from medgen.evaluate import scores
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
 from medgen.evaluate.inputs import MASK, SPACING, Pairing, Sides, sides_of
+from medgen.evaluate.privacy import SUSPECT_COLUMNS
 from medgen.evaluate.run import evaluate_sides
 from medgen.evaluate.scores import Score
 from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, Measures
 
-METRICS_FILE, TABLE_FILE = "metrics.json", "scores.csv"
+METRICS_FILE, TABLE_FILE, SUSPECTS_FILE = "metrics.json", "scores.csv", "suspects.csv"
 SPLIT = "images"  # what the real folder is called where a job says test
 SHOWN = 3
 PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
@@ -188,7 +190,8 @@ def evaluate_folders(request: Request, say: Say, progress: Progress) -> Path:
     comparison = sides_of_folders(request, measures)
     for note in comparison.notes:
         say(f"note: {note}")
-    record = evaluate_sides(comparison.sides, measures, {}, Bench(request.cache, lambda _: None, progress)) | {
+    evaluated = evaluate_sides(comparison.sides, measures, {}, None, Bench(request.cache, lambda _: None, progress))
+    record = evaluated.record | {
         "stage": "folders",
         "notes": comparison.notes,
         "generation": {},
@@ -199,6 +202,7 @@ def evaluate_folders(request: Request, say: Say, progress: Progress) -> Path:
     }  # fmt: skip
     with files.folder_in_one_move(request.out) as folder:
         files.write_json(folder / METRICS_FILE, record)
+        write_rows(folder / SUSPECTS_FILE, SUSPECT_COLUMNS, evaluated.suspects)
         files.write_text(folder / TABLE_FILE, table_of(scores.from_json(record["scores"])))
     return request.out
 
@@ -292,7 +296,11 @@ def _by_class(folders: list[ImageFolder | None], notes: list[str]) -> list[Any]:
         items = folder.items
         if are_classes:
             items = items.assign(patient=np.where(items["patient"] == items["label"], items["file"], items["patient"]))
-        changed.append(replace(folder, items=items if are_classes else items.drop(columns="label")))
+        elif folder is synthetic:
+            items = items.drop(columns="label")
+        else:
+            items = items.assign(label="")
+        changed.append(replace(folder, items=items))
     return changed
 
 

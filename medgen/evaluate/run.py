@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from medgen import collected, files, rng
 from medgen import plan as plans
+from medgen.data.csv_files import write_rows
 from medgen.data.store import open_store
 from medgen.errors import InputError
 from medgen.evaluate import (
@@ -20,10 +22,12 @@ from medgen.evaluate import (
     mask_scores,
     paired,
     perceptual,
+    privacy,
     scores,
 )
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.inputs import MASK, Sides, choose_sides, read_dataset
+from medgen.evaluate.privacy import Origin
 from medgen.evaluate.scores import Score, ScoresOrReason
 from medgen.plan import Plan
 from medgen.rundir import RunDir
@@ -33,11 +37,10 @@ from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, PERCEPTUAL_METRI
 PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
 SHOWN = 48  # samples whose ids are kept for the report's gallery
 SHOWN_PAIRS = 12
-SHOWN_COPIES = 4
 
 
 def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progress: Progress) -> list[Path]:
-    """Score one generated dataset and write `metrics.json`; returns the files written. `progress` gets step, total, unit.
+    """Score one generated dataset and write `metrics.json` and `suspects.csv`; returns the files written. `progress` gets step, total, unit.
 
     Raises MedgenError if the dataset is missing or does not verify, InputError if the real data are wrong."""
     plan = plans.read(run)
@@ -46,8 +49,8 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
     with collected.made_again_if_damaged(run, stage.of):
         sides = sides_of_stage(run, plan, stage, cache_root, say)
         computed = {"auc": auc.auc_scores(run, plan, sides)} if "auc" in stage.metrics else {}
-        record = evaluate_sides(sides, stage, computed, Bench(cache_root, say, progress))
-    record |= {
+        evaluated = evaluate_sides(sides, stage, computed, Origin(run, plan), Bench(cache_root, say, progress))
+    record = evaluated.record | {
         "stage": stage_name,
         "generation": generation_facts(run, plan, sides.dataset.name),
         "inputs": {
@@ -56,8 +59,9 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
             "data_fingerprint": sides.store.fingerprint,
         },
     }
+    write_rows(run.suspects(stage_name), privacy.SUSPECT_COLUMNS, evaluated.suspects)
     files.write_json(run.metrics(stage_name), record)
-    return [run.metrics(stage_name)]
+    return [run.metrics(stage_name), run.suspects(stage_name)]
 
 
 def sides_of_stage(run: RunDir, plan: Plan, stage: EvaluateStage, cache_root: Path, say: Say) -> Sides:
@@ -73,8 +77,16 @@ def sides_of_stage(run: RunDir, plan: Plan, stage: EvaluateStage, cache_root: Pa
     return choose_sides(dataset, plan, stage.against, store, stage)
 
 
-def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresOrReason], bench: Bench) -> dict[str, Any]:
-    """The record of metrics.json but for where the images come from. `computed`: scores that were computed elsewhere, by metric."""
+@dataclass(frozen=True)
+class Evaluated:
+    """`record`: what metrics.json holds, but for where the images come from. `suspects`: the lines of suspects.csv."""
+
+    record: dict[str, Any]
+    suspects: list[dict[str, Any]]
+
+
+def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresOrReason], origin: Origin | None, bench: Bench) -> Evaluated:
+    """Everything that is asked for. `computed`: scores that were computed elsewhere, by metric; `origin`: the run that drew the images, where there is one."""
     bench.say(f"{len(sides.chosen)} synthetic samples of {sides.dataset.name} against {len(sides.reference)} real slices "
               f"({sides.against}{', with a lesion' if sides.positive_only else ''})")  # fmt: skip
     images = {channel: sides.dataset.read(channel, sides.chosen) for channel in sides.dataset.outputs}
@@ -88,17 +100,20 @@ def evaluate_sides(sides: Sides, measures: Measures, computed: dict[str, ScoresO
     if of_masks:
         computed = computed | mask_scores.mask_scores(sides, of_masks)
     found, skipped, details = _all_scores(sides, images, measures.metrics, computed, bench)
-    return {
+    examined = privacy.examine(sides, measures, origin, bench)
+    record = {
         "schema": scores.METRICS_SCHEMA,
         "of": sides.dataset.name,
         "against": sides.against,
         "positive_only": sides.positive_only,
-        "scores": scores.to_json(found),
-        "skipped": skipped,
+        "scores": scores.to_json(found + examined.scores),
+        "skipped": skipped | examined.skipped,
         "counts": _counts(sides),
-        "details": details,
+        "details": details | {"copies": examined.nearest},
+        "privacy": examined.record,
         "samples": _samples_to_show(sides),
     }
+    return Evaluated(record, examined.suspects)
 
 
 def _all_scores(
@@ -127,10 +142,6 @@ def _all_scores(
         for item in new:
             bench.say(f"{item.name}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
         bench.progress(number + 1, len(names), "metrics")
-    new, reason, details["copies"] = distributions.copy_scores(sides, images, SHOWN_COPIES)
-    found += new
-    if reason is not None:
-        skipped["near_train"] = reason
     details["curves"] = _curves(sides, images)
     return found, skipped, details
 

@@ -73,6 +73,11 @@ NEIGHBOUR_READING = (
 
 MASK_READING = "The floor is what the mask of another real patient scores. Small lesions have lower values for the same outline error."
 
+COPIES_READING = (
+    "The floor is that share for the held-out slices, about 1%: so many are suspected by chance. Much more points to copied training images; look at "
+    "the nearest pairs. Nothing found means no copies at this threshold, of the kinds that this comparison sees."
+)
+
 MEANINGS: dict[str, Meaning] = {
     "mae": Meaning(
         "Mean absolute error", "of the window", "lower",
@@ -206,11 +211,36 @@ MEANINGS: dict[str, Meaning] = {
         "other more than patients do (mode collapse). Real and synthetic well below it: they look different.",
     ),
     "near_train": Meaning(
-        "Suspected copies", "share of images", "lower",
+        "Suspected copies (pixels)", "share of images", "lower",
         "Share of synthetic images that single out one training patient: the nearest training slice is so much nearer than the "
-        "nearest slice of any other training patient that 99% of held-out real slices show less.",
-        "The floor is that share for the held-out slices themselves, about 1% by construction. Much more points to copied "
-        "training images; look at the nearest pairs. Nothing found is no proof of privacy: only copies in pixel space are seen.",
+        "nearest slice of any other training patient that 99% of held-out real slices show less. Position, mirroring, brightness and contrast do not count.",
+        COPIES_READING,
+    ),
+    "near_train_features": Meaning(
+        "Suspected copies (features)", "share of images", "lower",
+        "The same by the features of an extractor, whitened by the training slices.",
+        COPIES_READING,
+    ),
+    "closer_to_train": Meaning(
+        "Closer to training slices than unseen patients are", "", "closer to floor",
+        "How often a random synthetic image is nearer to its nearest training slice than a random held-out real slice is to its own.",
+        "0.5: as near as unseen patients are. Well above: the images are drawn towards the training patients; so are blurred ones, "
+        "which are near to everything, so look at suspected copies as well.",
+    ),
+    "authentic": Meaning(
+        "Authentic images", "share of images", "closer to floor",
+        "Share of synthetic images that are further from their nearest training slice than that slice is from every other training patient.",
+        "The floor is the same of held-out real slices. Well below it: many images are nearer to one training patient than patients are to each other.",
+    ),
+    "membership_auc": Meaning(
+        "Membership inference (AUC)", "", "closer to floor",
+        "Can an attacker tell training patients from patients whom the model has not seen? Area under the ROC curve of the attack.",
+        "0.5: no better than guessing. An interval above 0.5: something of the training patients is given away. A weak attack proves little; a better one may exist.",
+    ),
+    "membership_tpr": Meaning(
+        "Membership inference (found at 1% false alarms)", "share of members", "closer to floor",
+        "The share of training members that the attack names while it wrongly names 1% of the others: what matters if a few people are exposed.",
+        "The floor is guessing.",
     ),
 }
 

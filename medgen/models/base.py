@@ -207,6 +207,13 @@ class Model(ABC):
         Only of families whose config says that they classify."""
         raise NotImplementedError
 
+    def attack_scores(self, batch: Batch) -> Tensor:
+        """How likely each image is one that the model was trained on, float32 [B], higher is more likely; only the order counts.
+
+        Images of full size, with conditions and labels as in training. What is said of an image does not depend on the others,
+        nor on its position. Only of families whose config says that they are attackable."""
+        raise NotImplementedError
+
     @abstractmethod
     def describe(self, total_steps: int) -> list[str]:
         """Lines for the log at the start: parameters, the EMA's true horizon, the schedule."""

@@ -94,6 +94,11 @@ class FamilyConfig(Settings):
         return False
 
     @property
+    def attackable(self) -> bool:
+        """True if the model itself says how likely an image is one that it was trained on: evaluate then attacks it with that."""
+        return False
+
+    @property
     def form(self) -> dict[str, Any]:
         """The settings that decide the shapes of the weights, which start_from must share. Empty where nobody has listed them."""
         return {}

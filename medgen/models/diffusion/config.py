@@ -126,6 +126,10 @@ class Config(FamilyConfig):
     def input_channels(self) -> tuple[str, ...]:
         return (*self.mode_class.targets, *self.mode_class.conditions)
 
+    @property
+    def attackable(self) -> bool:
+        return True
+
     def trains_positive_only(self, data: DataSpec) -> bool:
         return self.mode_class.positive_only or data.positive_only
 

@@ -10,6 +10,7 @@ from ema_pytorch import EMA
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
+from medgen import rng
 from medgen.models.base import (
     BINS,
     Batch,
@@ -27,6 +28,10 @@ from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.strategies import make_strategy
 from medgen.models.settings import Settings
 
+# Quantiles of the training times at which an image is denoised to ask whether it was trained on: much noise drowns what is
+# known of one image, none leaves nothing to guess (Carlini et al., USENIX Security 2023, arXiv:2301.13188, section 5.2)
+ATTACK_TIMES = (0.1, 0.2, 0.3, 0.4)
+ATTACK_NOISES = 2
 WARMUP_START = 0.1  # the learning rate begins at this share of its full value
 
 
@@ -106,11 +111,14 @@ class Model(Family):
 
     def _losses(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean squared error of each sample [B] in float32, and its time as a fraction [B]."""
-        clean = joined(batch.channels, self.mode.targets)
         times = self.strategy.times(batch.uniform("time"))
-        noisy, target = self.strategy.noised(clean, batch.normal("noise", self.image_shape), times)
-        prediction = network(self._network_input(noisy, batch.channels), self.strategy.network_time(times))
-        return (prediction.float() - target).square().mean(dim=(1, 2, 3)), self.strategy.time_fraction(times)
+        return self._errors(network, batch.channels, batch.normal("noise", self.image_shape), times), self.strategy.time_fraction(times)
+
+    def _errors(self, network: nn.Module, channels: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor:
+        """Mean squared error of what is predicted from each noised sample [B] in float32."""
+        noisy, target = self.strategy.noised(joined(channels, self.mode.targets), noise, times)
+        prediction = network(self._network_input(noisy, channels), self.strategy.network_time(times))
+        return (prediction.float() - target).square().mean(dim=(1, 2, 3))
 
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
@@ -135,6 +143,17 @@ class Model(Family):
         if "seg" in by_name:
             by_name["seg"] = (by_name["seg"] > 0.5).float()
         return by_name
+
+    @torch.no_grad()
+    def attack_scores(self, batch: Batch) -> Tensor:
+        """Minus the error at a few noise levels, with the same noises for every image: what differs is the images."""
+        network, errors = self.ema.ema_model.eval(), torch.zeros(len(batch), device=batch.device)
+        for number in range(ATTACK_NOISES):
+            noise = rng.normal_per_sample(self.image_shape, 0, "attack", [(number,)]).to(batch.device).expand(len(batch), -1, -1, -1)
+            for level in ATTACK_TIMES:
+                times = self.strategy.times(torch.full((len(batch),), level, device=batch.device))
+                errors += self._errors(network, batch.channels, noise, times)
+        return -errors / (ATTACK_NOISES * len(ATTACK_TIMES))
 
     def describe(self, total_steps: int) -> list[str]:
         config = self.config

@@ -144,6 +144,10 @@ class Config(FamilyConfig):
     def classifies(self) -> bool:
         return True
 
+    @property
+    def attackable(self) -> bool:
+        return True
+
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
         tiny = {"in_channels": 8, "factors": [1, 1, 0.5], "latent": 8, "epochs": 2, "batch_sizes": 4, "critic_iterations": 1, "std_group": 2}

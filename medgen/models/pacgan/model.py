@@ -133,7 +133,7 @@ class Model(Family):
         """`loss`: cross entropy of the classes of real images. Each image is judged as if the others were not there."""
         labels = _labels(batch)
         fake = self._images(batch.normal("latent", (self.config.latent,)), labels)
-        real_logits, fake_logits = self._class_logits(joined(batch.channels, self.config.channels)), self._class_logits(fake)
+        real_logits, fake_logits = self._judged(joined(batch.channels, self.config.channels)).logits, self._judged(fake).logits
         samples = {"label": labels, "real": real_logits.softmax(dim=1), "fake": fake_logits.softmax(dim=1)}
         return StepReport({"loss": functional.cross_entropy(real_logits, labels)}, samples=samples)
 
@@ -145,10 +145,10 @@ class Model(Family):
         known = {name: area for name, area in areas.items() if area is not None}
         return {**known, "auc": sum(known.values()) / 2} if len(known) == 2 else known
 
-    def _class_logits(self, images: Tensor) -> Tensor:
-        """[N, classes]; images in [-1, 1] of the grown size."""
+    def _judged(self, images: Tensor) -> Judged:
+        """Each image as if the others were not there; images in [-1, 1] of the grown size."""
         judged: Judged = self.critic(images, int(self.grown.level), float(self.grown.alpha), alone=True)
-        return judged.logits
+        return judged
 
     def _images(self, latent: Tensor, labels: Tensor) -> Tensor:
         made: Tensor = self.generator(latent, labels, int(self.grown.level), float(self.grown.alpha))
@@ -166,7 +166,14 @@ class Model(Family):
 
     @torch.no_grad()
     def classify(self, channels: dict[str, Tensor]) -> Tensor:
-        return self._class_logits(joined(channels, self.config.channels)).softmax(dim=1)
+        return self._judged(joined(channels, self.config.channels)).logits.softmax(dim=1)
+
+    @torch.no_grad()
+    def attack_scores(self, batch: Batch) -> Tensor:
+        """How real the critic finds each image: it was taught so by the training images alone.
+
+        Hayes et al., PoPETs 2019 (LOGAN, arXiv:1705.07663), section 4.1."""
+        return self._judged(joined(batch.channels, self.config.channels)).scores.float()
 
     def describe(self, total_steps: int) -> list[str]:
         config = self.config
