@@ -130,7 +130,7 @@ class EncoderExtractor(Frozen):
 
     kind: Literal["encoder"]
     size: int | None = Field(None, ge=16, le=256)  # pixels of a side; None: 64, or those of the data if they have fewer
-    steps: int = Field(600, ge=1, le=100_000)
+    steps: int = Field(600, ge=50, le=100_000)
     width: int = Field(32, ge=4, le=256)  # channels of the first layers; the features are eight times as many
 
 

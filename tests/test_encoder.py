@@ -91,7 +91,7 @@ def test_one_training_serves_all_and_a_damaged_one_is_made_again_the_same(extrac
 
 
 def test_other_data_seeds_and_settings_are_other_encoders(extractor: extractors.Extractor, cache: Path) -> None:
-    short = {**ASKED, "steps": 1}
+    short = {**ASKED, "steps": 50}
     plain = training(cache, [])
     names = {extractors.load(asked, item).name for asked, item in ((short, plain), (short, replace(plain, seed=8)), (short, replace(plain, fingerprint="others")), ({**short, "width": 4}, plain))}
     assert len(names) == 3, "data with another fingerprint but the same slices train the same weights"
