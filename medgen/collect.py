@@ -1,4 +1,4 @@
-"""Collection: verify every shard of a generate stage against the plan, then publish one dataset in one move.
+"""Collection: verify what every task of a stage made, then put it together: images to one dataset in one move, trials to scores.
 
 Called by `medgen collect` through task.perform. Good files are linked, never rewritten; bad shards are set aside."""
 
@@ -18,14 +18,26 @@ from medgen.collected import INDEX, MANIFEST, SHA_SUFFIX
 from medgen.data import csv_files
 from medgen.data.image_files import read_slice
 from medgen.errors import MedgenError
+from medgen.evaluate import scores
 from medgen.plan import PlannedStage
 from medgen.shards import read_manifest, set_aside, shard_problem
 from medgen.task import Done, Work
+from medgen.utility.comparison import collect_utility
+from medgen.utility.consistency import collect_structure
 
 
 def collect(work: Work) -> Done:
-    """Publish <stage>/dataset. Raises MedgenError naming the shards that are missing or corrupt; they count as not done."""
+    """What the stage of this one is for. Raises MedgenError naming the tasks whose part is missing or corrupt; they count as not done."""
     source = work.plan.stage(work.stage.settings["of"])
+    if source.kind == "generate":
+        return _collect_images(work, source)
+    written = collect_utility(work, source) if source.kind == "utility" else collect_structure(work, source)
+    found = scores.from_json(files.read_json(written[0])["scores"])
+    return Done(written, {item.name: round(item.value, 5) for item in found})
+
+
+def _collect_images(work: Work, source: PlannedStage) -> Done:
+    """Publish <stage>/dataset."""
     work.await_done(source)
     manifests = _verified_manifests(work, source)
     target = work.run.dataset(source.name)

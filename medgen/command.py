@@ -42,7 +42,7 @@ def command(work: Work) -> Done:
         raise MedgenError(f"the command ended with exit code {code}")
     outputs = _outputs(stage, folder)
     record = {"exit_code": code, "seconds": round(time.monotonic() - began, 3), "item": _item(stage, work.task.shard), "outputs": outputs}
-    result = work.run.command_result(work.stage.name, work.task.shard)
+    result = work.run.task_result(work.stage.name, work.task.shard)
     files.write_json(result, record)
     made = sorted(path for path in out.rglob("*") if path.is_file() and not path.is_symlink())
     return Done([result, *made], {"outputs": len(outputs)})
