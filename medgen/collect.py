@@ -18,12 +18,9 @@ from medgen.collected import INDEX, MANIFEST, SHA_SUFFIX
 from medgen.data import csv_files
 from medgen.data.image_files import read_slice
 from medgen.errors import MedgenError
-from medgen.evaluate import scores
 from medgen.plan import PlannedStage
 from medgen.shards import read_manifest, set_aside, shard_problem
 from medgen.task import Done, Work
-from medgen.utility.comparison import collect_utility
-from medgen.utility.consistency import collect_structure
 
 
 def collect(work: Work) -> Done:
@@ -31,6 +28,15 @@ def collect(work: Work) -> Done:
     source = work.plan.stage(work.stage.settings["of"])
     if source.kind == "generate":
         return _collect_images(work, source)
+    return _collect_trials(work, source)
+
+
+def _collect_trials(work: Work, source: PlannedStage) -> Done:
+    """The scores of all trials together."""
+    from medgen.evaluate import scores
+    from medgen.utility.comparison import collect_utility
+    from medgen.utility.consistency import collect_structure
+
     written = collect_utility(work, source) if source.kind == "utility" else collect_structure(work, source)
     found = scores.from_json(files.read_json(written[0])["scores"])
     return Done(written, {item.name: round(item.value, 5) for item in found})

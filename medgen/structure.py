@@ -15,7 +15,7 @@ from medgen.evaluate.inputs import partner_rows, some_rows
 from medgen.spec_utility import StructureStage
 from medgen.task import Done, Work
 from medgen.utility import fitting, learners, trials
-from medgen.utility.arms import InMemory, Pool, RealSlices, TrainingSet
+from medgen.utility.arms import InMemory, Pool, RealMasks, TrainingSet
 from medgen.utility.learners import Segmenter
 from medgen.utility.sides import Sides, open_sides
 
@@ -24,17 +24,17 @@ QUICK_LOOK_DEVIATIONS = 2.0  # above the mean of what is not background: bright,
 
 
 def structure(work: Work) -> Done:
-    """One trial: train the segmenter on real pairs, then ask it about held-out real slices and about the synthetic images."""
+    """One trial: train the segmenter on real pairs, under augmentation because a judge should be as good as it gets, then ask it about held-out real slices and about the synthetic images."""
     settings = StructureStage.model_validate(work.stage.settings)
     kept = trials.finished(work)
     if kept is not None:
         return kept
     with trials.on_its_device(work) as device:
         sides = open_sides(work, settings.of)
-        train = RealSlices(sides.store, sides.channels, sides.rows("train"), has_classes=False)
+        train = RealMasks(sides.store, sides.channels, sides.rows("train"))
         work.say(f"{work.stage.name}: seed {work.task.shard}: {len(train)} real pairs; {settings.steps} steps of {settings.batch_size}")
         seed = rng.derive_seed(work.plan.seed, work.stage.name, work.task.shard)
-        learner = learners.segmenter(settings.channels, sides, TrainingSet(train, np.arange(len(train)), None), _validation_rows(sides, settings), seed)
+        learner = learners.segmenter(settings.channels, sides, TrainingSet(train, np.arange(len(train)), None), _validation_rows(sides, settings), seed, augmented=True)
         fitted = fitting.fit(work, learner, fitting.Recipe(settings.steps, settings.batch_size, settings.lr), sides.identity, device)
         record = {
             "sides": sides.facts, "drawn_on": _drawn_on(sides),
@@ -63,7 +63,7 @@ def _validation_rows(sides: Sides, settings: StructureStage) -> np.ndarray:
 def _real_answers(sides: Sides, settings: StructureStage, learner: Segmenter, network: torch.nn.Module, device: torch.device) -> dict[str, Column]:
     """Of real held-out slices: the ceiling."""
     rows = some_rows(sides.rows(settings.against), sides.seed, "structure_real")
-    pool = RealSlices(sides.store, sides.channels, rows, has_classes=False)
+    pool = RealMasks(sides.store, sides.channels, rows)
     truth, spacing = sides.store.masks(rows) > 0, sides.spacing_mm(rows)
     return {
         "id": sides.store.aliases[rows].tolist(), "group": [f"patient {number}" for number in sides.patient_numbers(rows)],

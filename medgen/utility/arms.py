@@ -31,7 +31,6 @@ class RealSlices:
     store: SliceStore
     channels: tuple[str, ...]
     rows: np.ndarray
-    has_classes: bool  # else masks
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,9 +38,17 @@ class RealSlices:
     def images(self, numbers: np.ndarray) -> np.ndarray:
         return np.stack([self.store.images(channel, self.rows[numbers]) for channel in self.channels], axis=1)
 
+
+@dataclass(frozen=True)
+class RealClasses(RealSlices):
     def targets(self, numbers: np.ndarray) -> np.ndarray:
-        rows = self.rows[numbers]
-        return self.store.labels(rows) if self.has_classes else self.store.masks(rows)[:, None].astype(np.float32)
+        return self.store.labels(self.rows[numbers])
+
+
+@dataclass(frozen=True)
+class RealMasks(RealSlices):
+    def targets(self, numbers: np.ndarray) -> np.ndarray:
+        return self.store.masks(self.rows[numbers])[:, None].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,8 @@ class TrainingSet:
 
 def training_set(sides: Sides, settings: UtilityStage, arm: Arm, seed_number: int) -> TrainingSet:
     """Raises InputError if there are fewer synthetic images than the largest ratio asks for: no arm is run that others lack."""
-    real = RealSlices(sides.store, sides.channels, sides.rows("train"), settings.task == "classification")
+    kind = RealClasses if settings.task == "classification" else RealMasks
+    real = kind(sides.store, sides.channels, sides.rows("train"))
     everyone = np.arange(len(real))
     most = _most_synthetic(sides, settings, len(real))
     if arm.kind == "duplicated":

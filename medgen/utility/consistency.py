@@ -127,7 +127,7 @@ def _found_something(side: Side, counted: np.ndarray) -> Resampled:
 def _protocol(settings: StructureStage, first: Record, side: Side, counted: np.ndarray, seed: int, remark: str) -> str:
     chosen = f"the best of {len(first['val'])} looks at the real val split" if first["val"] else "the last step"
     return "; ".join(part for part in (
-        f"U-Net {settings.channels} trained on {first['images']['real']} real slices, {settings.steps} steps of {settings.batch_size}, {chosen}; threshold 0.5",
+        f"U-Net {settings.channels} trained on {first['images']['real']} real slices under classical augmentation, {settings.steps} steps of {settings.batch_size}, {chosen}; threshold 0.5",
         f"images drawn on {first['drawn_on']}; the ceiling is the real {settings.against} split", "mean over images whose mask has a lesion", remark, f"mean over {settings.seeds} seed{'s' if settings.seeds > 1 else ''}",
         intervals.describe(side.groups(counted), "patient" if str(side.answers[0]["group"][0]).startswith("patient") else "image"), f"seed {seed}",
     ) if part)  # fmt: skip

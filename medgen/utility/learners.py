@@ -15,7 +15,7 @@ from medgen import rng
 from medgen.evaluate import masks
 from medgen.spec_utility import UtilityStage
 from medgen.utility import augment, networks
-from medgen.utility.arms import Pool, RealSlices, TrainingSet
+from medgen.utility.arms import Pool, RealClasses, RealMasks, TrainingSet
 from medgen.utility.sides import Sides
 
 ASKED_AT_ONCE = 64
@@ -82,7 +82,7 @@ class Classifier(Learner):
         return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
     def answers(self, network: nn.Module, rows: np.ndarray, device: torch.device) -> dict[str, list[Any]]:
-        pool = RealSlices(self.sides.store, self.sides.channels, rows, has_classes=True)
+        pool = RealClasses(self.sides.store, self.sides.channels, rows)
         return {"label": pool.targets(np.arange(len(rows))).tolist(), "probabilities": self.ask(network, pool, device).tolist()}
 
 
@@ -108,7 +108,7 @@ class Segmenter(Learner):
         return float(2 * (found & truth).sum() / max(1, found.sum() + truth.sum()))
 
     def answers(self, network: nn.Module, rows: np.ndarray, device: torch.device) -> dict[str, list[Any]]:
-        found = self.found(network, RealSlices(self.sides.store, self.sides.channels, rows, has_classes=False), device)
+        found = self.found(network, RealMasks(self.sides.store, self.sides.channels, rows), device)
         truth = self.sides.store.masks(rows) > 0
         return {"lesion_pixels": truth.sum(axis=(1, 2)).tolist(), "found_pixels": found.sum(axis=(1, 2)).tolist(), "dice": masks.dice(found, truth).tolist()}
 
@@ -119,9 +119,9 @@ def of_task(settings: UtilityStage, sides: Sides, training_set: TrainingSet, val
         return segmenter(settings.channels, sides, training_set, validation_rows, seed, augmented)
     assert settings.network is not None
     network = networks.resnet(settings.network, len(sides.channels), len(sides.store.classes), seed)
-    return Classifier(network, training_set, RealSlices(sides.store, sides.channels, validation_rows, has_classes=True), sides, seed, augmented)
+    return Classifier(network, training_set, RealClasses(sides.store, sides.channels, validation_rows), sides, seed, augmented)
 
 
-def segmenter(channels: list[int], sides: Sides, training_set: TrainingSet, validation_rows: np.ndarray, seed: int, augmented: bool = False) -> Segmenter:
+def segmenter(channels: list[int], sides: Sides, training_set: TrainingSet, validation_rows: np.ndarray, seed: int, augmented: bool) -> Segmenter:
     network = networks.unet(len(sides.channels), channels, seed)
-    return Segmenter(network, training_set, RealSlices(sides.store, sides.channels, validation_rows, has_classes=False), sides, seed, augmented)
+    return Segmenter(network, training_set, RealMasks(sides.store, sides.channels, validation_rows), sides, seed, augmented)
