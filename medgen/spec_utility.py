@@ -77,6 +77,11 @@ class Arm:
         return self.kind if self.ratio is None else f"{self.kind} {self.ratio:g}"
 
 
+def synthetic_count(ratio: float, real: int) -> int:
+    """How many synthetic images come to that many real ones."""
+    return max(1, round(ratio * real))
+
+
 class UtilityStage(TrialStage):
     """What are the images worth to somebody who trains a classifier or segmenter? See docs/utility.md.
 
@@ -137,6 +142,18 @@ class UtilityStage(TrialStage):
     @property
     def trials(self) -> int:
         return len(self.all_arms) * self.seeds
+
+    @property
+    def most_ratio(self) -> float:
+        return max(self.ratios)
+
+    def shortage(self, real: int, there: int) -> str | None:
+        """Why `there` synthetic images are too few beside `real` training slices, in words; None if they are enough for every arm."""
+        wanted = synthetic_count(self.most_ratio, real)
+        if not set(self.arms) & {"synthetic", "mixed"} or wanted <= there:
+            return None
+        return (f"ratios: {self.most_ratio:g} synthetic images for each of {real} real training slices are {wanted}, and {self.of} has {there}; "
+                f"write ratios up to {int(100 * there / real) / 100:g}, or generate more")  # fmt: skip
 
     def trial(self, number: int) -> tuple[Arm, int]:
         """Arm and seed number of a task."""

@@ -15,21 +15,25 @@ from typing import Any
 import fake_run
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TINY_NET, tiny_spec
 from scipy.ndimage import gaussian_filter
+from torch.nn import functional
 
-from medgen import document, planning, roc, spec, task
+from medgen import checks, document, planning, roc, spec, task
 from medgen.data.image_files import write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError
 from medgen.evaluate import intervals
 from medgen.evaluate.scores import Score, from_json
+from medgen.launch import submit
 from medgen.launch.script import render_script, whole_stage
 from medgen.rundir import RunDir
 from medgen.site import Site
 from medgen.spec_data import DataSpec
-from medgen.utility import resampling
+from medgen.spec_utility import Arm, UtilityStage
+from medgen.utility import arms, augment, resampling, sides
 
 SIZE = 16
 CLASSES = ("AD", "CN")
@@ -177,6 +181,41 @@ def test_more_real_images_are_no_worse_than_duplicates_and_noise_is_worse_than_r
     assert worse["verdict"] == "loss" and worse["value"] < -0.2
 
 
+def test_arms_hold_what_they_say(tmp_path: Path, data: tuple[DataSpec, SliceStore], cache: Path) -> None:
+    run = made_run(tmp_path, data, pictures(50, 9), {})
+    opened = sides.read_sides(run, task.planning.read(run), "images", cache, fake_run.quiet)
+    settings = UtilityStage.model_validate({"kind": "utility", **SEGMENTATION, "arms": ["real", "duplicated", "synthetic", "mixed"], "ratios": [0.5, 2.0]})
+    assert [arm.name for arm in settings.all_arms] == ["real", "duplicated", "synthetic", "mixed 0.5", "mixed 2"]
+
+    def held(arm: Arm, seed_number: int) -> list[bytes]:
+        made = arms.training_set(opened, settings, arm, seed_number)
+        images, masks = made.pick(np.arange(len(made)))
+        assert images.shape == (len(made), 1, SIZE, SIZE) and masks.shape == (len(made), 1, SIZE, SIZE)
+        backwards = made.pick(np.arange(len(made))[::-1])
+        assert (backwards[0][::-1] == images).all() and (backwards[1][::-1] == masks).all(), "in the order that was asked for"
+        return [image.tobytes() + mask.tobytes() for image, mask in zip(images, masks, strict=True)]
+
+    real, twice, alone, some, more = (held(arm, 0) for arm in settings.all_arms)
+    assert [len(found) for found in (real, twice, alone, some, more)] == [24, 72, 48, 36, 72]
+    assert set(twice) == set(real) and sorted(twice.count(image) for image in set(twice)) == [3] * 24
+    assert set(some) < set(more) == set(real) | set(alone) and not set(alone) & set(real)
+    assert set(held(Arm("synthetic"), 1)) != set(alone), "other seeds, other images"
+
+
+def test_augmentation_moves_a_mask_with_its_image_and_belongs_to_the_sample() -> None:
+    masks = torch.zeros(6, 1, 32, 32)
+    masks[:, :, 8:14, 10:22] = 1
+    images = 0.2 + 0.6 * masks
+    moved, moved_masks = augment.classical(images, masks, 3, "test", range(10, 16))
+    assert moved_masks is not None and set(moved_masks.unique().tolist()) == {0, 1}
+    for image, mask in zip(moved, moved_masks, strict=True):
+        inside, outside = image[mask > 0], image[(functional.max_pool2d(mask[None], 3, 1, 1)[0] == 0) & (image > 0)]
+        assert inside.median() > outside.max(), "what is bright lies in the mask"
+    assert moved.min() >= 0 and moved.max() <= 1 and not torch.equal(moved[0], moved[1])
+    again, _ = augment.classical(images[2:3], None, 3, "test", [12])
+    assert torch.equal(again[0], moved[2])
+
+
 def test_a_classifier_learns_the_classes_that_images_were_drawn_as(tmp_path: Path, data: tuple[DataSpec, SliceStore], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     settings = {"of": "images", "task": "classification", "network": "resnet18", "channels": None, **FEW,
                 "arms": ["real", "synthetic"], "ratios": [2.0], "seeds": 1, "allow_few_seeds": True, "steps": 40, "lr": 5.0e-4}  # fmt: skip
@@ -270,6 +309,14 @@ def test_too_few_synthetic_images_and_missing_classes_are_told(tmp_path: Path, d
     outcome = run.read_outcome("useful", 0)
     assert outcome is not None and outcome.cause is not None
     assert outcome.cause == "ratios: 2 synthetic images for each of 24 real training slices are 48, and images has 30; write ratios up to 1.25, or generate more"
+
+    full = tiny_spec()
+    full["stages"]["useful"] = {"kind": "utility", "of": "images", "task": "segmentation"}
+    prepared = submit.prepare(write_spec(full), [], None, tmp_path / "runs", True)
+    phantoms = open_store(prepared[0].spec.data, prepared[0].spec.seed, cache, fake_run.quiet)  # type: ignore[arg-type]
+    (finding,) = checks.shortages(prepared, {checks.data_key(prepared[0].spec): phantoms})
+    slices = len(phantoms.select("train"))
+    assert (finding.topic, finding.mark) == ("useful", "wrong") and f"for each of {slices} real training slices are {2 * slices}, and images has 14" in finding.text
 
     full = tiny_spec(data={"format": "phantom", "patients": 6, "size": 16, "positive_only": True, "every": 2, "splits": {"train": 0.8, "val": 0.2, "test": 0}})
     full["stages"] = {name: full["stages"][name] for name in ("train_seg", "train_bravo", "masks", "images")} | {"useful": {"kind": "utility", "of": "images", "task": "segmentation"}}

@@ -10,7 +10,7 @@ import numpy as np
 from medgen import rng
 from medgen.data.store import SliceStore
 from medgen.errors import InputError
-from medgen.spec_utility import SIZED_BY_RATIOS, Arm, UtilityStage
+from medgen.spec_utility import Arm, UtilityStage, synthetic_count
 from medgen.utility.sides import Sides
 
 
@@ -110,7 +110,9 @@ def training_set(sides: Sides, settings: UtilityStage, arm: Arm, seed_number: in
     kind = RealClasses if settings.task == "classification" else RealMasks
     real = kind(sides.store, sides.channels, sides.rows("train"))
     everyone = np.arange(len(real))
-    most = _most_synthetic(sides, settings, len(real))
+    most, shortage = synthetic_count(settings.most_ratio, len(real)), settings.shortage(len(real), len(sides.dataset.index))
+    if shortage is not None:
+        raise InputError(shortage)
     if arm.kind == "duplicated":
         again = rng.sample_order(range(most), len(real), sides.seed, f"utility/duplicates/{seed_number}")
         return TrainingSet(real, np.concatenate([everyone, again]), None)
@@ -122,16 +124,3 @@ def training_set(sides: Sides, settings: UtilityStage, arm: Arm, seed_number: in
     targets = sides.synthetic_labels(numbers) if settings.task == "classification" else sides.synthetic_masks(numbers)[:, None].astype(np.float32)
     drawn = InMemory(sides.synthetic_images(numbers), targets)
     return TrainingSet(real, everyone[:0] if arm.kind == "synthetic" else everyone, drawn)
-
-
-def synthetic_count(ratio: float, real: int) -> int:
-    return max(1, round(ratio * real))
-
-
-def _most_synthetic(sides: Sides, settings: UtilityStage, real: int) -> int:
-    most, there = synthetic_count(max(settings.ratios), real), len(sides.dataset.index)
-    takes_them = set(settings.arms) & (set(SIZED_BY_RATIOS) - {"duplicated"})
-    if takes_them and most > there:
-        raise InputError(f"ratios: {max(settings.ratios):g} synthetic images for each of {real} real training slices are {most}, and {settings.of} has {there}; "
-                         f"write ratios up to {int(100 * there / real) / 100:g}, or generate more")  # fmt: skip
-    return most
