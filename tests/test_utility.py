@@ -27,13 +27,13 @@ from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError
 from medgen.evaluate import intervals
 from medgen.evaluate.scores import Score, from_json
-from medgen.launch import submit
+from medgen.launch import space, submit
 from medgen.launch.script import render_script, whole_stage
 from medgen.rundir import RunDir
 from medgen.site import Site
 from medgen.spec_data import DataSpec
 from medgen.spec_utility import Arm, UtilityStage
-from medgen.utility import arms, augment, resampling, sides
+from medgen.utility import arms, augment, networks, resampling, sides
 
 SIZE = 16
 CLASSES = ("AD", "CN")
@@ -297,6 +297,8 @@ def test_the_same_spec_is_an_array_with_a_collect_stage_here_and_on_slurm(tmp_pa
         assert stage.saves and stage.segments is None
     text = render_script(plans[1], plans[1].stage("more"), whole_stage(plans[1].stage("more"), 1), tmp_path, "python")
     assert "#SBATCH --array=0-17%4\n" in text and "#SBATCH --gres=gpu:1\n" in text and "/code utility" in text
+    for network, parameters in ((networks.resnet("resnet18", 1, 2, 0), space.RESNET_PARAMETERS["resnet18"]), (networks.unet(1, [16, 32, 64], 0), space.UNET_PARAMETERS * (256 + 1024 + 4096))):
+        assert 0.5 * parameters < sum(weight.numel() for weight in network.parameters()) < parameters, "what submit takes for the size of a snapshot"
     fewer = written(kind="utility", of="images", task="segmentation", ratios=[0.5, 1], parallel=2)
     assert planning.run_id_of(fewer) == planning.run_id_of(checked), "how many run at once is not part of the result"
 
@@ -383,4 +385,7 @@ def test_the_whole_job_through_the_command_line(tmp_path: Path, medgen: Callable
     medgen("submit", path, "--local")
     assert run.metrics("useful").is_file() and run.outcome_file("useful", 0).stat().st_mtime_ns == before[0]
     assert run.outcome_file("useful", 1).stat().st_mtime_ns > before[1]
-    assert "whole" in medgen("fsck", "tiny").stdout
+    left = run.trial("useful", 0) / "step-000002"
+    left.mkdir(parents=True)  # as if killed between its result and its outcome
+    told = medgen("fsck", "tiny", "--clean").stdout
+    assert "checkpoints of a trial whose result verifies" in told and not left.exists()

@@ -24,6 +24,7 @@ from medgen.utility.resampling import Resampled
 from medgen.utility.trials import Record
 
 LOW_CEILING = 0.5
+WITH_LESION = "mean over images whose mask has a lesion"
 QUICK_LOOK = "quick look, no segmenter"
 COLUMNS = ("id", "group", "bin", "found_pixels", "dice", "iou", "hd95_mm", "dice_shuffled")
 
@@ -90,26 +91,26 @@ def _all_scores(settings: StructureStage, records: list[Record], real: Side, syn
     skipped: dict[str, str] = {}
     spread: dict[str, float | None] = {}
 
-    def add(metric: str, reached: Resampled, side: Side, counted: np.ndarray, floor: Resampled | None = None, group: str | None = None, remark: str = "") -> None:
+    def add(metric: str, reached: Resampled, side: Side, counted: np.ndarray, floor: Resampled | None = None, group: str | None = None, what: str = WITH_LESION) -> None:
         if not np.isfinite(reached.by_seed).all():
             skipped.setdefault(metric if group is None else f"{metric} {group}", "there is no such image, or nothing is found in any")
             return
         ceiling = floor.value if floor is not None and np.isfinite(floor.by_seed).all() else None
-        found.append(score(metric, channel, reached.value, reached.interval, ceiling, int(counted.sum()), _protocol(settings, records[0], side, counted, seed, remark), group))
+        found.append(score(metric, channel, reached.value, reached.interval, ceiling, int(counted.sum()), _protocol(settings, records[0], side, counted, seed, what), group))
         spread[found[-1].name] = reached.spread
 
     ours, theirs = synthetic.bins != masks.NO_LESION, real.bins != masks.NO_LESION
     for metric, column in (("structure_dice", "dice"), ("structure_iou", "iou"), ("structure_hd95", "hd95_mm")):
-        add(metric, synthetic.mean(column, ours), synthetic, ours, real.mean(column, theirs), remark="without images in which nothing is found" if column == "hd95_mm" else "")
+        add(metric, synthetic.mean(column, ours), synthetic, ours, real.mean(column, theirs), what=WITH_LESION + (" and in which something is found" if column == "hd95_mm" else ""))
     add("structure_dice_real", real.mean("dice", theirs), real, theirs)
     controlled = ours & np.array([value is not None for value in synthetic.answers[0]["dice_shuffled"]])
-    add("structure_dice_shuffled", synthetic.mean("dice_shuffled", controlled), synthetic, controlled, remark="masks of other patients, or of other images where they are nobody's")
-    add("structure_dice_ratio", _ratio(synthetic.mean("dice", ours), real.mean("dice", theirs)), synthetic, ours, remark="both sides resampled")
-    add("structure_false_positives", _found_something(synthetic, ~ours), synthetic, ~ours, _found_something(real, ~theirs))
+    add("structure_dice_shuffled", synthetic.mean("dice_shuffled", controlled), synthetic, controlled, what=WITH_LESION + ", against masks of other patients, or of other images where they are nobody's")
+    add("structure_dice_ratio", _ratio(synthetic.mean("dice", ours), real.mean("dice", theirs)), synthetic, ours, what=WITH_LESION + ", both sides resampled")
+    add("structure_false_positives", _found_something(synthetic, ~ours), synthetic, ~ours, _found_something(real, ~theirs), what="share of images whose mask is empty")
     for name in masks.BINS:
         of_bin = synthetic.bins == name
         if of_bin.any():
-            add("structure_dice", synthetic.mean("dice", of_bin), synthetic, of_bin, real.mean("dice", real.bins == name), name, "longest diameter of the largest lesion of the mask")
+            add("structure_dice", synthetic.mean("dice", of_bin), synthetic, of_bin, real.mean("dice", real.bins == name), name, WITH_LESION + ", by the longest diameter of its largest lesion")
     return found, skipped, spread
 
 
@@ -124,13 +125,13 @@ def _found_something(side: Side, counted: np.ndarray) -> Resampled:
     return resampling.resampled(statistics, side.weights)
 
 
-def _protocol(settings: StructureStage, first: Record, side: Side, counted: np.ndarray, seed: int, remark: str) -> str:
+def _protocol(settings: StructureStage, first: Record, side: Side, counted: np.ndarray, seed: int, what: str) -> str:
     chosen = f"the best of {len(first['val'])} looks at the real val split" if first["val"] else "the last step"
-    return "; ".join(part for part in (
+    return "; ".join([
         f"U-Net {settings.channels} trained on {first['images']['real']} real slices under classical augmentation, {settings.steps} steps of {settings.batch_size}, {chosen}; threshold 0.5",
-        f"images drawn on {first['drawn_on']}; the ceiling is the real {settings.against} split", "mean over images whose mask has a lesion", remark, f"mean over {settings.seeds} seed{'s' if settings.seeds > 1 else ''}",
+        f"images drawn on {first['drawn_on']}; the ceiling is the real {settings.against} split", what, f"mean over {settings.seeds} seed{'s' if settings.seeds > 1 else ''}",
         intervals.describe(side.groups(counted), "patient" if str(side.answers[0]["group"][0]).startswith("patient") else "image"), f"seed {seed}",
-    ) if part)  # fmt: skip
+    ])  # fmt: skip
 
 
 def _words(found: list[Score]) -> tuple[str, list[str]]:

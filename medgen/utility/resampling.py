@@ -20,6 +20,11 @@ Better = Literal["lower", "higher"]
 
 
 class Statistic(Protocol):
+    @property
+    def patients(self) -> int:
+        """How many it is about: those with an image that counts."""
+        ...
+
     def of(self, weights: np.ndarray) -> np.ndarray: ...
 
 
@@ -29,6 +34,10 @@ class MeanOfShares:
 
     numerators: np.ndarray
     denominators: np.ndarray
+
+    @property
+    def patients(self) -> int:
+        return int(self.denominators.any(axis=1).sum())
 
     def of(self, weights: np.ndarray) -> np.ndarray:
         total = weights @ self.denominators
@@ -45,6 +54,10 @@ class MeanOfAreas:
     won: np.ndarray
     of_class: np.ndarray  # [patients, classes], images
     of_others: np.ndarray
+
+    @property
+    def patients(self) -> int:
+        return len(self.of_class)
 
     def of(self, weights: np.ndarray) -> np.ndarray:
         pairs = (weights @ self.of_class) * (weights @ self.of_others)
@@ -134,7 +147,7 @@ def resampled(of_seeds: list[Statistic], weights: np.ndarray) -> Resampled:
     whole = np.ones((1, weights.shape[1]))
     by_seed = np.array([float(statistic.of(whole)[0]) for statistic in of_seeds])
     replicates = np.mean([statistic.of(weights.astype(float)) for statistic in of_seeds], axis=0)
-    return Resampled(by_seed, replicates, weights.shape[1])
+    return Resampled(by_seed, replicates, min(statistic.patients for statistic in of_seeds))
 
 
 @dataclass(frozen=True)
