@@ -249,7 +249,7 @@ def generate(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: A
 
 @app.command(rich_help_panel="Stages (what every backend calls)")
 def collect(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False) -> None:
-    """Verify all shards of a generate stage and publish them as one dataset."""
+    """Verify what the tasks of a stage made: publish images as one dataset, or compute the scores of trials."""
     _perform("collect", run, stage, shard, attempt, again)
 
 
@@ -296,6 +296,18 @@ def evaluate(
 def features(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
     """Take one share of the features that an evaluate stage compares."""
     _perform("features", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def structure(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
+    """Train a segmenter on real images, and ask it for the masks of synthetic ones: one seed."""
+    _perform("structure", run, stage, shard, attempt)
+
+
+@app.command(rich_help_panel="Stages (what every backend calls)")
+def utility(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0) -> None:
+    """Train a classifier or segmenter on one mixture of real and synthetic images, and test it on real ones: one arm, one seed."""
+    _perform("utility", run, stage, shard, attempt)
 
 
 @app.command(rich_help_panel="Stages (what every backend calls)")

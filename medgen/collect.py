@@ -1,4 +1,4 @@
-"""Collection: verify every shard of a generate stage against the plan, then publish one dataset in one move.
+"""Collection: verify what every task of a stage made, then put it together: images to one dataset in one move, trials to scores.
 
 Called by `medgen collect` through task.perform. Good files are linked, never rewritten; bad shards are set aside."""
 
@@ -24,8 +24,26 @@ from medgen.task import Done, Work
 
 
 def collect(work: Work) -> Done:
-    """Publish <stage>/dataset. Raises MedgenError naming the shards that are missing or corrupt; they count as not done."""
+    """What the stage of this one is for. Raises MedgenError naming the tasks whose part is missing or corrupt; they count as not done."""
     source = work.plan.stage(work.stage.settings["of"])
+    if source.kind == "generate":
+        return _collect_images(work, source)
+    return _collect_trials(work, source)
+
+
+def _collect_trials(work: Work, source: PlannedStage) -> Done:
+    """The scores of all trials together."""
+    from medgen.evaluate import scores
+    from medgen.utility.comparison import collect_utility
+    from medgen.utility.consistency import collect_structure
+
+    written = collect_utility(work, source) if source.kind == "utility" else collect_structure(work, source)
+    found = scores.from_json(files.read_json(written[0])["scores"])
+    return Done(written, {item.name: round(item.value, 5) for item in found})
+
+
+def _collect_images(work: Work, source: PlannedStage) -> Done:
+    """Publish <stage>/dataset."""
     work.await_done(source)
     manifests = _verified_manifests(work, source)
     target = work.run.dataset(source.name)

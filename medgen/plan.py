@@ -78,6 +78,11 @@ class PlannedStage:
         return self.chain if self.chain > 1 else len(self.tasks)
 
     @property
+    def saves(self) -> bool:
+        """True if its tasks are trainings, which save in the middle and go on from there."""
+        return self.kind in ("train", "structure", "utility")
+
+    @property
     def devices(self) -> int:
         """GPUs held by a task, or processes where there is no GPU."""
         return self.nodes * self.gpus_per_node or self.ranks

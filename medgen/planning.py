@@ -16,9 +16,12 @@ from medgen.site import Site
 from medgen.spec import Spec, family_config
 from medgen.spec_base import GpuRequest, Resources
 from medgen.spec_evaluate import EvaluateStage, FeaturesStage
-from medgen.spec_stages import AnyStage, CollectStage, CommandStage, GenerateStage, TrainStage
+from medgen.spec_stages import AnyStage, Collected, CollectStage, CommandStage, GenerateStage, TrainStage
+from medgen.spec_utility import TrialStage
 
-DEFAULT_TIME_MINUTES = {"train": 720, "generate": 120, "collect": 60, "features": 120, "evaluate": 60, "report": 15, "command": 60}
+DEFAULT_TIME_MINUTES = {
+    "train": 720, "generate": 120, "collect": 60, "features": 120, "evaluate": 60, "structure": 240, "utility": 240, "report": 15, "command": 60,
+}  # fmt: skip
 SHARED_CPUS = 4  # of a cluster's node, for a task without a GPU that says nothing
 # fields of a stage that cannot change what it produces
 NOT_SCIENCE = {"resources", "shards", "parallel", "segments", "launcher"}
@@ -64,19 +67,19 @@ def _place(site: Site) -> Place:
 
 
 def _with_planned(spec: Spec) -> dict[str, AnyStage]:
-    """The user's stages, a collect stage behind each generate stage, and a features stage in front of each evaluate stage of several shards."""
+    """The user's stages, a collect stage behind each whose tasks make parts of one thing, and a features stage in front of each evaluate stage of several shards."""
     stages: dict[str, AnyStage] = {}
     for name, stage in spec.stages.items():
         if isinstance(stage, EvaluateStage) and stage.shards > 1:
             stages[features_name(name)] = FeaturesStage(kind="features", of=name, parts=stage.shards, parallel=stage.parallel, resources=stage.resources)
         stages[name] = stage
-        if isinstance(stage, GenerateStage):
+        if isinstance(stage, Collected):
             stages[collect_name(name)] = CollectStage(kind="collect", of=name)
     return stages
 
 
 def _needs(name: str, stages: dict[str, AnyStage]) -> list[str]:
-    """What must be finished first: readers of images wait for the collected dataset, the report for everything."""
+    """What must be finished first: readers wait for what was collected, the report for everything."""
     stage = stages[name]
     if stage.kind == "report":
         return [other for other, item in stages.items() if item.kind != "report"]
@@ -84,7 +87,7 @@ def _needs(name: str, stages: dict[str, AnyStage]) -> list[str]:
         return [other for other in _needs(stage.of, stages) if other != name]
     waits_for_shards = isinstance(stage, CollectStage)
     needs = [
-        collect_name(other) if isinstance(stages[other], GenerateStage) and not waits_for_shards else other
+        collect_name(other) if isinstance(stages[other], Collected) and not waits_for_shards else other
         for other in stage.inputs()
     ]
     if features_name(name) in stages:
@@ -135,10 +138,11 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         problem = uneven_batch(batch_sizes, resources.nodes * ranks_per_node)
         if problem is not None:
             raise Unplannable(("stages", name, "config", knob), problem)
-    parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage | FeaturesStage) and stage.parallel else len(tasks)
+    parallel = stage.parallel if isinstance(stage, GenerateStage | CommandStage | FeaturesStage | TrialStage) and stage.parallel else len(tasks)
     time_minutes = said.time_minutes or resources.time or DEFAULT_TIME_MINUTES[stage.kind]
     if site.limits.time is not None and time_minutes > site.limits.time:
-        hint = {"train": "it goes on by itself after that", "command": "save and go on with segments"}.get(stage.kind, "use more shards")
+        goes_on = "it goes on by itself after that"
+        hint = {"train": goes_on, "structure": goes_on, "utility": goes_on, "command": "save and go on with segments"}.get(stage.kind, "use more shards")
         raise Unplannable(("stages", name, "resources", "time"), f"{_hours(time_minutes)} is more than {site.name} gives a job ({_hours(site.limits.time)}); {hint}")
     return PlannedStage(
         name=name,
@@ -151,7 +155,7 @@ def _planned(name: str, stages: dict[str, AnyStage], science: dict[str, Any], ru
         time_minutes=time_minutes,
         mem_mebibytes=said.mem_mebibytes or resources.mem or (site.mem * max(1, gpus_per_node) if site.mem else None),
         parallel=parallel,
-        segments=stage.segments if isinstance(stage, TrainStage | CommandStage) else 1,
+        segments=stage.segments if isinstance(stage, TrainStage | CommandStage) else None if isinstance(stage, TrialStage) else 1,
         chain=_chain(stage, site),
         launcher="none" if isinstance(stage, CommandStage) else stage.launcher if isinstance(stage, TrainStage) else "srun",
         setup=[*site.environment.lines(), *site.setup, *([] if isinstance(stage, CommandStage) else resources.setup)],
@@ -264,7 +268,7 @@ def _gpus_per_node(stage: AnyStage, resources: Resources, site: Site) -> int:
     """What was asked for; where nothing was said, stages with a network take one GPU of a machine that has any."""
     if resources.gpus_asked is not None:
         return resources.gpus_asked
-    takes_one = stage.kind in ("train", "generate", "features") and resources.processes is None
+    takes_one = isinstance(stage, TrainStage | GenerateStage | FeaturesStage | TrialStage) and resources.processes is None
     return min(1, site.gpus) if takes_one else 0
 
 
@@ -278,14 +282,17 @@ def _threads(stage: AnyStage, resources: Resources, ranks_per_node: int, gpus_pe
         return site.cpus_per_gpu or max(1, site.cpus // max(ranks_per_node, site.gpus))
     if site.scheduler == "slurm":  # a node is shared with others
         return site.cpus_per_gpu or min(SHARED_CPUS, site.cpus)
+    if isinstance(stage, TrialStage):
+        return 1  # as many side by side as there are cores
     return max(1, site.cpus // ranks_per_node)
 
 
 def _tasks(name: str, stage: AnyStage, stage_hash: str) -> list[Task]:
-    if isinstance(stage, CommandStage) and stage.foreach:
-        return [Task(name, number, files.sha256_json([stage_hash, number])[:16], None) for number in range(len(stage.foreach))]
+    parts = len(stage.foreach) if isinstance(stage, CommandStage) else stage.trials if isinstance(stage, TrialStage) else 0
     if isinstance(stage, FeaturesStage):
         return [Task(name, number, files.sha256_json([stage_hash, stage.parts, number])[:16], None) for number in range(stage.parts)]
+    if parts:
+        return [Task(name, number, files.sha256_json([stage_hash, number])[:16], None) for number in range(parts)]
     if not isinstance(stage, GenerateStage):
         return [Task(name, 0, stage_hash[:16], None)]
     tasks = []

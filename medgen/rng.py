@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,16 @@ def torch_generator(seed: int, stream: str, *index: int) -> torch.Generator:
 def permutation(count: int, seed: int, stream: str, *index: int) -> np.ndarray:
     """A permutation of range(count)."""
     return numpy_generator(seed, stream, *index).permutation(count)
+
+
+def sample_order(positions: Sequence[int], samples: int, seed: int, stream: str) -> np.ndarray:
+    """Which sample stands at each position of a training: a fresh permutation per epoch; a batch may reach into the next epoch."""
+    return np.array([_epoch_order(samples, seed, stream, position // samples)[position % samples] for position in positions])
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(samples: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+    return permutation(samples, seed, stream, epoch)
 
 
 def normal_per_sample(shape: tuple[int, ...], seed: int, stream: str, indices: Sequence[tuple[int, ...]]) -> torch.Tensor:

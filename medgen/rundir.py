@@ -213,9 +213,16 @@ class RunDir:
     def checkpoints(self, stage: str) -> Path:
         return self.root / stage / "ckpt"
 
-    def saved_step(self, stage: str) -> int:
+    def trial(self, stage: str, shard: int) -> Path:
+        """The checkpoints of one task of a structure or utility stage, until it is done."""
+        return self.root / stage / f"trial-{shard:05d}"
+
+    def predictions(self, stage: str) -> Path:
+        return self.root / stage / "predictions.csv"
+
+    def saved_step(self, stage: str, shard: int) -> int:
         """The newest step with a committed checkpoint, where a training goes on; 0 if there is none. Contents are not verified here."""
-        newest = commits.newest(self.checkpoints(stage))
+        newest = commits.newest(self.checkpoints(stage)) or commits.newest(self.trial(stage, shard))
         return newest[0] if newest is not None else 0
 
     def tensorboard(self, stage: str) -> Path:

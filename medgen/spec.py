@@ -1,6 +1,6 @@
 """The job spec: what a user writes, read and checked as a whole. Read by planning.py; every stage reads its resolved form from the run folder.
 
-Its parts are in spec_base.py, spec_data.py, spec_stages.py and spec_evaluate.py."""
+Its parts are in spec_base.py, spec_data.py, spec_stages.py, spec_evaluate.py and spec_utility.py."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from medgen.spec_base import Frozen, StageName
 from medgen.spec_data import SPLITS, DataSpec
 from medgen.spec_evaluate import EvaluateStage
 from medgen.spec_stages import AnyStage, CommandStage, GenerateStage, ReportStage, Stage, TrainStage
+from medgen.spec_utility import StructureStage, UtilityStage
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 RESERVED_STAGE_NAMES = {"code", "submissions", "logs", "outcome", "hb", "data"}
@@ -213,15 +214,61 @@ def _check_references(spec: Spec, spec_document: Document, name: str, stage: Any
         _check_generate(spec, spec_document, name, stage)
     if isinstance(stage, EvaluateStage):
         _check_evaluate(spec, spec_document, name, stage)
+    if isinstance(stage, StructureStage | UtilityStage):
+        _check_trials(spec, spec_document, name, stage)
+
+
+def _drawn_by(spec: Spec, spec_document: Document, name: str, of: str) -> tuple[GenerateStage, TrainStage | None]:
+    """The generate stage that a stage is `of`, and what trained its model; None if that is no train stage, which is told elsewhere."""
+    drawn = spec.stages[of]
+    if not isinstance(drawn, GenerateStage):
+        raise spec_document.error(("stages", name, "of"), f"{of} is a {drawn.kind} stage; name a generate stage")
+    source = spec.stages.get(drawn.source)
+    return drawn, source if isinstance(source, TrainStage) else None
+
+
+def _check_trials(spec: Spec, spec_document: Document, name: str, stage: StructureStage | UtilityStage) -> None:
+    drawn, source = _drawn_by(spec, spec_document, name, stage.of)
+    if source is None:
+        return
+    config = family_config(source.config)
+    if config.output_kind == "mask":
+        raise spec_document.error(("stages", name, "of"), f"{stage.of} makes masks; name a generate stage of images")
+    problem = _structure_problem(stage, drawn, source, config) if isinstance(stage, StructureStage) else _utility_problem(stage, drawn, config)
+    if problem is not None:
+        raise spec_document.error(("stages", name, problem[0]), problem[1])
+    assert spec.data is not None  # a train stage is there
+    levels, size = len(stage.unet_channels or [1]), spec.data.size
+    if size % 2 ** (levels - 1) or size < 2**levels:
+        raise spec_document.error(("stages", name, "channels"), f"a U-Net of {levels} levels halves its images {levels - 1} times, which {size} pixels do not allow; use fewer levels")
+
+
+def _structure_problem(stage: StructureStage, drawn: GenerateStage, source: TrainStage, config: FamilyConfig) -> tuple[str, str] | None:
+    """The key to blame, and why; None if there is nothing."""
+    if "seg" not in config.condition_channels:
+        return "of", f"the model of {drawn.source} is given no mask, so there is none that its images could agree with; remove this stage"
+    if source.repeat is not None and stage.against == "val":
+        return "against", f"{drawn.source} was trained on the val split too; write against: test"
+    return None
+
+
+def _utility_problem(stage: UtilityStage, drawn: GenerateStage, config: FamilyConfig) -> tuple[str, str] | None:
+    """The key to blame, and why; None if there is nothing."""
+    if drawn.condition in ("val", "test"):
+        used = "tested on" if drawn.condition == "test" else "chosen by"
+        return "of", f"{stage.of} was drawn on masks of the {drawn.condition} split, which the arms are {used}; draw images to train on with condition: train, or on generated masks"
+    if stage.task == "classification" and not config.uses_labels:
+        return "task", f"the model of {drawn.source} knows no classes, so its images have no labels to learn; write task: segmentation"
+    if stage.task == "segmentation" and "seg" not in config.input_channels:
+        return "task", f"the images of {stage.of} come without masks, so there is nothing to learn from them; write task: classification"
+    return None
 
 
 def _check_evaluate(spec: Spec, spec_document: Document, name: str, stage: EvaluateStage) -> None:
-    path, drawn = ("stages", name), spec.stages[stage.of]
-    if not isinstance(drawn, GenerateStage):
-        raise spec_document.error((*path, "of"), f"{stage.of} is a {drawn.kind} stage; name a generate stage")
-    source = spec.stages.get(drawn.source)
-    if not isinstance(source, TrainStage):
-        return  # told where the generate stage is checked
+    path = ("stages", name)
+    drawn, source = _drawn_by(spec, spec_document, name, stage.of)
+    if source is None:
+        return
     if source.repeat is not None and stage.against == "val":
         raise spec_document.error((*path, "against"), f"{drawn.source} was trained on the val split too; compare its images with the test split")
     if "auc" in stage.metrics and not family_config(source.config).classifies:

@@ -1,4 +1,4 @@
-"""The stages of a job spec, each with what may be written in it; evaluate has its own module. Used by spec.py and planning.py."""
+"""The stages of a job spec, each with what may be written in it; evaluate, structure and utility have their own modules. Used by spec.py and planning.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from medgen.spec_base import Frozen, StageName, StageSpec, VariableName
 from medgen.spec_data import SPLITS
 from medgen.spec_evaluate import EvaluateStage, FeaturesStage
+from medgen.spec_utility import StructureStage, UtilityStage
 
 SUBMITS_ITSELF = re.compile(r"^[^#\n]*\bsbatch\b[^#\n]*[\s\"']\$\{?0\b", re.MULTILINE)
 
@@ -139,7 +140,7 @@ class ReportStage(StageSpec):
 
 
 class CollectStage(StageSpec):
-    """Never written by hand: the plan adds one behind every generate stage."""
+    """Never written by hand: the plan adds one behind every stage whose tasks make parts of one thing."""
 
     kind: Literal["collect"]
     of: StageName
@@ -148,5 +149,6 @@ class CollectStage(StageSpec):
         return [*self.needs, self.of]
 
 
-Stage = TrainStage | GenerateStage | EvaluateStage | ReportStage | CommandStage
+Stage = TrainStage | GenerateStage | EvaluateStage | StructureStage | UtilityStage | ReportStage | CommandStage
+Collected = GenerateStage | StructureStage | UtilityStage
 AnyStage = Stage | CollectStage | FeaturesStage

@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from dataclasses import replace
-from functools import lru_cache
 from statistics import median
 
 import numpy as np
@@ -75,7 +74,7 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             context.step, context.phase = clock.step, number
             context.phase_progress = (clock.step - clock.phase_start_step) * phase.batch_size / (phase.epochs * samples)
             positions = _my_positions(clock.step - clock.phase_start_step, phase.batch_size, ranks)
-            rows = training.rows[_sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
+            rows = training.rows[rng.sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
             activity.now("reading data")
             batch = training.batch(rows, positions, f"train/{clock.phase}")
             activity.now("computing a step")
@@ -195,16 +194,6 @@ def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
     share = batch_size // ranks.world_size
     first = step * batch_size + ranks.rank * share
     return list(range(first, first + share))
-
-
-def _sample_order(positions: list[int], samples: int, seed: int, stream: str) -> np.ndarray:
-    """Which sample stands at each position: a fresh permutation per epoch; a batch may reach into the next epoch."""
-    return np.array([_epoch_order(samples, seed, stream, position // samples)[position % samples] for position in positions])
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(samples: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    return rng.permutation(samples, seed, stream, epoch)
 
 
 def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:

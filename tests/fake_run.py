@@ -31,11 +31,11 @@ def quiet(_: str) -> None:
     """A `say` for tests."""
 
 
-def planned(name: str, kind: str, needs: list[str], settings: dict[str, Any], images: int | None = None) -> PlannedStage:
-    task = Task(name, 0, f"{name}-hash", None if images is None else Shard(0, images))
+def planned(name: str, kind: str, needs: list[str], settings: dict[str, Any], images: int | None = None, tasks: int = 1) -> PlannedStage:
+    all_tasks = [Task(name, number, f"{name}-hash" + (f"-{number}" if number else ""), None if images is None else Shard(0, images)) for number in range(tasks)]
     return PlannedStage(
         name=name, kind=kind, needs=needs, nodes=1, ranks_per_node=1, gpus_per_node=0, threads=1, time_minutes=60,
-        mem_mebibytes=None, parallel=1, segments=1, chain=1, launcher="srun", setup=[], command_setup=[], directives=[], left_out=[], settings={"kind": kind, **settings}, tasks=[task],
+        mem_mebibytes=None, parallel=1, segments=1, chain=1, launcher="srun", setup=[], command_setup=[], directives=[], left_out=[], settings={"kind": kind, **settings}, tasks=all_tasks,
     )
 
 
@@ -91,7 +91,7 @@ def write_dataset(run: RunDir, stage: str, images: dict[str, np.ndarray], condit
             path = folder / channel / f"{number:06d}.nii.gz"
             write_slice(path, arrays[number], "mask" if channel == "seg" else "image", np.eye(4))
             record |= {channel: str(path.relative_to(folder)), f"{channel}_sha256": files.sha256_file(path)}
-        records.append(record | {"seed": SEED, "checkpoint_sha256": "c0ffee" * 10, "tries": 1})
+        records.append(record | {"spacing_x_mm": 1.0, "spacing_y_mm": 1.0, "seed": SEED, "checkpoint_sha256": "c0ffee" * 10, "tries": 1})
     pd.DataFrame(records).to_csv(folder / "index.csv", index=False)
     marker = run.root / "fingerprint"  # left by full_run: of the data the set was made from
     files.write_json(folder / "manifest.json", {"data_fingerprint": marker.read_text() if marker.exists() else "", "index_sha256": files.sha256_file(folder / "index.csv")})

@@ -69,6 +69,8 @@ def full_spec() -> dict[str, Any]:
         "kind": "command", "run": "true", "foreach": ["a", "b"], "parallel": 1, "segments": 2, "env": {"A": "b"}, "outputs": ["x"], "needs": ["images"],
         "resources": {"time": "2h", "mem": "4G", "slurm": ["--partition=x"], "setup": ["true"], "gpus": 1, "gpu": {"any_of": ["a100"], "prefer": "a100", "memory": "40G"}},
     }  # fmt: skip
+    made["stages"]["follows"] = {"kind": "structure", "of": "images", "against": "val", "channels": [8, 16], "seeds": 4, "steps": 9, "batch_size": 4, "lr": 0.01, "parallel": 2}
+    made["stages"]["useful"] = {"kind": "utility", "of": "images", "task": "segmentation", "arms": ["real", "mixed"], "ratios": [0.5, 2], "channels": [8, 16], "seeds": 1, "allow_few_seeds": True}
     made["sweep"] = {"stages.train_seg.config.lr": [1e-3, 2e-3]}
     return made
 

@@ -18,6 +18,8 @@ from medgen.launch.findings import Finding, Mark, once
 from medgen.launch.slurm import SlurmError
 from medgen.launch.submit import Prepared
 from medgen.spec import Spec
+from medgen.spec_stages import GenerateStage
+from medgen.spec_utility import UtilityStage
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore
@@ -45,7 +47,7 @@ def check(spec_path: Path, overrides: Sequence[str], site_name: str | None, loca
                                         + (f", for each of {len(prepared)} points of the sweep" if len(prepared) > 1 else ""))]
     findings += [Finding("spec", "note", note) for note in dict.fromkeys(note for item in prepared for note in item.notes)]
     stores, found = _open_all(prepared)
-    findings += [*found, *try_models(prepared, stores, _say), *_launch(prepared)]  # sizes that a trial measures count in what follows
+    findings += [*found, *shortages(prepared, stores), *try_models(prepared, stores, _say), *_launch(prepared)]  # sizes that a trial measures count in what follows
     findings = once(findings)
     wrong = sum(item.mark == "wrong" for item in findings)
     models = {item.topic: item.facts for item in findings if "parameters" in item.facts}
@@ -128,6 +130,19 @@ def _open_all(prepared: list[Prepared]) -> tuple[dict[str, SliceStore], list[Fin
             continue
         findings.append(Finding("data", "fine", _data_line(stores[key]), facts))
     return stores, findings
+
+
+def shortages(prepared: list[Prepared], stores: dict[str, SliceStore]) -> list[Finding]:
+    """Utility stages that would have too few synthetic images: how many are needed is known once the slices are."""
+    found = []
+    for item in prepared:
+        store = stores.get(data_key(item.spec))
+        for name, stage in item.spec.stages.items() if store is not None else ():
+            drawn = item.spec.stages[stage.of] if isinstance(stage, UtilityStage) else None
+            if store is not None and isinstance(stage, UtilityStage) and isinstance(drawn, GenerateStage):
+                problem = stage.shortage(int((store.rows["split"] == "train").sum()), drawn.count)
+                found += [Finding(name, "wrong", problem)] if problem is not None else []
+    return found
 
 
 def _open(checked: Spec) -> tuple[SliceStore, dict[str, Any]]:

@@ -78,6 +78,16 @@ COPIES_READING = (
     "the nearest pairs. Nothing found means no copies at this threshold, of the kinds that this comparison sees."
 )
 
+CEILING = (
+    "The floor is what the same segmenter reaches on real held-out images: more is not to be had. The shuffled control says what chance gives. "
+    "Published bands (above 0.7 is good) say nothing, as small lesions reach less in real images, too."
+)
+
+ARM = (
+    "Each group is an arm: what it was trained on, with the same number of steps. Compare with real, and with duplicated and augmented, which cost nothing; "
+    "the difference to real, its interval and what could have been seen stand beside."
+)
+
 MEANINGS: dict[str, Meaning] = {
     "mae": Meaning(
         "Mean absolute error", "of the window", "lower",
@@ -242,6 +252,38 @@ MEANINGS: dict[str, Meaning] = {
         "The share of training members that the attack names while it wrongly names 1% of the others: what matters if a few people are exposed.",
         "The floor is guessing.",
     ),
+    "structure_dice": Meaning(
+        "Structure consistency (Dice)", "", "higher",
+        "Overlap of what a segmenter, trained on real images only, finds in a synthetic image with the mask that this image was drawn on.",
+        CEILING,
+    ),
+    "structure_iou": Meaning("Structure consistency (IoU)", "", "higher", "The same as intersection over union.", CEILING),
+    "structure_hd95": Meaning(
+        "Structure consistency (HD95)", "mm", "lower",
+        "95th percentile of the distances between the outlines of what the segmenter finds and of the mask.",
+        CEILING,
+    ),
+    "structure_dice_real": Meaning(
+        "Segmenter on real images (Dice)", "", "higher", "What the segmenter reaches on real images that it was not trained on: the ceiling.",
+        "Far below what is usual for such lesions: train it longer before anything else here is read.",
+    ),
+    "structure_dice_shuffled": Meaning(
+        "Shuffled control (Dice)", "", "higher", "The same synthetic images, held against the masks of others.",
+        "What an image that ignores its mask would score. Only the part above it is agreement.",
+    ),
+    "structure_dice_ratio": Meaning(
+        "Share of the ceiling", "", "higher", "Dice on the synthetic images, divided by Dice on real held-out ones.",
+        "1: the masks are found in synthetic images as well as in real ones. Above 1: they are easier to find, which real lesions are not.",
+    ),
+    "structure_false_positives": Meaning(
+        "Found where nothing was drawn", "share of images", "lower", "Of the synthetic images on empty masks, those in which the segmenter finds something.",
+        "The floor is the same share of real held-out slices without a lesion.",
+    ),
+    "utility_balanced_accuracy": Meaning("Balanced accuracy of a classifier", "", "higher", "Mean over the classes of the share of real test images that is told right.", ARM),
+    "utility_macro_f1": Meaning("Macro-F1 of a classifier", "", "higher", "Mean over the classes of the harmonic mean of precision and recall, on real test images.", ARM),
+    "utility_auc": Meaning("AUC of a classifier", "", "higher", "Area under the ROC curve on real test images, one class against the rest, averaged.", ARM),
+    "utility_dice": Meaning("Dice of a segmenter", "", "higher", "Mean over the real test slices that have a lesion.", ARM),
+    "utility_false_positives": Meaning("Found in empty slices", "share of slices", "lower", "Of the real test slices without a lesion, those in which the segmenter finds something.", ARM),
 }
 
 

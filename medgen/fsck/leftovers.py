@@ -78,6 +78,8 @@ def _of_stage(run: RunDir, plan: Plan, stage: PlannedStage, known: dict[str, Par
         source = run.dataset(stage.settings["of"])
         again = dict.fromkeys(source.parent.glob(f"{source.name}.bad.*"), "a dataset that was set aside; the one in its place verifies")
         return again if part.state == "whole" else {}
+    if stage.kind in ("structure", "utility"):
+        return dict.fromkeys((path for shard in part.whole if (path := run.trial(stage.name, shard)).exists()), "checkpoints of a trial whose result verifies")
     if stage.kind != "generate":
         return {}
     aside = [path for path in _children(folder / "quarantine") if _number(path.name.partition(".")[0]) in part.whole]

@@ -308,6 +308,8 @@ MADE_AGAIN = {
     "collect": "the dataset is moved aside and built again from the shards",
     "features": "the features that are missing are taken again",
     "evaluate": "the scores are computed again",
+    "structure": "the trial is run again",
+    "utility": "the trial is run again",
     "report": "the page is written again",
     "command": "the command is run again",
 }
@@ -317,7 +319,8 @@ def _problem(run: RunDir, plan: Plan, stage: PlannedStage, shard: int, state: _T
     what = state.text if len(stage.tasks) == 1 else f"shard {shard}: {state.text}"
     if state.command is not None:
         return Problem(what, STOPS, state.command)
-    again = MADE_AGAIN[stage.kind] if state.outcome is not None else "it counts as not done and is made again, from whatever verifies"
+    scores = stage.kind == "collect" and plan.stage(stage.settings["of"]).kind != "generate"
+    again = MADE_AGAIN["evaluate" if scores else stage.kind] if state.outcome is not None else "it counts as not done and is made again, from whatever verifies"
     return Problem(what, *_noticed(run, plan, stage.name, shard, state, again))
 
 

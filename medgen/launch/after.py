@@ -18,7 +18,7 @@ from medgen.plan import Plan, PlannedStage, Task
 from medgen.rundir import Relief, RunDir
 
 # of what told why it failed; collect, evaluate and report would give the same answer twice
-TRIES = {"train": 2, "generate": 2, "collect": 1, "features": 2, "evaluate": 1, "report": 1, "command": 1}
+TRIES = {"train": 2, "generate": 2, "collect": 1, "features": 2, "evaluate": 1, "structure": 2, "utility": 2, "report": 1, "command": 1}
 TRIES_WITHOUT_A_WORD = 2  # of whatever was killed before it could tell why
 TRIES_ON_BAD_NODES = 3  # each on another node
 INTERRUPTIONS = 5  # of what cannot show progress, where Slurm did not say that it was preempted
@@ -108,7 +108,7 @@ def judge_lost(run: RunDir, plan: Plan, stage: PlannedStage, task: Task, lost: T
 
 def _past(run: RunDir, plan: Plan, stage: PlannedStage, on_slurm: bool, tries: list[Try], now: Try, events: Sequence[Event]) -> Past:
     earlier = [item for item in tries[_before_last_submit(events, now) :] if item.attempt != now.attempt]
-    return Past(plan, stage, on_slurm, earlier, now, run.saved_step(stage.name))
+    return Past(plan, stage, on_slurm, earlier, now, run.saved_step(stage.name, now.shard))
 
 
 def _before_last_submit(events: Sequence[Event], item: Try) -> int:
@@ -138,12 +138,12 @@ class Past:
     @property
     def since_progress(self) -> list[Try]:
         """Earlier attempts whose failures still count: of a training those since its newest checkpoint was made, else all."""
-        return self.earlier[len(self.earlier) + 1 - max(1, self.without_progress) :] if self.stage.kind == "train" else self.earlier
+        return self.earlier[len(self.earlier) + 1 - max(1, self.without_progress) :] if self.stage.saves else self.earlier
 
     @property
     def without_progress(self) -> int:
         """Attempts in a row, this one included, after which no newer checkpoint was there."""
-        if self.stage.kind != "train":
+        if not self.stage.saves:
             return 0
         starts = [*(item.from_step for item in [*self.earlier, self.now]), self.saved_step]
         count = 0
@@ -194,7 +194,7 @@ def _without_progress(past: Past, cause: str | None, found: Cause) -> Verdict | 
 
 def _too_often(past: Past, cause: str | None, found: Cause) -> Verdict | None:
     """A training shows its progress; of all else the stops are counted."""
-    if past.stage.kind == "train" or sum(item.status == "interrupted" for item in past.earlier) < INTERRUPTIONS:
+    if past.stage.saves or sum(item.status == "interrupted" for item in past.earlier) < INTERRUPTIONS:
         return None
     return _stop("interrupted", cause, found, f"not tried again: stopped {INTERRUPTIONS + 1} times; submit again to go on")
 
@@ -202,7 +202,7 @@ def _too_often(past: Past, cause: str | None, found: Cause) -> Verdict | None:
 def _at_limit(past: Past, cause: str | None, later_segments: int) -> Verdict:
     """A training goes on for as long as it progresses, or for as many segments as the spec allows."""
     stage = past.stage
-    if stage.kind not in ("train", "command"):
+    if not stage.saves and stage.kind != "command":
         return Verdict("interrupted", cause, "TIMEOUT", False, OVER_TIME_AT_ONCE)
     if later_segments:
         return Verdict("interrupted", cause, "TIMEOUT", False, goes_on_in_chain(later_segments))

@@ -41,7 +41,7 @@ def begin(run: RunDir, stage_name: str, shard: int, attempt: int) -> int:
         return Exit.FAILED
     run.event(
         "task_started", stage=stage_name, shard=shard, attempt=attempt, task_hash=task.hash, devices=stage.devices,
-        from_step=run.saved_step(stage_name) if stage.kind == "train" else 0, job_id=job_id(), node=node(), segment=segment(),
+        from_step=run.saved_step(stage_name, shard) if stage.saves else 0, job_id=job_id(), node=node(), segment=segment(),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     )  # fmt: skip
     return Exit.DONE

@@ -195,7 +195,7 @@ class _Supervision:
         batch.parent.mkdir(parents=True, exist_ok=True)
         self.run.event(
             "task_started", stage=stage.name, shard=shard, attempt=attempt, task_hash=job.task.hash, devices=stage.devices,
-            from_step=self.run.saved_step(stage.name) if stage.kind == "train" else 0, gpus=job.gpus,
+            from_step=self.run.saved_step(stage.name, shard) if stage.saves else 0, gpus=job.gpus,
         )  # fmt: skip
         with batch.open("ab") as output:
             process = subprocess.Popen(

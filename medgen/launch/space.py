@@ -20,11 +20,15 @@ from medgen.room import Free, free_in, mount_of
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
 from medgen.spec_stages import GenerateStage, TrainStage
+from medgen.spec_utility import StructureStage, UtilityStage
 
 BLOCK_BYTES = 4096  # what the smallest file takes
 RUN_BYTES, RUN_FILES = 32 * 2**20, 500  # of a run that makes nothing
 CACHE_FILES = 20
 WRITING = 2  # checkpoints beside the newest ones kept: the best by validation loss, and the one that is being written
+SNAPSHOTS = 3  # of a trial: two that are kept, and the one that is being written
+RESNET_PARAMETERS = {"resnet50": 25_600_000, "resnet18": 11_700_000}
+UNET_PARAMETERS = 30  # at most, for each squared number of channels of a level
 MEMORY_TYPES = {"tmpfs", "ramfs", "devtmpfs"}
 NODE_FOLDERS = [Path(name) for name in ("/tmp", "/var/tmp", "/dev/shm", "/run")]
 GIB = 2**30
@@ -103,7 +107,17 @@ def run_need(item: Prepared) -> Need:
             need += _images(item.spec, asked, sum(task.images.stop - task.images.first for task in left if task.images is not None))
         if isinstance(asked, TrainStage) and left:
             need += _checkpoints(item.run, stage.name, asked)
+        if isinstance(asked, StructureStage | UtilityStage):
+            need += _snapshots(asked, min(stage.parallel, len(left)))
     return need
+
+
+def _snapshots(stage: StructureStage | UtilityStage, at_once: int) -> Need:
+    """Of the trials that run at once; one that is done keeps none. Weights, the best weights, and two moments of each."""
+    resnet = stage.network if isinstance(stage, UtilityStage) else None
+    parameters = RESNET_PARAMETERS[resnet] if resnet is not None else UNET_PARAMETERS * sum(width**2 for width in stage.unet_channels or [])
+    kept = SNAPSHOTS * at_once
+    return Need(checkpoint_bytes=kept * 4 * 4 * parameters, files=kept * 5)
 
 
 def _images(checked: spec.Spec, stage: GenerateStage, count: int) -> Need:

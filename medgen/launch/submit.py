@@ -29,6 +29,7 @@ from medgen.rundir import RunDir
 from medgen.spec_data import SPLITS
 from medgen.spec_evaluate import EvaluateStage
 from medgen.spec_stages import GenerateStage, TrainStage
+from medgen.spec_utility import StructureStage, UtilityStage
 
 RESOURCE_FIELDS = (
     "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "chain", "launcher", "setup", "command_setup", "directives", "left_out",
@@ -116,7 +117,10 @@ def check_data(checked: spec.Spec) -> str:
         if isinstance(stage, GenerateStage) and stage.per_class is not None and len(stage.per_class) != len(report.classes):
             raise InputError(f"stages.{name}.per_class: {stage.per_class} counts {len(stage.per_class)} classes, the data have {len(report.classes)}: {', '.join(report.classes)}")
         wanted = [stage.condition] if isinstance(stage, GenerateStage) and stage.condition in SPLITS else []
-        wanted += [stage.against] if isinstance(stage, EvaluateStage) else []
+        wanted += [stage.against] if isinstance(stage, EvaluateStage | StructureStage) else []
+        wanted += ["val", "test"] if isinstance(stage, UtilityStage) else []
+        if isinstance(stage, UtilityStage) and stage.task == "classification" and len(report.classes) < 2:
+            raise InputError(f"stages.{name}.task: a classification tells at least two classes apart, and the labels of the data are: {', '.join(report.classes) or 'none'}")
         for split in wanted:
             if not report.patients.get(str(split)):
                 have = ", ".join(f"{count} {known}" for known, count in report.patients.items())

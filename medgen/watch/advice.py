@@ -119,6 +119,8 @@ def _time_limit(case: Case) -> list[str]:
             f"Let it save and go on in {segments} jobs of {minutes_text(stage.time_minutes)} one after the other:", _with(case, "segments", segments),
             "Or give it one longer job:", longer,
         ]  # fmt: skip
+    if stage.saves:
+        return ["It goes on from what it saved. Each job may have more time:", longer]
     if stage.kind == "generate":
         lines = ["Give each shard more time:", longer]
         count, chunk = stage.settings["count"], stage.settings["chunk"]

@@ -12,7 +12,7 @@ from typing import Any
 from medgen import commits, files, plan
 from medgen.errors import Exit, InputError
 from medgen.evaluate.scores import from_json
-from medgen.plan import Plan
+from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir, all_runs
 from medgen.watch.state import RunState, read_state
 
@@ -94,9 +94,17 @@ def _point(run: RunDir, state: RunState, values: dict[str, Any]) -> SweepPoint:
     for stage in planned.stages:
         if stage.kind == "train":
             selection |= {f"{stage.name}: {metric}": score for metric, score in _selection(run, planned, stage.name).items()}
-        elif stage.kind == "evaluate" and run.is_done(stage.name, 0, stage.tasks[0].hash):
-            scores |= {f"{stage.name}: {metric}": score for metric, score in _evaluated(run, stage.name).items()}
+        elif (scored := _scored_by(planned, stage)) is not None and run.is_done(stage.name, 0, stage.tasks[0].hash):
+            scores |= {f"{scored}: {metric}": score for metric, score in _evaluated(run, scored).items()}
     return SweepPoint(run.run_id, state.name, values, state.verdict, state.fraction, state.device_hours, selection, scores)
+
+
+def _scored_by(planned: Plan, stage: PlannedStage) -> str | None:
+    """The stage whose scores this one writes: its own, or those of the trials that it collects; None if it writes none."""
+    if stage.kind == "evaluate":
+        return stage.name
+    of = planned.stage(stage.settings["of"]) if stage.kind == "collect" else None
+    return of.name if of is not None and of.kind != "generate" else None
 
 
 def _selection(run: RunDir, planned: Plan, stage: str) -> dict[str, Score]:

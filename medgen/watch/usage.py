@@ -199,7 +199,7 @@ def _lost_share(run: RunDir, stage: PlannedStage, tries: list[Try], place: int) 
     item = tries[place]
     if stage.kind == "command" and item.status == "interrupted":
         return 0.0
-    if stage.kind != "train" or not item.told:
+    if not stage.saves or not item.told:
         return 1.0
     begun = _resumed_step(run, item) or 0
     later = tries[place + 1 :]
@@ -207,7 +207,7 @@ def _lost_share(run: RunDir, stage: PlannedStage, tries: list[Try], place: int) 
     reached = next((other.from_step for other in later if other.told), beat.step if beat is not None else None)
     kept = next((step for other in later if (step := _resumed_step(run, other)) is not None), None)
     if kept is None:
-        kept = run.saved_step(stage.name) if not any(other.status == "done" for other in later) else 0
+        kept = run.saved_step(stage.name, item.shard) if not any(other.status == "done" for other in later) else 0
     if reached is None or reached <= begun:
         return 1.0
     return min(1.0, max(0.0, (reached - max(kept, begun)) / (reached - begun)))

@@ -243,7 +243,7 @@ class Graph:
 
     def progress(self) -> tuple[object, ...]:
         beats = [self.run.read_heartbeat(stage, shard) for stage, shard in (self.tasks() if self.run.plan.exists() else [])]
-        return (len(self.done_tasks()), self.run.saved_step("train"), sum(beat.step for beat in beats if beat is not None))
+        return (len(self.done_tasks()), self.run.saved_step("train", 0), sum(beat.step for beat in beats if beat is not None))
 
     def temporaries(self) -> list[str]:
         return sorted(str(path.relative_to(self.runs)) for path in self.runs.rglob("*") if TEMPORARY.fullmatch(path.name) and "code" not in path.parts)

@@ -64,7 +64,7 @@ def rows(graph: Graph, *rows: tuple[int, str, str, str]) -> None:
 
 def test_a_sound_run_holds_and_a_harmed_one_does_not(graph: Graph) -> None:
     assert findings(graph) == []
-    result = graph.run.command_result("a", 1)
+    result = graph.run.task_result("a", 1)
     result.write_text(result.read_text() + " ")
     (graph.run.root / "outcome" / ".a.0.json.0123abcd.tmp").touch()
     assert findings(graph, "another digest") == [

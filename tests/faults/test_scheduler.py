@@ -240,7 +240,7 @@ def test_what_happens_while_a_checkpoint_is_written(lab: Lab, reference: Undistu
     written = job.wait_for("ckpt.write sleep stage=train shard=0 rank=0 attempt=0")
     job.slurm("scancel", "--signal=USR2", job.job())
     job.wait_for("ckpt.write sleep stage=train shard=0 rank=0 attempt=1")
-    assert job.run.saved_step("train") == 6
+    assert job.run.saved_step("train", 0) == 6
     steps = sorted(path.name for path in job.run.checkpoints("train").glob("step-*"))
     assert steps == ["step-000005", "step-000006"] and not any(map(checkpoint.problem_with, job.run.checkpoints("train").glob("step-*")))
     os.kill(rank_pid(job.run, 1, 1), signal.SIGKILL)

@@ -1,0 +1,108 @@
+"""Real slices and a collected synthetic dataset, as trials train on them. Used by arms.py, structure.py and comparison.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgen import collected, files
+from medgen.data.store import SliceStore, open_store
+from medgen.errors import InputError, MedgenError
+from medgen.evaluate.inputs import MASK, Dataset, partner_rows, read_dataset
+from medgen.plan import Plan, collect_name
+from medgen.rundir import RunDir
+from medgen.spec_data import DataSpec
+from medgen.task import Work
+
+
+@dataclass(frozen=True)
+class Sides:
+    """`channels`: what the networks see, all image channels that the model drew."""
+
+    run: RunDir
+    seed: int  # of the run
+    store: SliceStore
+    dataset: Dataset
+    seen: tuple[str, ...]  # splits that the model was trained on
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(self.dataset.image_channels)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every result says of them."""
+        return {"channels": list(self.channels), "size": self.store.size, "data_fingerprint": self.store.fingerprint, "dataset_index_sha256": self.dataset.index_sha256, "model_saw": list(self.seen)}
+
+    @property
+    def identity(self) -> str:
+        """Changes with the data and with the dataset."""
+        return files.sha256_json(self.facts)
+
+    def rows(self, split: str) -> np.ndarray:
+        """Store rows of a split. Raises InputError if it has none."""
+        return self.store.select(split)
+
+    def patient_numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Whose slices they are, int [n]: by number, because names are not given away."""
+        names = self.store.rows["patient"].to_numpy()
+        return np.searchsorted(np.unique(names), names[rows])
+
+    def spacing_mm(self, rows: np.ndarray) -> np.ndarray:
+        """[n, 2] of real slices: between rows, between columns."""
+        return self.store.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[rows]
+
+    def synthetic_spacing_mm(self, numbers: np.ndarray) -> np.ndarray:
+        return self.dataset.index[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[numbers]
+
+    def synthetic_images(self, numbers: np.ndarray) -> np.ndarray:
+        """float32 [n, channels, H, W] in [0, 1] of rows of the index."""
+        return np.stack([self._read(channel, numbers) for channel in self.channels], axis=1)
+
+    def synthetic_masks(self, numbers: np.ndarray) -> np.ndarray:
+        """uint8 [n, H, W]: what each image was drawn on, or with."""
+        return self._read(MASK, numbers)
+
+    def _read(self, channel: str, numbers: np.ndarray) -> np.ndarray:
+        with collected.made_again_if_damaged(self.run, self.dataset.name):
+            return self.dataset.read(channel, numbers)
+
+    def synthetic_labels(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [n]: the number of the class that each image was drawn as."""
+        classes = self.store.classes
+        return np.array([classes.index(name) for name in self.dataset.index["label"].to_numpy()[numbers]], dtype=np.int64)
+
+    def condition_groups(self, numbers: np.ndarray) -> np.ndarray:
+        """Text [n]: the patient whose mask an image was drawn on, or the image itself where the mask was no patient's."""
+        partners = partner_rows(self.dataset, numbers, self.store)
+        if partners is not None:
+            return np.array([f"patient {number}" for number in self.patient_numbers(partners)])
+        return np.array([f"image {name}" for name in self.dataset.index["id"].to_numpy()[numbers]])
+
+
+def open_sides(work: Work, of: str) -> Sides:
+    """In a trial, of a dataset that must be collected."""
+    work.require(collect_name(of))
+    return read_sides(work.run, work.plan, of, work.run.cache, work.say)
+
+
+def read_sides(run: RunDir, plan: Plan, of: str, cache_root: Path, say: Callable[[str], None]) -> Sides:
+    """Raises MedgenError if the dataset is not what was collected, InputError if the data have changed or no longer fit it."""
+    store = open_store(DataSpec.model_validate(plan.data), plan.seed, cache_root, say)
+    with collected.made_again_if_damaged(run, of):
+        dataset = read_dataset(run, of)
+        if not dataset.image_channels:
+            raise InputError(f"{of} holds masks only; name a generate stage of images")
+        height, width = dataset.read(dataset.image_channels[0], np.array([0])).shape[1:]
+    if dataset.data_fingerprint != store.fingerprint:
+        raise InputError(
+            f"the data have changed since {of} was made from them (then {dataset.data_fingerprint[:12]}, now {store.fingerprint[:12]}): "
+            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
+        )
+    if (height, width) != (store.size, store.size):
+        raise MedgenError(f"{of}: images of {height}x{width}, but the data have {store.size}x{store.size} pixels")
+    return Sides(run, plan.seed, store, dataset, plan.trained_on(of))
