@@ -368,7 +368,7 @@ def test_the_whole_job_through_the_command_line(tmp_path: Path, medgen: Callable
     """Two arms on images of an untrained model; the same submit again does nothing, and makes only what is lost."""
     full = tiny_spec()
     full["stages"] = {
-        "train_bravo": {"kind": "train", "config": {**TINY_NET, "mode": "bravo"}, "resources": {"cpus": 1}},
+        "train_bravo": {"kind": "train", "config": {**TINY_NET, "mode": "bravo", "loop": {"preview_images": 0}}, "resources": {"cpus": 1}},
         "images": {"kind": "generate", "from": "train_bravo", "condition": "train", "count": 8, "chunk": 8, "sampling": {"steps": 2}},
         "useful": {"kind": "utility", "of": "images", "task": "segmentation", "channels": [4, 8], "arms": ["real", "synthetic"], "ratios": [0.1],
                    "seeds": 1, "allow_few_seeds": True, "steps": 5, "batch_size": 4},
