@@ -75,7 +75,7 @@ def run(finished: RunDir, tmp_path: Path) -> RunDir:
 
 def page_of(run: RunDir, cache: Path, say: object = fake_run.quiet) -> Page:
     assert callable(say)
-    assert build_report(run, "report", cache, say) == [run.report]
+    assert build_report(run, "report", cache, say)[0] == run.report
     return Page(run.report.read_text())
 
 
