@@ -53,10 +53,10 @@ def _image_set(record: dict[str, Any]) -> ImageSet:
 
 
 def _classes(sides: Sides) -> list[Fact]:
-    if not sides.classes:
+    if "label" not in sides.dataset.index.columns:
         return []
-    counted = sides.dataset.index["label"].value_counts()
-    return [("classes", ", ".join(f"{name} {counted.get(name, 0):,}" for name in sides.classes))]
+    labels = sides.dataset.index["label"].tolist()
+    return [("classes", ", ".join(f"{name} {labels.count(name):,}" for name in sorted(set(labels))))]
 
 
 def _real_side(record: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from medgen.evaluate.scores import Score
 from medgen.report import topics, words
 
 HEADLINES = ("kid", "fid", "fd", "cmmd", "swd", "psd")  # the first that was measured stands for the set
-PAIRED_HEADLINES = ("ms_ssim", "ssim", "mae")
+PAIRED_HEADLINES = ("ms_ssim", "ssim", "mae", "dice")
 DISTANCES = (*HEADLINES, "fd_small_n")  # nearer to 0 is never worse, also where a score is read beside its floor
 COPY_SEARCHES = {"near_train": "pixels", "near_train_features": "features"}
 THRESHOLD = re.compile(r"threshold ([0-9.]*[0-9])")
@@ -177,7 +177,7 @@ def _interval_words(item: Score) -> str:
 
 
 def _class_sentence(found: list[Score], metric: str) -> list[str]:
-    of_classes = [item for item in found if item.metric == metric and item.group is not None and item.comparison == "real-synthetic" and item.floor is not None]
+    of_classes = [item for item in found if item.metric == metric and item.group is not None and item.comparison in (None, "real-synthetic") and item.floor is not None]
     if len({item.group for item in of_classes}) < 2:
         return []
     worst = max(of_classes, key=lambda item: abs(item.value - (item.floor or 0.0)))

@@ -68,9 +68,12 @@ def against_floor(score: Score) -> str:
     return f"{number(abs(gap))}{unit} {'above' if gap >= 0 else 'below'}"
 
 
+NAMES = ("Frechet", "Gaussian", "Dice")
+
+
 def lower_first(title: str) -> str:
-    """Inside a sentence; abbreviations stay as they are."""
-    return title if title[:2].isupper() else title[:1].lower() + title[1:]
+    """Inside a sentence; abbreviations and names stay as they are."""
+    return title if title[:2].isupper() or title.startswith(NAMES) else title[:1].lower() + title[1:]
 
 
 def interval(score: Score) -> str | None:
