@@ -200,6 +200,14 @@ class RunDir:
     def report(self) -> Path:
         return self.root / "report" / "index.html"
 
+    @property
+    def report_table(self) -> Path:
+        """Every score of every stage, as CSV."""
+        return self.report.parent / "scores.csv"
+
+    def dataset_card(self, generate_stage: str) -> Path:
+        return self.report.parent / f"dataset_card_{generate_stage}.md"
+
     def submission(self, number: int) -> Path:
         return self.root / "submissions" / str(number)
 

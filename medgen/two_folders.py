@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from medgen import files, rundir
+from medgen.data.csv_files import write_rows
 from medgen.errors import InputError
 from medgen.evaluate import folders, scores
 from medgen.evaluate.file_images import Reading
-from medgen.evaluate.folders import METRICS_FILE, SUSPECTS_FILE, TABLE_FILE, Request
-from medgen.evaluate.privacy import in_words
+from medgen.evaluate.folders import Compared, Request
+from medgen.evaluate.privacy import SUSPECT_COLUMNS, in_words
 from medgen.prepare.page import Table
-from medgen.report.words import number
+from medgen.report import folder_page, words
+
+FILES = METRICS_FILE, TABLE_FILE, SUSPECTS_FILE, PAGE_FILE, CARD_FILE = "metrics.json", "scores.csv", "suspects.csv", "report.html", "dataset_card.md"
 
 
 def evaluate(
@@ -27,7 +30,8 @@ def evaluate(
     """Compare two folders and write the new folder `out`; returns the scores in words. `masks`: of the synthetic, real and training images. Raises InputError naming the option that is wrong."""
     reading = Reading(size, None if window is None else _window(window), gray, None if patient is None else _pattern(patient))
     cache = rundir.cache_root(rundir.runs_root())
-    request = Request(synthetic, real, out, train, *masks, pair, reading, unlike_files, measures, seed, cache)
+    files.require_new(out)
+    request = Request(synthetic, real, train, *masks, pair, reading, unlike_files, measures, seed, cache)
     console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
@@ -38,10 +42,21 @@ def evaluate(
             bar.update(tasks[unit], completed=step, total=total)
 
         try:
-            folders.evaluate_folders(request, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), progress)
+            compared = folders.evaluate_folders(request, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), progress)
         except ValidationError as error:
             raise InputError("; ".join(f"{'.'.join(map(str, item['loc'])) or 'metrics'}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors())) from None
-    return _in_words(out)
+    _write(out, compared)
+    return _in_words(out, compared.record)
+
+
+def _write(out: Path, compared: Compared) -> None:
+    """All files in one move."""
+    with files.folder_in_one_move(out) as folder:
+        files.write_json(folder / METRICS_FILE, compared.record)
+        files.write_text(folder / TABLE_FILE, scores.to_csv([compared.record]))
+        write_rows(folder / SUSPECTS_FILE, SUSPECT_COLUMNS, compared.suspects)
+        files.write_text(folder / PAGE_FILE, folder_page.folder_page(compared.record, compared.sides))
+        files.write_text(folder / CARD_FILE, folder_page.folder_card(compared.record, compared.sides))
 
 
 def _window(text: str) -> tuple[float, float]:
@@ -64,15 +79,14 @@ def _pattern(text: str) -> re.Pattern[str]:
     return found
 
 
-def _in_words(out: Path) -> str:
-    record = files.read_json(out / METRICS_FILE)
+def _in_words(out: Path, record: dict[str, Any]) -> str:
     shown = [item for item in scores.from_json(record["scores"]) if item.comparison in (None, "real-synthetic")]
     rows = tuple(
-        (scores.MEANINGS[item.metric].title + (f", {item.group}" if item.group else ""), item.channel, number(item.value),
-         "-" if item.floor is None else number(item.floor), "-" if item.ci is None else f"{number(item.ci[0])} to {number(item.ci[1])}", f"{item.n:,}")
+        (scores.MEANINGS[item.metric].title + (f", {item.group}" if item.group else ""), item.channel, words.number(item.value),
+         "-" if item.floor is None else words.number(item.floor), words.interval(item) or "-", f"{item.n:,}")
         for item in shown
     )  # fmt: skip
     lines = [Table("", ("", "channel", "value", "real-real (floor)", "95% interval", "n"), rows).text(), ""] if rows else []
     lines += [f"not computed: {name}: {reason}" for name, reason in record["skipped"].items()]
     lines += ["", *in_words(record["privacy"])]
-    return "\n".join([*lines, "", f"{out}: {METRICS_FILE}, {TABLE_FILE}, {SUSPECTS_FILE}"])
+    return "\n".join([*lines, "", f"{out}: {', '.join(FILES)}"])

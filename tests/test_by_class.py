@@ -22,7 +22,7 @@ from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError
 from medgen.evaluate import by_class, diversity, inputs
 from medgen.evaluate.run import evaluate_run
-from medgen.evaluate.scores import from_json
+from medgen.evaluate.scores import MEANINGS, from_json
 from medgen.report import words
 from medgen.report.build import build_report
 from medgen.rundir import RunDir
@@ -195,15 +195,15 @@ def test_the_page_has_a_table_by_class_with_every_number(good: tuple[RunDir, dic
     run, record = good
     build_report(run, "report", cache, fake_run.quiet)
     page = html.unescape(run.report.read_text())
-    [table] = re.findall(r'<table class="comparisons">(.*?)</table>', page, flags=re.DOTALL)
-    for title in ("Frechet distance (small n)", "Kernel distance (KID)", "Similarity of random pairs"):
-        assert title in table
-    assert re.findall(r'<th scope="row">(.*?)</th>', table) == ["all", "AD", "CN"] * 3
-    shown = re.findall(r'<td class="right[^"]*">([^<]+)<small>([^<]+)</small>', table)
-    expected = [item for item in from_json(record["scores"]) if item.comparison is not None]
-    assert [value for value, _ in shown] == [words.number(item.value) for item in expected]
-    assert [interval for _, interval in shown] == ["-" if item.ci is None else f"{words.number(item.ci[0])} to {words.number(item.ci[1])}" for item in expected]
-    [main] = re.findall(r'<table class="scores">(.*?)</table>', page, flags=re.DOTALL)
+    tables = re.findall(r'<table class="comparisons of3">(.*?)</table>', page, flags=re.DOTALL)
+    for table, metric in zip(tables, ("kid", "fd_small_n", "ssim_pairs"), strict=True):
+        assert MEANINGS[metric].title in table
+        assert re.findall(r'<th scope="row">(.*?)</th>', table) == ["all", "AD", "CN"]
+        shown = re.findall(r'<td class="right[^"]*" data-label="[rs][^"]*">([^<]+)(?:<small>([^<]+)</small>)?', table)
+        expected = [item for item in from_json(record["scores"]) if item.comparison is not None and item.metric == metric]
+        assert [value for value, _ in shown] == [words.number(item.value) for item in expected]
+        assert [interval for _, interval in shown] == [words.interval(item) or "" for item in expected]
+    main = "".join(re.findall(r'<table class="scores">(.*?)</table>', page, flags=re.DOTALL))
     assert main.count("Kernel distance (KID)") == 1, "one row for the dataset as a whole"
 
 

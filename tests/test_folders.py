@@ -13,12 +13,14 @@ import fake_run
 import nibabel
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from medgen import two_folders
 from medgen.errors import InputError
 from medgen.evaluate.file_images import Reading, open_folder
+from medgen.report import words
 
 SIZE = 32
 QUICK = ["psd", "swd"]
@@ -79,6 +81,13 @@ def test_two_folders_of_pictures_from_the_command_line(tmp_path: Path, medgen: C
         lines = list(csv.DictReader(handle))
     assert [float(line["value"]) for line in lines] == [item["value"] for item in record["scores"]]
     assert all(line["protocol"] and line["n"] for line in lines)
+    page = Page((tmp_path / "evaluation" / "report.html").read_text())
+    page.require_self_contained()
+    assert "Furthest from its floor is AD" in page.text and "two folders do not say it" in page.text and "taken as classes" in page.text
+    assert {label.rpartition(" ")[0] for label in page.labels} == {"real AD", "real CN", "synthetic AD", "synthetic CN"}
+    assert all(words.number(item["value"]) in page.text for item in record["scores"])
+    text = (tmp_path / "evaluation" / "dataset_card.md").read_text()
+    assert "| classes | AD 20, CN 20 |" in text and "| trained on | ________" in text and str(tmp_path) not in text.partition("## Limits")[0]
     again = medgen("evaluate", "drawn", "real", expect=2)
     assert "evaluation exists; name a new folder with --out" in again.stderr
     assert "--metrics is for two folders" in medgen("evaluate", "drawn", "--metrics", "kid", expect=2).stderr

@@ -1,62 +1,28 @@
 """The report: complete, self-contained, and still a report when stages are missing or have failed."""
 
+import base64
+import csv
+import io
+import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import fake_run
 import numpy as np
 import pytest
+import yaml
+from html_page import Page
+from PIL import Image
 
 from medgen.evaluate.run import evaluate_run
 from medgen.report import charts, gather, words
 from medgen.report.build import build_report
-from medgen.report.pictures import outline
+from medgen.report.pictures import outline, tile
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
 
 COUNT = 48
-VOID = {"meta", "input", "img", "br", "line", "path", "circle", "rect", "polygon", "link"}
-
-
-class Page(HTMLParser):
-    """What a browser would see: text, pictures, addresses; and whether every tag is closed."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open_tags: list[str] = []
-        self.addresses: list[str] = []
-        self.labels: list[str] = []
-        self.words: list[str] = []
-        self.identifiers: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.open_tags, f"not closed: {self.open_tags}"
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        values = dict(attributes)
-        self.addresses += [value for name, value in attributes if name in ("src", "href") and value]
-        if tag == "img":
-            self.labels.append(values["alt"] or "")
-        if values.get("id"):
-            self.identifiers.append(values["id"] or "")
-        if tag not in VOID:
-            self.open_tags.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        """Self-closed tags stay out of the stack."""
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open_tags and self.open_tags[-1] not in ("style", "pre"):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +41,7 @@ def run(finished: RunDir, tmp_path: Path) -> RunDir:
 
 def page_of(run: RunDir, cache: Path, say: object = fake_run.quiet) -> Page:
     assert callable(say)
-    assert build_report(run, "report", cache, say) == [run.report]
+    assert build_report(run, "report", cache, say)[0] == run.report
     return Page(run.report.read_text())
 
 
@@ -88,19 +54,15 @@ def test_everything_is_there(run: RunDir, cache: Path) -> None:
         assert wanted in page.text, wanted
     kinds = {label.rpartition(" ")[0] for label in page.labels}
     assert kinds == {"given mask", "real bravo", "synthetic bravo", "real mask", "synthetic mask"}
+    assert page.text.index("Is it good?") < page.text.index("Is it a copy?") < page.text.index("Is it useful?") < page.text.index("48 synthetic bravo images")
     html = run.report.read_text()
     assert html.count('<svg class="chart"') == 2 * 2 + 1 + 2 * 2  # two image sets, masks, two trainings
     assert html.count('class="outline"') > 100
 
 
 def test_it_needs_no_network(run: RunDir, cache: Path) -> None:
-    page = page_of(run, cache)
-    assert page.addresses
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
-    html = run.report.read_text()
-    assert not re.search(r"url\(|@import|<script|https?://", html)
-    assert all(address[1:] in page.identifiers for address in page.addresses if address.startswith("#"))
-    assert len(html) < 3 * 2**20
+    page_of(run, cache).require_self_contained()
+    assert run.report.stat().st_size < 3 * 2**20
 
 
 def test_every_number_of_the_metrics_is_on_the_page(run: RunDir, cache: Path) -> None:
@@ -112,6 +74,53 @@ def test_every_number_of_the_metrics_is_on_the_page(run: RunDir, cache: Path) ->
             assert words.number(score["value"]) in page.text
             assert words.number(score["floor"]) in page.text
             assert score["protocol"] in page.text
+
+
+def test_the_table_and_a_card_of_each_set_lie_beside_the_page(run: RunDir, cache: Path) -> None:
+    written = build_report(run, "report", cache, fake_run.quiet)
+    assert {path.name for path in written} == {"index.html", "scores.csv", "dataset_card_masks.md", "dataset_card_images.md", "dataset_card_pairs.md"}
+    with open(run.report_table, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    records = {stage: gather.read_metrics(run, stage) for stage in ("evaluate_masks", "evaluate_images", "evaluate_pairs")}
+    assert [(row["stage"], row["dataset"], float(row["value"])) for row in rows] == [
+        (stage, stage.removeprefix("evaluate_"), item["value"]) for stage in ("evaluate_images", "evaluate_pairs", "evaluate_masks") for item in (records[stage] or {})["scores"]
+    ]
+    text = run.dataset_card("masks").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["pretty_name"] == "brain_demo: 48 synthetic masks"
+    for wanted in ("c0ffee" * 10, "4f1c0de9b7a2", "| rejected empty | 3 |", "| split train | 4 patients", "drawn from nothing but noise 48", "nothing here shows a patient", "diffusion, rflow, seg"):
+        assert wanted in text, wanted
+    assert not re.search(r"/tmp|node-7|ada\b", text), "a card is given away: no paths, hosts or people"
+    assert text.splitlines()[12] in run.report.read_text(), "the page shows the card"
+
+
+def test_stages_that_measure_usefulness_are_told_and_those_that_did_not_run(run: RunDir, cache: Path) -> None:
+    plan = json.loads(run.plan.read_text())
+    template = next(stage for stage in plan["stages"] if stage["name"] == "evaluate_images")
+    for name, kind in (("worth", "utility"), ("shape", "structure")):
+        stage = json.loads(json.dumps(template).replace("evaluate_images", name))
+        plan["stages"].insert(-1, {**stage, "kind": kind, "settings": {"kind": kind, "of": "images"}})
+    run.plan.write_text(json.dumps(plan))
+    fake_run.finish(run, "shape", 100, 5, status="failed", cause="the disk is full")
+    score = {"metric": "utility_dice", "channel": "bravo", "value": 0.61, "ci": [0.5, 0.7], "floor": None, "n": 40, "unit": "", "better": "higher", "protocol": "U-Net", "comparison": None}
+    run.metrics("worth").parent.mkdir()
+    run.metrics("worth").write_text(json.dumps({
+        "schema": 2, "kind": "utility", "stage": "worth", "of": "images", "against": "test", "scores": [{**score, "group": "real"}, {**score, "group": "synthetic", "value": 0.44}],
+        "skipped": {}, "counts": {"test": 40}, "details": {"comparisons": [{"metric": "utility_dice", "arm": "synthetic", "to": "real", "words": "a loss of 0.170"}]},
+    }))
+    text = page_of(run, cache).text
+    assert "by what was trained on: real 0.610, synthetic 0.440. synthetic: a loss of 0.170." in text
+    assert "Not measured: shape failed: the disk is full." in text
+    assert "worth,images,utility_dice,bravo,synthetic,,0.44" in run.report_table.read_text()
+
+
+def test_suspected_copies_stand_beside_the_training_slice(run: RunDir, cache: Path) -> None:
+    record = json.loads(run.metrics("evaluate_images").read_text())
+    pair = record["details"]["copies"][0]
+    record["details"]["copies"] = [{**pair, "ratio": 0.1234, "space": "features", "is_suspect": True}, *[{**pair, "space": "pixels", "is_suspect": False}] * 20]
+    run.metrics("evaluate_images").write_text(json.dumps(record))
+    text = page_of(run, cache).text
+    assert "suspected copy, ratio 0.123 (features)" in text
+    assert text.count("(pixels)") - len(re.findall(r"at threshold \S+ \(pixels\)", text)) == 15, "16 pairs at most"
 
 
 def test_the_gallery_is_drawn_from_the_seed(run: RunDir, cache: Path) -> None:
@@ -156,8 +165,6 @@ def test_a_failure_is_told_with_its_cause(run: RunDir, cache: Path) -> None:
 
 
 def test_a_report_without_the_real_data_says_so_and_shows_the_rest(run: RunDir, cache: Path, tmp_path: Path) -> None:
-    import json
-
     plan = json.loads(run.plan.read_text())
     plan["data"] |= {"format": "nifti", "root": str(tmp_path / "gone")}
     del plan["data"]["patients"]
@@ -197,6 +204,12 @@ def test_device_hours_count_every_attempt(run: RunDir) -> None:
     assert facts["images"].device_hours == pytest.approx((240 + 3600 + 1800) / 3600)
     assert facts["images"].status == "done"
     assert [attempt.status for attempt in facts["images"].attempts] == ["done", "failed", "done"]
+
+
+def test_pictures_are_made_small_and_colours_stay() -> None:
+    shown = tile(np.zeros((300, 600, 3)), np.eye(300, dtype=np.uint8), "synthetic image", "synthetic", "a")
+    picture = Image.open(io.BytesIO(base64.b64decode(shown.source.partition(",")[2])))
+    assert (picture.size, picture.mode, shown.width, shown.height) == ((256, 128), "RGB", 600, 300)
 
 
 def test_the_outline_of_a_mask_goes_around_its_pixels() -> None:

@@ -4,8 +4,6 @@ The folders become the two sides that the metrics know (inputs.py); what had to 
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,18 +15,13 @@ import numpy as np
 import pandas as pd
 
 from medgen import files, weights
-from medgen.data.csv_files import write_rows
 from medgen.errors import InputError
-from medgen.evaluate import scores
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
 from medgen.evaluate.inputs import MASK, SPACING, Pairing, Sides, sides_of
-from medgen.evaluate.privacy import SUSPECT_COLUMNS
 from medgen.evaluate.run import evaluate_sides
-from medgen.evaluate.scores import Score
 from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, Measures
 
-METRICS_FILE, TABLE_FILE, SUSPECTS_FILE = "metrics.json", "scores.csv", "suspects.csv"
 SPLIT = "images"  # what the real folder is called where a job says test
 SHOWN = 3
 PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
@@ -41,7 +34,6 @@ class Request:
 
     synthetic: Path
     real: Path
-    out: Path
     train: Path | None
     synthetic_masks: Path | None
     real_masks: Path | None
@@ -181,11 +173,19 @@ class Comparison:
     notes: list[str]
 
 
-def evaluate_folders(request: Request, say: Say, progress: Progress) -> Path:
-    """Compare and write metrics.json and scores.csv into the new folder `out`; returns it.
+@dataclass(frozen=True)
+class Compared:
+    """What there is to write: the record of metrics.json, the lines of suspects.csv, and both sides for their pictures."""
+
+    record: dict[str, Any]
+    suspects: list[dict[str, Any]]
+    sides: Sides
+
+
+def evaluate_folders(request: Request, say: Say, progress: Progress) -> Compared:
+    """Compare; writes nothing but the features it keeps.
 
     Raises InputError for folders that cannot be compared, naming the file or the option that would mend it."""
-    files.require_new(request.out)
     measures = measures_of(request)
     comparison = sides_of_folders(request, measures)
     for note in comparison.notes:
@@ -200,11 +200,7 @@ def evaluate_folders(request: Request, say: Say, progress: Progress) -> Path:
             "dataset_index_sha256": comparison.sides.dataset.fingerprint, "data_fingerprint": comparison.sides.store.fingerprint,
         },
     }  # fmt: skip
-    with files.folder_in_one_move(request.out) as folder:
-        files.write_json(folder / METRICS_FILE, record)
-        write_rows(folder / SUSPECTS_FILE, SUSPECT_COLUMNS, evaluated.suspects)
-        files.write_text(folder / TABLE_FILE, table_of(scores.from_json(record["scores"])))
-    return request.out
+    return Compared(record, evaluated.suspects, comparison.sides)
 
 
 def measures_of(request: Request) -> Measures:
@@ -326,15 +322,3 @@ def _paired(synthetic: ImageFolder, store: RealFolder, pair: str | None) -> pd.D
 
 def _name_of(item: dict[Any, Any]) -> str:
     return f"{stem_of(item['file'])}#{item['number']}"
-
-
-def table_of(found: list[Score]) -> str:
-    """Every score as a line of CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "channel", "group", "comparison", "value", "ci_low", "ci_high", "floor", "n", "unit", "better", "protocol"])
-    for item in found:
-        low, high = item.ci if item.ci is not None else ("", "")
-        writer.writerow([item.metric, item.channel, item.group or "", item.comparison or "", item.value, low, high,
-                         "" if item.floor is None else item.floor, item.n, item.unit, item.better, item.protocol])  # fmt: skip
-    return text.getvalue()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -309,3 +312,20 @@ def to_json(scores: list[Score]) -> list[dict[str, Any]]:
 
 def from_json(records: list[dict[str, Any]]) -> list[Score]:
     return [Score(**{**record, "ci": None if record["ci"] is None else (record["ci"][0], record["ci"][1])}) for record in records]
+
+
+CSV_COLUMNS = (
+    "stage", "dataset", "metric", "channel", "group", "comparison", "value", "ci_low", "ci_high", "floor", "n", "unit", "better", "protocol",
+)  # fmt: skip
+
+
+def to_csv(records: Iterable[dict[str, Any]]) -> str:
+    """Every score of these metrics.json as a line; nothing where a score has no group, comparison, interval or floor. Numbers are exact."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for record in records:
+        for item in from_json(record["scores"]):
+            writer.writerow([record["stage"], record["of"], item.metric, item.channel, item.group, item.comparison, item.value,
+                             *(item.ci or (None, None)), item.floor, item.n, item.unit, item.better, item.protocol])  # fmt: skip
+    return text.getvalue()

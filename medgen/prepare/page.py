@@ -14,8 +14,8 @@ from markupsafe import Markup
 from medgen import __version__
 from medgen.prepare.table import Subject
 from medgen.report import charts, words
-from medgen.report.build import FOLDER as REPORT_FOLDER
 from medgen.report.charts import Series
+from medgen.report.page import FOLDER as REPORT_FOLDER
 from medgen.report.pictures import Tile
 
 FOLDER = Path(__file__).parent

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run. Called by task.py; renders what the other stages wrote and computes no score.
+"""One self-contained HTML page about a run, or about two folders. Called by task.py and two_folders.py; renders what was written and computes no score.
 
-Start at build.build_report; pictures.py and charts.py draw, gather.py collects the facts, template.html is the page."""
+Start at build.build_report; pictures.py and charts.py draw, gather.py collects the facts, base.html is the frame of a page."""
 
 from __future__ import annotations
 

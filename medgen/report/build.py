@@ -1,14 +1,14 @@
-"""Assembles the report: reads the run, paints pictures and charts, renders template.html into one file. Called by __init__.py."""
+"""Assembles the report of a run: page, table of scores, a dataset card for each set. Called by __init__.py.
+
+What is on the page and in which words: summary.py, evaluations.py, gallery.py; the cards: card.py."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
@@ -16,12 +16,15 @@ from medgen import __version__, files, redact
 from medgen import plan as plans
 from medgen.errors import MedgenError
 from medgen.evaluate import scores
-from medgen.evaluate.inputs import Dataset, read_dataset
+from medgen.evaluate.inputs import MASK, Dataset, read_dataset
 from medgen.plan import Plan
-from medgen.report import charts, gather, words
+from medgen.report import card, evaluations, gather, page, summary, words
+from medgen.report.card import Fact, Subject
 from medgen.report.charts import Series, bar_chart, line_chart
+from medgen.report.evaluations import Evaluation
 from medgen.report.gallery import Painter, StagePictures, stage_pictures
 from medgen.report.gather import StageFacts
+from medgen.report.summary import ImageSet, Measurement
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
 
@@ -29,58 +32,8 @@ if TYPE_CHECKING:
     from medgen.data.store import SliceStore
 
 Say = Callable[[str], None]
-FOLDER = Path(__file__).parent
 SMOOTH_FROM_POINTS = 40
-NOTHING = "-"
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """One line of the metric table, formatted."""
-
-    score: scores.Score
-    meaning: scores.Meaning
-    value: str
-    floor: str
-    interval: str
-    against_floor: str
-    gauge: Markup
-    note: int  # number of the protocol in the list below the table
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One line of a table by class: a value with its interval for each of scores.COMPARISONS."""
-
-    group: str
-    cells: list[tuple[str, str]]
-    n: int
-
-
-@dataclass(frozen=True)
-class ComparisonTable:
-    """One metric of one channel, all images together and then every class."""
-
-    meaning: scores.Meaning
-    channel: str
-    rows: list[ComparisonRow]
-    note: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one evaluate stage says about a dataset."""
-
-    name: str
-    against: str
-    record: dict[str, Any]
-    rows: list[ScoreRow]
-    comparisons: list[ComparisonTable]
-    protocols: list[str]
-    levels: list[dict[str, str]]
-    curves: list[tuple[str, Markup]]
-    skipped: list[tuple[str, str]]  # metrics, reason
-    warning: str | None
+MEASURING = ("evaluate", "structure", "utility")
 
 
 @dataclass(frozen=True)
@@ -93,6 +46,8 @@ class GeneratedSection:
     problem: str | None
     pictures: StagePictures | None
     evaluations: list[Evaluation]
+    images: ImageSet
+    card: str  # empty without a dataset
 
 
 @dataclass(frozen=True)
@@ -105,24 +60,52 @@ class TrainingSection:
     best_val_loss: float | None
 
 
+@dataclass(frozen=True)
+class Source:
+    """What every part of the report looks things up in."""
+
+    run: RunDir
+    plan: Plan
+    stages: list[StageFacts]
+    store: SliceStore | None
+    say: Say
+
+    def stage(self, name: str) -> StageFacts | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
 def build_report(run: RunDir, stage_name: str, cache_root: Path, say: Say) -> list[Path]:
-    """Write `report/index.html`, one file that needs nothing else; returns it.
+    """Write `report/index.html`, one file that needs nothing else, scores.csv and a dataset card for each set beside it; returns them, the page first.
 
     Works on what is there: stages that are missing, failed or not evaluated are named as such. Raises InputError if the
     folder is no run."""
     plan = plans.read(run)
     stages = gather.all_stages(run, plan)
-    store = _store(plan, cache_root, say)
-    page = _environment().get_template("template.html").render(
+    source = Source(run, plan, stages, _store(plan, cache_root, say), say)
+    generated = sorted((_generated(source, stage) for stage in stages if stage.kind == "generate"), key=_masks_last)
+    files.write_text(run.report, _page(source, stage_name, generated))
+    records = [item.record for section in generated for item in section.images.measurements if item.record is not None]
+    files.write_text(run.report_table, scores.to_csv(records))
+    carded = [section for section in generated if section.card]
+    for section in carded:
+        files.write_text(run.dataset_card(section.facts.name), section.card)
+    say(f"report: {run.report} ({run.report.stat().st_size / 2**20:.1f} MiB)")
+    return [run.report, run.report_table, *(run.dataset_card(section.facts.name) for section in carded)]
+
+
+def _page(source: Source, stage_name: str, generated: list[GeneratedSection]) -> str:
+    run, plan, stages, store = source.run, source.plan, source.stages, source.store
+    return page.render(
+        "run.html",
         run_id=run.run_id,
         name=plan.name,
         stage_name=stage_name,
         lead=words.lead(plan, stages, store),
+        answers=summary.answers([section.images for section in generated]),
         has_masks=plan.data["mask"] is not None,
         verdict=words.verdict(stages),
         tiles=words.headline_facts(plan, stages, store),
-        style=Markup((FOLDER / "style.css").read_text()),
-        generated=sorted((_generated(run, plan, stage, store, say) for stage in stages if stage.kind == "generate"), key=_masks_last),
+        generated=generated,
         training=[section for stage in stages if stage.kind == "train" and (section := _training(run, stage)) is not None],
         splits=words.split_table(store),
         stages=stages,
@@ -132,20 +115,7 @@ def build_report(run: RunDir, stage_name: str, cache_root: Path, say: Say) -> li
         plan_text=yaml.safe_dump(redact.value(plans.to_json(plan)), sort_keys=False, allow_unicode=True, width=110),
         spec_text=redact.text(_text(run.spec)),
         phantom=plan.data["format"] == "phantom",
-        made=time.time(),
-        version=__version__,
     )
-    files.write_text(run.report, page)
-    say(f"report: {run.report} ({len(page) / 2**20:.1f} MiB)")
-    return [run.report]
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": words.number, "duration": words.duration, "date": words.date, "plain": words.plain}
-    return environment
 
 
 def _store(plan: Plan, cache_root: Path, say: Say) -> SliceStore | None:
@@ -159,20 +129,27 @@ def _store(plan: Plan, cache_root: Path, say: Say) -> SliceStore | None:
         return None
 
 
-def _generated(run: RunDir, plan: Plan, facts: StageFacts, store: SliceStore | None, say: Say) -> GeneratedSection:
-    records = [
-        (stage.name, gather.read_metrics(run, stage.name))
-        for stage in plan.stages if stage.kind == "evaluate" and stage.settings["of"] == facts.name
-    ]
-    evaluations = [_evaluation(name, record) for name, record in records if record is not None]
+def _generated(source: Source, facts: StageFacts) -> GeneratedSection:
+    images = ImageSet(facts.name, [_measurement(source, stage) for stage in source.stages if stage.kind in MEASURING and stage.settings["of"] == facts.name], summary.IN_A_JOB)
+    shown = [evaluations.evaluation(item.stage, item.record) for item in images.measurements if item.record is not None]
+    first = next((item.record for item in images.measurements if item.kind == "evaluate" and item.record is not None), None)
     try:
-        dataset = read_dataset(run, facts.name)
-        painter = Painter(run, plan, dataset, store)
-        pictures = stage_pictures(painter, plan.seed, evaluations[0].record if evaluations else None)
+        dataset = read_dataset(source.run, facts.name)
     except MedgenError as error:
-        say(f"{facts.name}: no pictures: {error}")
-        return GeneratedSection(facts, facts.name, None, str(error), None, evaluations)
-    return GeneratedSection(facts, words.dataset_title(dataset), dataset, None, pictures, evaluations)
+        source.say(f"{facts.name}: no pictures: {error}")
+        return GeneratedSection(facts, facts.name, None, str(error), None, shown, images, "")
+    title, text = words.dataset_title(dataset), _card(source, facts, dataset, images)
+    try:
+        pictures = stage_pictures(Painter(dataset, source.store), source.plan.seed, first)
+    except MedgenError as error:
+        source.say(f"{facts.name}: no pictures: {error}")
+        return GeneratedSection(facts, title, None, str(error), None, shown, images, text)
+    return GeneratedSection(facts, title, dataset, None, pictures, shown, images, text)
+
+
+def _measurement(source: Source, stage: StageFacts) -> Measurement:
+    record = gather.read_metrics(source.run, stage.name)
+    return Measurement(stage.name, stage.kind, record, "" if record is not None else summary.missing_stage(stage.name, stage.status, stage.causes))
 
 
 def _masks_last(section: GeneratedSection) -> bool:
@@ -180,68 +157,90 @@ def _masks_last(section: GeneratedSection) -> bool:
     return section.dataset is not None and not section.dataset.image_channels
 
 
-def _evaluation(name: str, record: dict[str, Any]) -> Evaluation:
-    found = scores.from_json(record["scores"])
-    protocols = list(dict.fromkeys(item.protocol for item in found))
-    rows = [_score_row(item, protocols.index(item.protocol) + 1) for item in found if item.is_headline]
-    levels = [
-        {"channel": channel, "pixels": f"{level['pixels']} px", "value": words.number(level["value"]),
-         "floor": NOTHING if level["floor"] is None else words.number(level["floor"])}
-        for channel, channel_levels in record["details"]["swd_levels"].items() for level in channel_levels
-    ]
-    curves = _distribution_charts(record["details"]["curves"])
-    skipped, warning = words.grouped_by_reason(record["skipped"]), words.few_patients(record["counts"])
-    return Evaluation(name, record["against"], record, rows, _comparison_tables(found, protocols), protocols, levels, curves, skipped, warning)
+# --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def _comparison_tables(found: list[scores.Score], protocols: list[str]) -> list[ComparisonTable]:
-    tables = []
-    compared = [item for item in found if item.comparison is not None]
-    for metric, channel in dict.fromkeys((item.metric, item.channel) for item in compared):
-        of_table = [item for item in compared if (item.metric, item.channel) == (metric, channel)]
-        rows = []
-        for group in dict.fromkeys(item.group for item in of_table):
-            of_row = {item.comparison: item for item in of_table if item.group == group}
-            cells = [(words.number(of_row[name].value), _interval(of_row[name])) for name in scores.COMPARISONS]
-            rows.append(ComparisonRow("all" if group is None else group, cells, of_row["real-synthetic"].n))
-        tables.append(ComparisonTable(scores.MEANINGS[metric], channel, rows, protocols.index(of_table[0].protocol) + 1))
-    return tables
+def _card(source: Source, facts: StageFacts, dataset: Dataset, images: ImageSet) -> str:
+    title = words.dataset_title(dataset)
+    return card.dataset_card(Subject(
+        title=f"{source.plan.name}: {title}",
+        lead=f"{title}, drawn by the stage `{facts.name}` of the run `{source.run.run_id}`. {words.lead(source.plan, source.stages, source.store)}",
+        count=len(dataset.index),
+        contents=_contents(source, facts, dataset),
+        made=_made(source, facts, dataset),
+        source=_data(source, facts),
+        limits=_limits(source, facts, dataset),
+        images=images,
+    ))  # fmt: skip
 
 
-def _interval(item: scores.Score) -> str:
-    return NOTHING if item.ci is None else f"{words.number(item.ci[0])} to {words.number(item.ci[1])}"
+def _contents(source: Source, facts: StageFacts, dataset: Dataset) -> list[Fact]:
+    index = dataset.index
+    spacing = [", ".join(sorted(set(index[name])))[:200] for name in ("spacing_y_mm", "spacing_x_mm", "thickness_mm") if name in index.columns]
+    found = [
+        ("images", f"{len(index):,}"), ("channels that were drawn", ", ".join(dataset.outputs)), ("channels with files", ", ".join(dataset.files)),
+        ("size", f"{source.plan.data['size']} x {source.plan.data['size']} pixels, values 0 to 1 (masks: 0 and 1)"),
+        ("spacing between rows, columns, slices (mm)", " x ".join(spacing) or card.UNKNOWN),
+        ("classes", _counted(index["label"].tolist()) if "label" in index.columns else "none"),
+        ("conditions", _conditions(index["condition_kind"].tolist())),
+        ("file format", ", ".join(sorted({"".join(Path(name).suffixes) for name in index[dataset.files[0]]}))),
+        ("index", f"index.csv, a row for each image with the sha256 of each file; its own sha256 is {dataset.index_sha256}"),
+    ]  # fmt: skip
+    return [*found, *((name.replace("_", " "), f"{value:,}") for name, value in facts.facts.items() if name.startswith(("accepted", "rejected")) and isinstance(value, int))]
 
 
-def _score_row(item: scores.Score, note: int) -> ScoreRow:
-    return ScoreRow(
-        score=item,
-        meaning=scores.MEANINGS[item.metric],
-        value=words.number(item.value),
-        floor=NOTHING if item.floor is None else words.number(item.floor),
-        interval=_interval(item),
-        against_floor=words.against_floor(item),
-        gauge=charts.gauge(item.value, item.floor, item.ci),
-        note=note,
-    )
+def _counted(values: list[str]) -> str:
+    return ", ".join(f"{name} {values.count(name):,}" for name in dict.fromkeys(values))
 
 
-CURVE_LABELS = {
-    "intensity": ("Grey values", "grey value in the window", "share of foreground pixels"),
-    "spectrum": ("Power spectrum", "spatial frequency (cycles per pixel)", "log10 power"),
-    "mask_area": ("Mask area", "area (% of the slice)", "share of masks"),
-}
+def _conditions(kinds: list[str]) -> str:
+    meaning = {"none": "drawn from nothing but noise", "synthetic": "drawn on synthetic masks", "real": "drawn on masks of real slices"}
+    return ", ".join(f"{meaning.get(kind, kind)} {kinds.count(kind):,}" for kind in dict.fromkeys(kinds))
 
 
-def _distribution_charts(curves: dict[str, Any]) -> list[tuple[str, Markup]]:
-    drawn = []
-    for channel, kinds in curves.items():
-        for kind, curve in kinds.items():
-            title, x_label, y_label = CURVE_LABELS[kind]
-            filled = kind != "spectrum"
-            series = [Series("real", curve["x"], curve["real"], "real", filled=filled),
-                      Series("synthetic", curve["x"], curve["synthetic"], "synthetic")]
-            drawn.append((f"{title}, {channel}", line_chart(series, x_label, y_label)))
-    return drawn
+def _made(source: Source, facts: StageFacts, dataset: Dataset) -> list[Fact]:
+    settings = facts.settings
+    trained = source.stage(settings["from"])
+    config = {} if trained is None else trained.settings["config"]
+    found = [("model", ", ".join(str(config[name]) for name in ("model", "strategy", "mode") if name in config) or card.UNKNOWN), ("trained in stage", settings["from"])]
+    found += [] if trained is None else [(f"training: {name.replace('_', ' ')}", words.plain(value)) for name, value in trained.facts.items() if isinstance(value, int | float)]
+    found.append(("checkpoint (sha256)", ", ".join(dataset.index["checkpoint_sha256"].unique()) if "checkpoint_sha256" in dataset.index.columns else card.UNKNOWN))
+    found += [(f"sampling: {name}", words.plain(value)) for name, value in words.flat(settings["sampling"])] if settings.get("sampling") else []
+    found += [("seed", str(source.plan.seed)), ("spec", f"spec.yaml of the run {source.run.run_id}, whose last digits are its hash"), ("code", _code(source.run))]
+    return found
+
+
+def _code(run: RunDir) -> str:
+    try:
+        git = files.read_json(run.manifest)["git"]
+        return f"medgen {__version__}, commit {git['commit']}" + (" and changes that were not committed" if git["dirty"] else "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"medgen {__version__}, commit {card.UNKNOWN}"
+
+
+def _data(source: Source, facts: StageFacts) -> list[Fact]:
+    data, store = source.plan.data, source.store
+    if store is None:
+        return [("real data", "no longer there")]
+    rows = [(f"split {row['split']}", f"{row['patients']} patients, {row['slices']} slices, with a lesion: {row['positive']}") for row in words.split_table(store)]
+    window = data["window"]
+    told = f"{window['fixed'][0]:g} to {window['fixed'][1]:g}" if window["fixed"] else f"percentiles {window['percentiles'][0]:g} to {window['percentiles'][1]:g} of each volume"
+    return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", store.fingerprint)]
+
+
+def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
+    told = ["Single slices: two of them never belong to one volume."]
+    if source.plan.data["format"] == "phantom":
+        told.append("The model was trained on computer-drawn phantoms: nothing here shows a patient.")
+    if source.store is not None:
+        seen = source.store.rows["split"].isin(source.plan.trained_on(facts.name))
+        told.append(f"The model has seen {source.store.rows['patient'][seen].nunique():,} patients: what they do not show, the images cannot.")
+    if MASK in dataset.files and not dataset.image_channels:
+        told.append("Masks only.")
+    return told
+
+
+# --- training and provenance -------------------------------------------------------------------------------------------
 
 
 def _training(run: RunDir, facts: StageFacts) -> TrainingSection | None:

@@ -84,10 +84,10 @@ def bar_chart(values: Sequence[float], names: Sequence[str], x_label: str, y_lab
     return _svg(parts, f"{y_label} by {x_label}")
 
 
-def gauge(value: float, floor: float | None, interval: tuple[float, float] | None) -> Markup:
-    """A value as a dot, its interval as a bar and the floor as a tick on one line that starts at 0."""
+def gauge(value: float, floor: float | None, interval: tuple[float, float] | None, span: tuple[float, float] | None = None) -> Markup:
+    """A value as a dot, its interval as a bar and the floor as a tick on one line. `span`: its ends, for lines that are compared; else it starts at 0."""
     numbers = [value, floor if floor is not None else 0.0, *(interval or ())]
-    axis = Axis(min(0.0, *numbers), max(1e-12, *numbers) * 1.12, 2, 158)
+    axis = Axis(min(0.0, *numbers), max(1e-12, *numbers) * 1.12, 2, 158) if span is None else Axis(*span, 6, 154)
     parts = ['<line class="track" x1="2" x2="158" y1="11" y2="11"/>']
     if interval is not None:
         parts.append(f'<line class="interval" x1="{axis(interval[0])}" x2="{axis(interval[1])}" y1="11" y2="11"/>')

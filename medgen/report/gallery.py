@@ -1,36 +1,34 @@
-"""Which pictures the report shows, and in which arrangement. Used by build.py.
+"""Which pictures the report shows, and in which arrangement. Used by build.py and folder_page.py.
 
 Samples are drawn at random from the run's seed, or are those that evaluate wrote down; nobody picks the good ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from medgen import rng
-from medgen.evaluate.inputs import MASK, Dataset, synthetic_masks
-from medgen.plan import Plan
+from medgen.evaluate.inputs import COLOURS, MASK, RealImages, SyntheticImages, synthetic_masks
+from medgen.report import words
 from medgen.report.pictures import Tile, mask_tile, tile
-from medgen.rundir import RunDir
-
-if TYPE_CHECKING:
-    from medgen.data.store import SliceStore
 
 SHOWN_SAMPLES = 27  # in the gallery: full rows on a wide page
 SHOWN_GROUPS = 12  # where a sample has several channels
 SHOWN_PAIRS = 6
 SHOWN_SIDE_BY_SIDE = 8
+SHOWN_COPIES = 16
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Groups of tiles that belong together (the channels of one sample, or mask | real | synthetic)."""
+    """Groups of tiles that belong together (the channels of one sample, or mask | real | synthetic), each perhaps with a line below it."""
 
     title: str
     note: str
     groups: list[list[Tile]]
+    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class StagePictures:
 class Painter:
     """Turns ids of synthetic samples and real slices into tiles."""
 
-    def __init__(self, run: RunDir, plan: Plan, dataset: Dataset, store: SliceStore | None):
-        self.run, self.plan, self.dataset, self.store = run, plan, dataset, store
+    def __init__(self, dataset: SyntheticImages, store: RealImages | None):
+        self.dataset, self.store = dataset, store
         self.row_of_id = {name: number for number, name in enumerate(dataset.index["id"])}
         names = () if store is None else store.aliases
         self.label_of_id: dict[str, str] = dict(zip(dataset.index["id"], dataset.index["label"], strict=True)) if "label" in dataset.index.columns else {}
@@ -59,7 +57,7 @@ class Painter:
     def synthetic(self, identifiers: list[str], outlined: bool = True) -> list[list[Tile]]:
         """One group per sample: its channels, outlined by the mask it was given."""
         rows = np.array([self.row_of_id[name] for name in identifiers], dtype=np.int64)
-        pictures = {channel: self.dataset.read(channel, rows) for channel in self.dataset.outputs}
+        pictures = _in_colour({channel: self.dataset.read(channel, rows) for channel in self.dataset.outputs})
         masks = self._masks(rows) if outlined else None
         groups = []
         for number, name in enumerate(identifiers):
@@ -76,12 +74,12 @@ class Painter:
         if len(rows) == 0:
             return []
         masks = self.store.masks(rows) if self.store.has_masks else None
-        pictures = {channel: masks if channel == MASK else self.store.images(channel, rows) for channel in self.dataset.outputs}
+        drawn = {channel: masks if channel == MASK else self.store.images(channel, rows) for channel in self.dataset.outputs}
+        pictures = _in_colour({channel: arrays for channel, arrays in drawn.items() if arrays is not None})
         groups = []
         for number, name in enumerate(known):
             mask = None if masks is None else masks[number]
-            groups.append([self._tile(arrays[number], channel, mask, "real", name)
-                           for channel, arrays in pictures.items() if arrays is not None])
+            groups.append([self._tile(arrays[number], channel, mask, "real", name) for channel, arrays in pictures.items()])
         return groups
 
     def _masks(self, rows: np.ndarray) -> np.ndarray | None:
@@ -99,9 +97,17 @@ class Painter:
         if channel == MASK:
             return mask_tile(array, f"{kind} mask", name, kind)
         shown = [self.label_of_id[name]] if name in self.label_of_id else []
-        if not shown or len(self.dataset.outputs) > 1:
+        if channel != "colour" and (not shown or len(self.dataset.outputs) > 1):
             shown.append(channel)
-        return tile(array, mask, f"{kind} {' '.join(shown)}", kind, name)
+        return tile(array, mask, f"{kind} {' '.join(shown) or 'image'}", kind, name)
+
+
+def _in_colour(pictures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Red, green and blue [n,H,W] are one picture, [n,H,W,3]."""
+    if not set(COLOURS) <= set(pictures):
+        return pictures
+    others = {channel: arrays for channel, arrays in pictures.items() if channel not in COLOURS}
+    return {"colour": np.stack([pictures[channel] for channel in COLOURS], axis=-1), **others}
 
 
 def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) -> StagePictures:
@@ -116,14 +122,19 @@ def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) 
     shown = 0 if pairs is not None else SHOWN_SIDE_BY_SIDE
     side_by_side = pairs is None
     rest = synthetic[shown : shown + more]
-    against = metrics["against"] if metrics is not None else "train"
     return StagePictures(
         pairs=pairs,
-        real=Panel("Real", f"random slices of the {against} split", real) if side_by_side and real else None,
+        real=Panel("Real", _drawn_from(metrics), real) if side_by_side and real else None,
         synthetic=Panel("Synthetic", "random samples", synthetic[:SHOWN_SIDE_BY_SIDE]) if side_by_side else None,
         gallery=Panel("More samples", "drawn at random from the run's seed, not selected", rest) if rest else None,
         copies=_copies(painter, metrics["details"]["copies"]) if metrics is not None else None,
     )
+
+
+def _drawn_from(metrics: dict[str, Any] | None) -> str:
+    if metrics is None:
+        return "random slices of the train split"
+    return "random images" if metrics["stage"] == "folders" else f"random slices of the {metrics['against']} split"
 
 
 def random_samples(painter: Painter, seed: int) -> dict[str, Any]:
@@ -155,19 +166,26 @@ def _pairs(painter: Painter, pairs: list[dict[str, str]]) -> Panel | None:
     real = painter.real([pair["real"] for pair in known])
     synthetic = painter.synthetic([pair["synthetic"] for pair in known])
     groups = []
+    has_masks = painter.store is not None and painter.store.has_masks
     for pair, real_tiles, synthetic_tiles in zip(known, real, synthetic, strict=True):
         row = painter.store_row_of_id[pair["real"]]
-        assert painter.store is not None
-        given = mask_tile(painter.store.masks(np.array([row]))[0], "given mask", pair["real"])
-        groups.append([given, *(item for both in zip(real_tiles, synthetic_tiles, strict=True) for item in both)])
-    return Panel("Pairs", "the model saw the mask alone; the real slice is the one that the mask was drawn on", groups)
+        given = [mask_tile(painter.store.masks(np.array([row]))[0], "given mask", pair["real"])] if painter.store is not None and has_masks else []
+        groups.append([*given, *(item for both in zip(real_tiles, synthetic_tiles, strict=True) for item in both)])
+    return Panel("Pairs", "the model saw the mask alone; the real slice is the one that the mask was drawn on" if has_masks else "each beside the real image that it belongs to", groups)
 
 
 def _copies(painter: Painter, nearest: list[dict[str, Any]]) -> Panel | None:
-    known = [pair for pair in nearest if pair["real"] in painter.store_row_of_id]
+    """Those that evaluate found most suspicious; each says in which space, and whether it is below the threshold, where that was written down."""
+    known = [pair for pair in nearest if pair["real"] in painter.store_row_of_id][:SHOWN_COPIES]
     if not known:
         return None
     synthetic = painter.synthetic([pair["synthetic"] for pair in known])
     real = painter.real([pair["real"] for pair in known])
     groups = [[made[0], taken[0]] for made, taken in zip(synthetic, real, strict=True)]
-    return Panel("Nearest training slices", "the synthetic samples that single out one training patient most", groups)
+    return Panel("Nearest training images", "the synthetic samples that single out one training patient most; the ratio is 0 for an exact copy, near 1 for a stranger",
+                 groups, [_copy_caption(pair) for pair in known])  # fmt: skip
+
+
+def _copy_caption(pair: dict[str, Any]) -> str:
+    space = f" ({pair['space']})" if "space" in pair else ""
+    return f"{'suspected copy, ' if pair.get('is_suspect') else ''}ratio {words.number(pair['ratio'])}{space}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MOST_PIXELS = 256  # per side: shown smaller than that, and a page is sent by mail
 
 @dataclass(frozen=True)
 class Tile:
@@ -23,8 +24,8 @@ class Tile:
 
 
 def tile(image: np.ndarray, mask: np.ndarray | None, label: str, kind: str, title: str) -> Tile:
-    """image float [H,W] in [0,1]; mask {0,1} [H,W] to outline, or None."""
-    height, width = image.shape
+    """image float [H,W] or, in colour, [H,W,3], in [0,1]; mask {0,1} [H,W] to outline, or None."""
+    height, width = image.shape[:2]
     return Tile(_png(image), "" if mask is None else outline(mask), width, height, label, kind, title)
 
 
@@ -48,7 +49,8 @@ def outline(mask: np.ndarray) -> str:
 def _png(image: np.ndarray) -> str:
     from PIL import Image
 
-    grey = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    picture = Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+    picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
     packed = io.BytesIO()
-    Image.fromarray(grey).save(packed, format="PNG", optimize=True)
+    picture.save(packed, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()

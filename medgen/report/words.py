@@ -57,13 +57,40 @@ def against_floor(score: Score) -> str:
     """How the value lies to its floor, in words."""
     if score.floor is None:
         return "no floor"
-    if score.metric == "near_train" and score.value == 0:
+    if score.metric.startswith("near_train") and score.value == 0:
         return "none found"
     gap = score.value - score.floor
+    if gap == 0:
+        return "equal to the floor"
     if score.better == "lower":
         return f"{score.value / score.floor:.1f} times the floor" if score.floor > 0 else f"{number(abs(gap))} above"
-    unit = f" {score.unit}" if score.unit else ""
+    unit = f" {score.unit}" if score.unit and " " not in score.unit else ""
     return f"{number(abs(gap))}{unit} {'above' if gap >= 0 else 'below'}"
+
+
+NAMES = ("Frechet", "Gaussian", "Dice")
+
+
+def lower_first(title: str) -> str:
+    """Inside a sentence; abbreviations and names stay as they are."""
+    return title if title[:2].isupper() or title.startswith(NAMES) else title[:1].lower() + title[1:]
+
+
+def interval(score: Score) -> str | None:
+    """None where there is none."""
+    return None if score.ci is None else f"{number(score.ci[0])} to {number(score.ci[1])}"
+
+
+def compared(record: dict[str, Any]) -> str:
+    """What stands on the two sides of an evaluation, in words."""
+    counts = record["counts"]
+    if "real" not in counts or "synthetic_used" not in counts:  # of structure and utility: each says what it counted
+        return ", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in counts.items() if isinstance(amount, int))
+    of = "" if counts["synthetic_used"] == counts["synthetic"] else f" (of {counts['synthetic']:,})"
+    kind = "real images" if record["stage"] == "folders" else f"real {record['against']} slices"
+    lesion = " with a lesion" if record["positive_only"] else ""
+    patients = "one patient" if counts["real_patients"] == 1 else f"{counts['real_patients']:,} patients"
+    return f"{counts['synthetic_used']:,} synthetic samples{of} against {counts['real']:,} {kind}{lesion} of {patients}"
 
 
 def dataset_title(dataset: Dataset) -> str:
@@ -98,7 +125,7 @@ def grouped_by_reason(skipped: dict[str, str]) -> list[tuple[str, str]]:
 
 def few_patients(counts: dict[str, int]) -> str | None:
     """A warning for the table when its reference is a handful of people; None otherwise."""
-    if counts["real_patients"] >= FEWEST_GROUPS:
+    if "real_patients" not in counts or counts["real_patients"] >= FEWEST_GROUPS:
         return None
     number_of = "one patient" if counts["real_patients"] == 1 else f"{counts['real_patients']} patients"
     return f"The real side is {number_of}: values and floors depend on who that is, and no interval can be given for them."
