@@ -257,7 +257,7 @@ def collect(run: RunName, stage: StageName = None, shard: Shard = 0, attempt: At
 def evaluate(
     context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="SYNTHETIC", help="a folder of images; or a run, whose evaluate stage is then done", show_default=False)],
-    real: Annotated[Path | None, typer.Argument(metavar="REAL", help="a folder of real images to compare with", show_default=False)] = None,
+    real: Annotated[Path | None, typer.Argument(metavar="REAL", help="a folder of real images to compare with; or a job spec, whose test split it is then", show_default=False)] = None,
     out: Annotated[Path, typer.Option("--out", help="the folder to make; it must not exist")] = Path("evaluation"),
     train: Annotated[Path | None, typer.Option("--train", metavar="FOLDER", help="what the model was trained on: looks for copies", show_default=False)] = None,
     pair: Annotated[Literal["name", "index"] | None, typer.Option("--pair", help="each image belongs to the real one of the same name, or place", show_default=False)] = None,
@@ -273,6 +273,7 @@ def evaluate(
     window: Annotated[str | None, typer.Option("--window", metavar="LOW,HIGH", help="what is black and white in NIfTI and npy", show_default=False)] = None,
     gray: Annotated[bool, typer.Option("--gray", help="colour pictures as gray ones")] = False,
     patient: Annotated[str | None, typer.Option("--patient", metavar="REGEX", help="its group is the patient, in a file's path", show_default=False)] = None,
+    channel: Annotated[str | None, typer.Option("--channel", metavar="NAME", help="with the data of a job: which of its images these are", show_default=False)] = None,
     unlike_files: Annotated[bool, typer.Option("--unlike-files", help="compare 8 with 16 bits, or JPEG with PNG, all the same")] = False,
     seed: Seed = 42, stage: StageName = None, shard: Shard = 0, attempt: Attempt = 0, again: Again = False,
 ) -> None:
@@ -288,7 +289,7 @@ def evaluate(
     asked = {"metrics": metrics and [name.strip() for name in metrics.split(",")], "extractor": extractor, "by": by, "positive_only": positive_only, "allow_small_n": allow_small_n}
     print(names.printable(two_folders.evaluate(
         Path(run), real, out, train=train, masks=(synthetic_masks, real_masks, train_masks), pair=pair, size=size, window=window, gray=gray, patient=patient,
-        unlike_files=unlike_files, measures={name: value for name, value in asked.items() if value}, seed=seed,
+        channel=channel, unlike_files=unlike_files, measures={name: value for name, value in asked.items() if value}, seed=seed,
     )))  # fmt: skip
 
 

@@ -25,13 +25,13 @@ FILES = METRICS_FILE, TABLE_FILE, SUSPECTS_FILE, PAGE_FILE, CARD_FILE = "metrics
 
 def evaluate(
     synthetic: Path, real: Path, out: Path, *, train: Path | None, masks: tuple[Path | None, Path | None, Path | None], pair: Literal["name", "index"] | None,
-    size: int | None, window: str | None, gray: bool, patient: str | None, unlike_files: bool, measures: dict[str, Any], seed: int,
+    size: int | None, window: str | None, gray: bool, patient: str | None, channel: str | None, unlike_files: bool, measures: dict[str, Any], seed: int,
 ) -> str:
     """Compare two folders and write the new folder `out`; returns the scores in words. `masks`: of the synthetic, real and training images. Raises InputError naming the option that is wrong."""
     reading = Reading(size, None if window is None else _window(window), gray, None if patient is None else _pattern(patient))
     cache = rundir.cache_root(rundir.runs_root())
     files.require_new(out)
-    request = Request(synthetic, real, train, *masks, pair, reading, unlike_files, measures, seed, cache)
+    request = Request(synthetic, real, train, *masks, pair, reading, channel, unlike_files, measures, seed, cache)
     console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}

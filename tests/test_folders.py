@@ -13,11 +13,13 @@ import fake_run
 import nibabel
 import numpy as np
 import pytest
+from conftest import tiny_spec
 from html_page import Page
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from medgen import two_folders
+from medgen import spec, two_folders
+from medgen.data.store import open_store
 from medgen.errors import InputError
 from medgen.evaluate.file_images import Reading, open_folder
 from medgen.report import words
@@ -42,7 +44,7 @@ def write_png(folder: Path, images: np.ndarray, names: list[str] | None = None, 
 
 def compare(synthetic: Path, real: Path, out: Path, **changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "train": None, "masks": (None, None, None), "pair": None, "size": None, "window": None, "gray": False, "patient": None, "unlike_files": False,
+        "train": None, "masks": (None, None, None), "pair": None, "size": None, "window": None, "gray": False, "patient": None, "channel": None, "unlike_files": False,
         "measures": {"metrics": QUICK}, "seed": 1,
     }  # fmt: skip
     two_folders.evaluate(synthetic, real, out, **options | changes)
@@ -330,3 +332,32 @@ def test_scores_by_the_size_of_the_lesion(tmp_path: Path) -> None:
         write_png(tmp_path / name, values)
     with pytest.raises(InputError, match="pictures do not say how large a pixel is"):
         compare(tmp_path / "p_drawn", tmp_path / "p_real", tmp_path / "x", **options | {"masks": (tmp_path / "p_masks", tmp_path / "p_masks", None)})
+
+
+def test_the_data_of_a_job_are_a_real_side_too(tmp_path: Path, write_spec: Callable[[dict[str, Any]], Path], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Its windows, patients and splits: copies of its training slices are found, without naming a folder of them."""
+    monkeypatch.setenv("MEDGEN_CACHE", str(cache))
+    written = tiny_spec()
+    written["data"] |= {"patients": 24, "size": SIZE, "positive_only": False, "every": 1}
+    path = write_spec(written)
+    store = open_store(spec.load(path).data, 42, cache, print)  # type: ignore[arg-type]
+    train, test = store.select("train"), store.select("test")
+    drawn = np.concatenate([store.images("bravo", train[:10]), store.images("bravo", test[::3])])
+    (tmp_path / "drawn").mkdir()
+    for number, image in enumerate(drawn):
+        np.save(tmp_path / "drawn" / f"{number:03d}.npy", image)
+    record = compare(tmp_path / "drawn", path, tmp_path / "out", channel="bravo")
+    assert record["counts"]["real"] == len(test) and record["counts"]["train"] == len(train) and record["against"] == "test"
+    assert value(record, "near_train")["value"] >= 10 / len(drawn)
+    assert {pair["synthetic"] for pair in record["details"]["copies"][:8]} <= {f"{number:03d}.npy" for number in range(10)}
+    assert (tmp_path / "out" / "report.html").is_file()
+    for options, message in (
+        ({}, "several channels: bravo, t1_pre, t1_gd; say which one"),
+        ({"channel": "t2"}, "--channel t2: the channels of .* are: bravo, t1_pre, t1_gd"),
+        ({"channel": "bravo", "train": tmp_path / "drawn"}, "--train has no effect beside the data of a job"),
+        ({"channel": "bravo", "size": 16}, "images of 16 px, but the data of .* have 32 px; bring them to that with --size 32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare(tmp_path / "drawn", path, tmp_path / "x", **options)
+    with pytest.raises(InputError, match="--channel bravo: only the data of a job have channels"):
+        compare(tmp_path / "drawn", tmp_path / "drawn", tmp_path / "x", channel="bravo")

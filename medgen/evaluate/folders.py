@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from medgen import files, weights
+from medgen import files, spec, weights
+from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
@@ -40,6 +41,7 @@ class Request:
     train_masks: Path | None
     pair: Literal["name", "index"] | None
     reading: Reading
+    channel: str | None
     unlike_files: bool
     measures: dict[str, Any]
     seed: int
@@ -137,6 +139,7 @@ class SyntheticFolder:
 
     images_folder: ImageFolder
     index: pd.DataFrame
+    channel: str | None = None  # what its only channel is called on the real side; None: as it is
 
     @property
     def name(self) -> str:
@@ -144,7 +147,7 @@ class SyntheticFolder:
 
     @property
     def image_channels(self) -> list[str]:
-        return self.images_folder.channels
+        return self.images_folder.channels if self.channel is None else [self.channel]
 
     @property
     def outputs(self) -> list[str]:
@@ -159,10 +162,13 @@ class SyntheticFolder:
         return self.images_folder.fingerprint
 
     def read(self, channel: str, rows: np.ndarray) -> np.ndarray:
-        return self.images_folder.masks(rows) if channel == MASK else self.images_folder.images(channel, rows)
+        return self.images_folder.masks(rows) if channel == MASK else self.images_folder.images(self._own(channel), rows)
 
     def contents(self, channel: str, rows: np.ndarray) -> list[str]:
-        return self.images_folder.contents(channel, rows)
+        return self.images_folder.contents(self._own(channel), rows)
+
+    def _own(self, channel: str) -> str:
+        return channel if self.channel is None else self.images_folder.channels[0]
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,10 @@ def _has_weights(name: str) -> bool:
 
 def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     """Open the folders and match them. Raises InputError if they do not fit together."""
+    if request.real.suffix in (".yaml", ".yml"):
+        return _against_job(request, measures)
+    if request.channel is not None:
+        raise InputError(f"--channel {request.channel}: only the data of a job have channels with names; remove it")
     reading = request.reading
     of_masks = set(measures.metrics) <= set(MASK_METRICS)
     synthetic = open_folder(request.synthetic, replace(reading, patient=None), request.synthetic if of_masks else request.synthetic_masks)
@@ -239,6 +249,42 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     pairing = Pairing(f"the real image of the same {'name' if request.pair == 'name' else 'place in the order'}", "no pairs: say which images belong together, --pair name or --pair index")
     sides = sides_of(dataset, store, request.seed, SPLIT, ("train",) if train is not None else (), measures, pairing)
     return Comparison(sides, notes)
+
+
+def _against_job(request: Request, measures: Measures) -> Comparison:
+    """With the test split of a job's data, and its train split as what the model was trained on: windows, patients and masks are as the job says."""
+    needless = {"--train": request.train, "--real-masks": request.real_masks, "--train-masks": request.train_masks, "--patient": request.reading.patient, "--pair": request.pair}
+    given = [name for name, value in needless.items() if value is not None]
+    if given:
+        raise InputError(f"{given[0]} has no effect beside the data of a job, {request.real}; remove it")
+    checked = spec.load(request.real)
+    if checked.data is None:
+        raise InputError(f"{request.real}: a job without data; give a folder of real images")
+    store = open_store(checked.data, checked.seed, request.cache, lambda _: None)
+    synthetic = open_folder(request.synthetic, replace(request.reading, patient=None), request.synthetic_masks)
+    if synthetic.size != store.size:
+        raise InputError(f"{synthetic.root}: images of {synthetic.size} px, but the data of {request.real} have {store.size} px; bring them to that with --size {store.size}")
+    if synthetic.eight_bits and not request.unlike_files:
+        raise InputError(f"{synthetic.root}: 8 bits a value, but not the data of {request.real}: metrics would see how the files were stored. Store 16 bits, or compare all the same with --unlike-files")
+    dataset = SyntheticFolder(_with_spacing(synthetic), synthetic.items.drop(columns="label").assign(condition_kind="none", condition=""), _channel_of(request, synthetic, store))
+    pairing = Pairing("", "no pairs: nobody says which slice of the job's data an image belongs to")
+    sides = sides_of(dataset, store, checked.seed, "test", ("train",), measures, pairing)
+    notes = [f"real side: the test split of {request.real}, its train split as what the model was trained on; all that is random is drawn from the job's seed, {checked.seed}"]
+    return Comparison(sides, [*notes, *([f"{synthetic.root}: 8 bits a value, compared all the same"] if synthetic.eight_bits else [])])
+
+
+def _channel_of(request: Request, synthetic: ImageFolder, store: SliceStore) -> str | None:
+    """Which channel of the job the images show; None for colours, which are called alike."""
+    if synthetic.channels == store.channels:
+        return None
+    if len(synthetic.channels) > 1:
+        raise InputError(f"{synthetic.root} is in colour, the data of {request.real} have {', '.join(store.channels)}; bring it to gray with --gray")
+    if request.channel is None and len(store.channels) != 1:
+        raise InputError(f"{request.real} has several channels: {', '.join(store.channels)}; say which one {synthetic.root} shows with --channel")
+    channel = request.channel or store.channels[0]
+    if channel not in store.channels:
+        raise InputError(f"--channel {channel}: the channels of {request.real} are: {', '.join(store.channels)}")
+    return channel
 
 
 def _with_spacing(folder: ImageFolder) -> ImageFolder:

@@ -126,6 +126,20 @@ def read_dataset(run: RunDir, stage: str) -> Dataset:
     return Dataset(stage, folder, index, channels, outputs, manifest["index_sha256"], manifest["data_fingerprint"])
 
 
+def read_matching_dataset(run: RunDir, stage: str, store: RealImages) -> Dataset:
+    """The collected dataset of a generate stage. Raises InputError if the data are not those that it was made from, MedgenError if it does not fit them."""
+    dataset = read_dataset(run, stage)
+    if dataset.data_fingerprint != store.fingerprint:
+        raise InputError(
+            f"the data have changed since {stage} was made from them (then {dataset.data_fingerprint[:12]}, now {store.fingerprint[:12]}): "
+            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
+        )
+    height, width = dataset.read(dataset.outputs[0], np.array([0])).shape[1:]
+    if (height, width) != (store.size, store.size):
+        raise MedgenError(f"{stage}: images of {height}x{width}, but the data have {store.size}x{store.size} pixels")
+    return dataset
+
+
 @dataclass(frozen=True)
 class Pairing:
     """What the partner of a synthetic image is, and why there may be none, in words."""
@@ -232,11 +246,7 @@ class Sides:
 
 def choose_sides(dataset: Dataset, plan: Plan, against: str, store: RealImages, measures: Measures) -> Sides:
     """The sides of an evaluate stage."""
-    sides = sides_of(dataset, store, plan.seed, against, plan.trained_on(dataset.name), measures)
-    sample = dataset.read(dataset.outputs[0], sides.chosen[:1])
-    if sample.shape[1:] != (store.size, store.size):
-        raise MedgenError(f"{dataset.name}: images of {sample.shape[1]}x{sample.shape[2]}, but the data have {store.size}x{store.size} pixels")
-    return sides
+    return sides_of(dataset, store, plan.seed, against, plan.trained_on(dataset.name), measures)
 
 
 def sides_of(

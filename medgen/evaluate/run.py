@@ -12,7 +12,6 @@ from medgen import collected, files, rng
 from medgen import plan as plans
 from medgen.data.csv_files import write_rows
 from medgen.data.store import open_store
-from medgen.errors import InputError
 from medgen.evaluate import (
     auc,
     by_class,
@@ -26,7 +25,7 @@ from medgen.evaluate import (
     scores,
 )
 from medgen.evaluate.features import Bench, Progress, Say
-from medgen.evaluate.inputs import MASK, Sides, choose_sides, read_dataset
+from medgen.evaluate.inputs import MASK, Sides, choose_sides, read_matching_dataset
 from medgen.evaluate.privacy import Origin
 from medgen.evaluate.scores import Score, ScoresOrReason
 from medgen.plan import Plan
@@ -67,14 +66,7 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
 def sides_of_stage(run: RunDir, plan: Plan, stage: EvaluateStage, cache_root: Path, say: Say) -> Sides:
     """What an evaluate stage compares. Raises InputError if the data are not those that the images were made from."""
     store = open_store(DataSpec.model_validate(plan.data), plan.seed, cache_root, say)
-    dataset = read_dataset(run, stage.of)
-    made_from = dataset.data_fingerprint
-    if made_from != store.fingerprint:
-        raise InputError(
-            f"the data have changed since {stage.of} was made from them (then {made_from[:12]}, now {store.fingerprint[:12]}): "
-            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
-        )
-    return choose_sides(dataset, plan, stage.against, store, stage)
+    return choose_sides(read_matching_dataset(run, stage.of, store), plan, stage.against, store, stage)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 
 from medgen import collected, files
 from medgen.data.store import SliceStore, open_store
-from medgen.errors import InputError, MedgenError
-from medgen.evaluate.inputs import MASK, Dataset, partner_rows, read_dataset
+from medgen.errors import InputError
+from medgen.evaluate.inputs import MASK, Dataset, partner_rows, read_matching_dataset, spacing_mm
 from medgen.plan import Plan, collect_name
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
@@ -54,10 +54,10 @@ class Sides:
 
     def spacing_mm(self, rows: np.ndarray) -> np.ndarray:
         """[n, 2] of real slices: between rows, between columns."""
-        return self.store.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[rows]
+        return spacing_mm(self.store.rows, rows)
 
     def synthetic_spacing_mm(self, numbers: np.ndarray) -> np.ndarray:
-        return self.dataset.index[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[numbers]
+        return spacing_mm(self.dataset.index, numbers)
 
     def synthetic_images(self, numbers: np.ndarray) -> np.ndarray:
         """float32 [n, channels, H, W] in [0, 1] of rows of the index."""
@@ -94,15 +94,7 @@ def read_sides(run: RunDir, plan: Plan, of: str, cache_root: Path, say: Callable
     """Raises MedgenError if the dataset is not what was collected, InputError if the data have changed or no longer fit it."""
     store = open_store(DataSpec.model_validate(plan.data), plan.seed, cache_root, say)
     with collected.made_again_if_damaged(run, of):
-        dataset = read_dataset(run, of)
-        if not dataset.image_channels:
-            raise InputError(f"{of} holds masks only; name a generate stage of images")
-        height, width = dataset.read(dataset.image_channels[0], np.array([0])).shape[1:]
-    if dataset.data_fingerprint != store.fingerprint:
-        raise InputError(
-            f"the data have changed since {of} was made from them (then {dataset.data_fingerprint[:12]}, now {store.fingerprint[:12]}): "
-            "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
-        )
-    if (height, width) != (store.size, store.size):
-        raise MedgenError(f"{of}: images of {height}x{width}, but the data have {store.size}x{store.size} pixels")
+        dataset = read_matching_dataset(run, of, store)
+    if not dataset.image_channels:
+        raise InputError(f"{of} holds masks only; name a generate stage of images")
     return Sides(run, plan.seed, store, dataset, plan.trained_on(of))
