@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/medgen submit jobs/demo.yaml --local
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not slow"
 
 # every fault of tests/faults/matrix.py, made to happen; writes the table of docs/reliability.md
 test-faults: $(READY)

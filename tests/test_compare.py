@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_run
 import pytest
 
 from medgen import files
 from medgen.errors import InputError
 from medgen.evaluate.scores import METRICS_SCHEMA, Score, score, to_json
-from medgen.watch.compare import Column, compared
+from medgen.watch.compare import Column, Measured, compare, compared
 
 PROTOCOL = "extractor A; 100 images a side; seed 1"
 
@@ -22,7 +23,7 @@ def one(value: float, ci: tuple[float, float] | None = None, metric: str = "kid"
 
 
 def column(name: str, *scores: Score, against: str = "test", data: str = "d1") -> Column:
-    return Column(name, against, data, scores)
+    return Column(name, tuple(Measured(item, against, data) for item in scores))
 
 
 def test_another_seed_is_the_same_protocol_and_disjoint_intervals_tell_them_apart() -> None:
@@ -87,3 +88,16 @@ def test_the_command_line(tmp_path: Path, medgen: Callable[..., Any]) -> None:
 def test_one_evaluation_is_no_comparison() -> None:
     with pytest.raises(InputError, match="needs two evaluations"):
         compared([column("a", one(0.1))])
+
+
+def test_runs_by_their_sets_with_all_that_measures_them(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sets of one run are two columns; a run without scores says how to see how far it is."""
+    monkeypatch.setenv("MEDGEN_RUNS", str(tmp_path))
+    run, _ = fake_run.full_run(tmp_path, cache)
+    with pytest.raises(InputError, match=f"nothing of it is measured yet; medgen watch {run.run_id}"):
+        compare([run.run_id], as_json=True)
+    for stage, value in (("evaluate_images", 0.1), ("evaluate_pairs", 0.3)):
+        write(run.metrics(stage).parent, one(value, (value - 0.01, value + 0.01)))
+    compare([run.run_id], as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["columns"] == [f"{run.run_id}/images", f"{run.run_id}/pairs"] and found["rows"][0]["lead"] == f"{run.run_id}/images"

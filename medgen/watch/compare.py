@@ -15,22 +15,33 @@ from typing import Any
 from medgen import files, plan, rundir
 from medgen.errors import InputError
 from medgen.evaluate.scores import MEANINGS, METRICS_SCHEMA, Score, from_json
-from medgen.rundir import RunDir
 
 METRICS_FILE = "metrics.json"
+MEASURING = ("evaluate", "structure", "utility")  # kinds of stages that write scores
 SEED = re.compile(r"^seed \d+$")  # another seed draws other images of the same kind
 OWN_FACTS = re.compile(r"^(threshold |.*: to the nearest of )")  # numbers that come out of the data
 WITHIN_NOISE, NO_INTERVAL = "not shown", "no interval"
 
 
 @dataclass(frozen=True)
-class Column:
-    """The scores of one evaluate stage, or of one folder; `data` is the fingerprint of the real side."""
+class Measured:
+    """A score, and the real side it was measured with: which split, of which data (their fingerprint)."""
 
-    name: str
+    score: Score
     against: str
     data: str
-    scores: tuple[Score, ...]
+
+    @property
+    def name(self) -> tuple[str, str, str | None]:
+        return (self.score.metric, self.score.channel, self.score.group)
+
+
+@dataclass(frozen=True)
+class Column:
+    """All that was measured of one synthetic set: of a run, by its evaluate, structure and utility stages; or of a folder."""
+
+    name: str
+    measured: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)
@@ -71,37 +82,35 @@ def compared(columns: list[Column]) -> Compared:
         raise InputError(f"{only}: a comparison needs two evaluations; name another run, or the folder that medgen evaluate made")
     alike: dict[tuple[Any, ...], dict[str, Score]] = {}
     for column in columns:
-        for score in column.scores:
-            alike.setdefault(_key(column, score), {})[column.name] = score
+        for item in column.measured:
+            alike.setdefault(_key(item), {})[column.name] = item.score
     rows = [_row(members) for members in alike.values() if len(members) > 1]
     return Compared(tuple(column.name for column in columns), tuple(rows), tuple(_apart(columns, alike)))
 
 
 def _columns(names: Sequence[str]) -> Iterator[Column]:
-    """Of a folder that holds metrics.json itself, or of every finished evaluate stage of a run."""
+    """Of a folder that holds metrics.json itself, or of every synthetic set of a run that was measured."""
     for name in names:
         if (Path(name) / METRICS_FILE).is_file():
-            yield _column(name, Path(name) / METRICS_FILE)
+            yield Column(name, tuple(_measured(Path(name) / METRICS_FILE)))
             continue
         run = rundir.find_run(name)
-        stages = [stage.name for stage in plan.read(run).stages if stage.kind == "evaluate" and run.metrics(stage.name).is_file()]
+        stages = [stage for stage in plan.read(run).stages if stage.kind in MEASURING and run.metrics(stage.name).is_file()]
         if not stages:
-            raise InputError(f"{run.run_id}: no evaluate stage of it is done; medgen watch {run.run_id} tells how far it is")
-        for stage in stages:
-            yield _column(_title(run, stage, stages), run.metrics(stage))
+            raise InputError(f"{run.run_id}: nothing of it is measured yet; medgen watch {run.run_id} tells how far it is")
+        sets = list(dict.fromkeys(stage.settings["of"] for stage in stages))
+        for of in sets:
+            measured = [item for stage in stages if stage.settings["of"] == of for item in _measured(run.metrics(stage.name))]
+            yield Column(run.run_id if len(sets) == 1 else f"{run.run_id}/{of}", tuple(measured))
 
 
-def _title(run: RunDir, stage: str, stages: list[str]) -> str:
-    return run.run_id if len(stages) == 1 else f"{run.run_id}/{stage}"
-
-
-def _column(name: str, path: Path) -> Column:
+def _measured(path: Path) -> list[Measured]:
     try:
         record = files.read_json(path)
         if record["schema"] != METRICS_SCHEMA:
             raise InputError(f"{path}: written by another version of medgen (schema {record['schema']}, here {METRICS_SCHEMA}); evaluate again")
-        scores = tuple(item for item in from_json(record["scores"]) if item.comparison in (None, "real-synthetic"))
-        return Column(name, record["against"], record["inputs"]["data_fingerprint"], scores)
+        scores = [item for item in from_json(record["scores"]) if item.comparison in (None, "real-synthetic")]
+        return [Measured(item, record["against"], record["inputs"]["data_fingerprint"]) for item in scores]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no scores of medgen ({type(error).__name__}: {error}); evaluate again") from None
 
@@ -111,8 +120,8 @@ def _parts(score: Score) -> list[str]:
     return [part for part in score.protocol.split("; ") if not SEED.match(part) and not OWN_FACTS.match(part)]
 
 
-def _key(column: Column, score: Score) -> tuple[Any, ...]:
-    return (score.metric, score.channel, score.group, score.n, column.against, column.data, *_parts(score))
+def _key(item: Measured) -> tuple[Any, ...]:
+    return (*item.name, item.score.n, item.against, item.data, *_parts(item.score))
 
 
 def _row(members: dict[str, Score]) -> Row:
@@ -141,22 +150,23 @@ def _apart(columns: list[Column], alike: dict[tuple[Any, ...], dict[str, Score]]
     """What no two columns have alike: with the first thing that differs where another has it in another way, else that it stands alone."""
     told: set[tuple[str, str, str | None]] = set()
     for column in columns:
-        for score in column.scores:
-            name = (score.metric, score.channel, score.group)
-            if len(alike[_key(column, score)]) > 1 or name in told:
+        for item in column.measured:
+            if len(alike[_key(item)]) > 1 or item.name in told:
                 continue
-            told.add(name)
-            others = [(other, item) for other in columns if other is not column for item in other.scores if (item.metric, item.channel, item.group) == name]
-            what = " ".join(word for word in name if word)
-            yield f"{what}: {_difference((column, score), others[0]) if others else f'only {column.name} has it'}"
+            told.add(item.name)
+            others = [(other, its) for other in columns if other is not column for its in other.measured if its.name == item.name]
+            what = " ".join(word for word in item.name if word)
+            yield f"{what}: {_difference((column, item), others[0]) if others else f'only {column.name} has it'}"
 
 
-def _difference(one: tuple[Column, Score], other: tuple[Column, Score]) -> str:
-    (column, score), (another, its) = one, other
-    for what, left, right in (("images", score.n, its.n), ("real data", column.data[:12], another.data[:12]), ("split", column.against, another.against)):
+def _difference(one: tuple[Column, Measured], other: tuple[Column, Measured]) -> str:
+    (column, item), (another, its) = one, other
+    facts = (("images", item.score.n, its.score.n), ("real data", item.data[:12], its.data[:12]), ("split", item.against, its.against))
+    for what, left, right in facts:
         if left != right:
             return f"{what} {left} in {column.name}, {right} in {another.name}"
-    only = [[part for part in _parts(item) if part not in _parts(against)] for item, against in ((score, its), (its, score))]
+    parts = _parts(item.score), _parts(its.score)
+    only = [[part for part in own if part not in theirs] for own, theirs in (parts, parts[::-1])]
     return f"{'; '.join(only[0]) or 'nothing more'} in {column.name}, {'; '.join(only[1]) or 'nothing more'} in {another.name}"
 
 

@@ -20,7 +20,8 @@ STAGES: dict[str, Any] = {
     "train": {"kind": "train", "config": NET, "resources": {"time": "30m", "mem": "3G"}},
     "images": {"kind": "generate", "from": "train", "condition": "test", "count": 16, "chunk": 2, "shards": 8, "sampling": {"sampler": "ddim", "steps": 2},
                "resources": {"gpus": 1, "time": "10m", "mem": "1500M"}},
-    "evaluate": {"kind": "evaluate", "of": "images", "metrics": ["ms_ssim_diversity", "swd"], "resources": {"cpus": 1, "mem": "3G"}},
+    "evaluate": {"kind": "evaluate", "of": "images", "metrics": ["ms_ssim_diversity", "swd", "kid"], "extractor": "random_conv", "shards": 2,
+                 "resources": {"cpus": 1, "mem": "3G"}},
     "report": {"kind": "report", "resources": {"cpus": 1, "mem": "3G"}},
 }  # fmt: skip
 DATA = {"format": "phantom", "patients": 6, "size": 16, "positive_only": True, "every": 2}
@@ -83,6 +84,9 @@ def test_a_disturbed_job_on_two_nodes_equals_an_undisturbed_local_one(lab: Lab, 
     assert {row["nodes"] for row in lab.jobs("whole") if ".images." in row["name"]} == {"n1", "n2"}
     started = [start for start in lab.events("whole", "task_started") if start["stage"] == "train"]
     assert started[1]["from_step"] >= 20, "it went on from what it had saved"
+
+    taken = [lab.outcome("whole", "features_evaluate", shard) for shard in (0, 1)]
+    assert all(outcome is not None and outcome["facts"]["images"] > 0 for outcome in taken), "an array took the features"
 
     record_property("fired", f"{preempted}; kill -9 of a shard")
 
