@@ -165,6 +165,9 @@ def test_a_collected_dataset_and_the_stack_beside_it_are_folders_too(tmp_path: P
     # a file shows what the store shows, whatever turns its header takes on the way
     row = int(np.flatnonzero(store.rows["split"] == "test")[0])
     assert folder.images("image", np.arange(1)).shape == store.images("bravo", np.array([row])).shape
+    fake_run.write_dataset(run, "dual", dict.fromkeys(("t1_pre", "t1_gd"), textured(2, 1)), None, "none")
+    with pytest.raises(InputError, match="dual/dataset: a dataset of t1_pre, t1_gd; one image channel is compared: copy its files to a folder"):
+        open_folder(run.dataset("dual"), Reading())
     stack = textured(10, 4).transpose(2, 1, 0)[:, :, None] * 2 - 1
     nibabel.save(nibabel.Nifti1Image(stack.astype(np.float32), np.eye(4)), tmp_path / "Generated32x32.nii.gz")
     stacked = open_folder(tmp_path / "Generated32x32.nii.gz", Reading())
@@ -181,8 +184,11 @@ def test_lesions_only(tmp_path: Path) -> None:
     record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", masks=(tmp_path / "drawn_masks", tmp_path / "real_masks", None), measures={"metrics": QUICK, "positive_only": True})
     assert record["counts"]["real"] == 24 and record["counts"]["synthetic_used"] == 24 and record["positive_only"]
     assert "with a lesion only" in value(record, "psd")["protocol"]
-    with pytest.raises(InputError, match="has no masks that would tell which images show a lesion"):
-        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "x", masks=(None, tmp_path / "real_masks", None), measures={"metrics": QUICK, "positive_only": True})
+    for masks_of, missing in ((("real_masks", None), "real show a lesion.*--real-masks FOLDER"), ((None, "real_masks"), "drawn show a lesion.*--synthetic-masks FOLDER")):
+        given = [None if name is None else tmp_path / name for name in masks_of]
+        for option, measures in (("--positive-only", {"metrics": QUICK, "positive_only": True}), ("--by lesion_size", {"metrics": QUICK, "by": "lesion_size"})):
+            with pytest.raises(InputError, match=f"{option}: nothing tells which images of .*{missing}"):
+                compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "x", masks=(*given, None), measures=measures)
 
 
 def test_one_image_gives_reasons_instead_of_numbers(tmp_path: Path) -> None:
@@ -228,6 +234,8 @@ def broken_png(folder: Path) -> None:
         (lambda f: None, {"window": "3"}, "write two numbers"),
         (lambda f: None, {"window": "3,1"}, "black must lie below white"),
         (lambda f: None, {"measures": {"metrics": ["kidd"]}}, "unknown metric 'kidd'; the metrics are: mae"),
+        (lambda f: None, {"measures": {"metrics": ["psd", "auc"]}}, "--metrics auc: it asks the model that made the images"),
+        (lambda f: None, {"measures": {"metrics": ["kid"], "extractor": "encoder"}}, "--extractor encoder: .*--train FOLDER"),
         (lambda f: None, {"measures": {"metrics": ["kid"], "extractor": "inception"}}, r"inception needs its weights, .*`export MEDGEN_WEIGHTS="),
     ],
 )  # fmt: skip

@@ -239,7 +239,7 @@ def _dataset(root: Path) -> Found:
     channels = [name.removesuffix(collected.SHA_SUFFIX) for name in index.columns if name.endswith(collected.SHA_SUFFIX) and name.removesuffix(collected.SHA_SUFFIX) in index.columns]
     pictures = [name for name in channels if name != MASK]
     if len(pictures) != 1:
-        raise InputError(f"{root}: a dataset of {', '.join(channels) or 'nothing'}; name the folder of one channel, such as {root / (pictures or channels or ['x'])[0]}")
+        raise InputError(f"{root}: a dataset of {', '.join(channels) or 'nothing'}; one image channel is compared: copy its files to a folder of their own")
     looks, items = {}, []
     for number, record in index.iterrows():
         name = str(record[pictures[0]])

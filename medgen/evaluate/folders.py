@@ -216,7 +216,10 @@ def measures_of(request: Request) -> Measures:
         asked["metrics"] = [*USUAL, *(PAIRED if request.pair is not None else ())]
     if "extractor" not in asked and set(asked["metrics"]) & set(FEATURE_METRICS):
         asked["extractor"] = "inception" if _has_weights("inception") else "random_conv"
-    return Measures.model_validate(asked)
+    measures = Measures.model_validate(asked)
+    if "auc" in measures.metrics:
+        raise InputError("--metrics auc: it asks the model that made the images, and there is none here; it is a metric of an evaluate stage in a job")
+    return measures
 
 
 def _has_weights(name: str) -> bool:
@@ -237,8 +240,9 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     size = _common_size([synthetic, real, *([train] if train is not None else [])], reading)
     fixed = replace(reading, size=size)
     folders = [None if folder is None else _with_spacing(replace(folder, reading=fixed)) for folder in (synthetic, real, train)]
-    if measures.by == "lesion_size" and train is not None and not train.has_masks:
-        raise InputError(f"--by lesion_size: the masks of {train.root} are needed too: --train-masks FOLDER")
+    _require_masks(measures, request.pair is not None, synthetic, real, train)
+    if measures.extractor is not None and measures.extractor.kind == "encoder" and train is None:
+        raise InputError("--extractor encoder: it learns from training images: give them with --train FOLDER, or write --extractor random_conv, which needs none")
     notes, folders = _same_kind_of_files(folders, request.unlike_files)
     synthetic, real, train = _by_class(folders, notes)
     has_classes = "label" in synthetic.items.columns
@@ -344,6 +348,18 @@ def _by_class(folders: list[ImageFolder | None], notes: list[str]) -> list[Any]:
             items = items.assign(label="")
         changed.append(replace(folder, items=items))
     return changed
+
+
+def _require_masks(measures: Measures, has_pairs: bool, synthetic: ImageFolder, real: ImageFolder, train: ImageFolder | None) -> None:
+    """Lesions are chosen alike on all sides, or the sides differ by the choice. A synthetic image may have the mask of its pair."""
+    if not measures.positive_only and measures.by != "lesion_size":
+        return
+    option = "--by lesion_size" if measures.by == "lesion_size" else "--positive-only"
+    needed = [(synthetic, "--synthetic-masks")] if not has_pairs else []
+    needed += [(real, "--real-masks"), *([(train, "--train-masks")] if train is not None else [])]
+    for folder, masks in needed:
+        if not folder.has_masks:
+            raise InputError(f"{option}: nothing tells which images of {folder.root} show a lesion; give its masks with {masks} FOLDER")
 
 
 def _paired(synthetic: ImageFolder, store: RealFolder, pair: str | None) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from medgen.training import load_channel, trained_model
 SHOWN = 16  # pictures of the most suspicious
 MOST_SEARCHED = 100_000  # synthetic images, in pixels; in features those that the other scores are of
 MOST_HELD_OUT = 2048  # slices that set the threshold, or are attacked; all training slices are searched
-MOST_WITH_MODEL = 256  # a side; each takes some passes of the network
+MOST_WITH_MODEL = 128  # a side; each takes some passes of the network
 MODEL_BATCH = 16
 READ_BLOCK = 512
 PIXELS, FEATURES = "pixels", "features"

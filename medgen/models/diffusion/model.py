@@ -31,7 +31,7 @@ from medgen.models.settings import Settings
 # Quantiles of the training times at which an image is denoised to ask whether it was trained on: much noise drowns what is
 # known of one image, none leaves nothing to guess (Carlini et al., USENIX Security 2023, arXiv:2301.13188, section 5.2)
 ATTACK_TIMES = (0.1, 0.2, 0.3, 0.4)
-ATTACK_NOISES = 2
+ATTACK_NOISES = 1
 WARMUP_START = 0.1  # the learning rate begins at this share of its full value
 
 
