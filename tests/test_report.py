@@ -110,17 +110,20 @@ def test_stages_that_measure_usefulness_are_told_and_those_that_did_not_run(run:
     text = page_of(run, cache).text
     assert "by what was trained on: real 0.610, synthetic 0.440. synthetic: a loss of 0.170." in text
     assert "Not measured: shape failed: the disk is full." in text
+    assert "Not measured: shape failed." in run.dataset_card("images").read_text(), "a cause may name a patient, and cards are given away"
     assert "worth,images,utility_dice,bravo,synthetic,,0.44" in run.report_table.read_text()
 
 
 def test_suspected_copies_stand_beside_the_training_slice(run: RunDir, cache: Path) -> None:
     record = json.loads(run.metrics("evaluate_images").read_text())
     pair = record["details"]["copies"][0]
-    record["details"]["copies"] = [{**pair, "ratio": 0.1234, "space": "features", "is_suspect": True}, *[{**pair, "space": "pixels", "is_suspect": False}] * 20]
-    run.metrics("evaluate_images").write_text(json.dumps(record))
-    text = page_of(run, cache).text
-    assert "suspected copy, ratio 0.123 (features)" in text
-    assert text.count("(pixels)") - len(re.findall(r"at threshold \S+ \(pixels\)", text)) == 15, "16 pairs at most"
+    suspect, other = {**pair, "ratio": 0.1234, "space": "features", "is_suspect": True}, {**pair, "ratio": 0.777, "space": "pixels", "is_suspect": False}
+    for suspects, shown in ((1, 4), (6, 6), (30, 16)):
+        record["details"]["copies"] = [*[suspect] * suspects, *[other] * 20]
+        run.metrics("evaluate_images").write_text(json.dumps(record))
+        text = page_of(run, cache).text
+        assert text.count("suspected copy, ratio 0.123 (features)") == min(suspects, 16)
+        assert text.count("ratio 0.777 (pixels)") == shown - min(suspects, 16)
 
 
 def test_the_gallery_is_drawn_from_the_seed(run: RunDir, cache: Path) -> None:

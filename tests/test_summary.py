@@ -102,31 +102,35 @@ def test_what_was_not_computed_is_said_with_its_reason() -> None:
     unasked = good(score("auc_real", "t1", 0.9, (0.8, 1.0), None, 60, "p"))
     assert unasked.startswith("Not measured; kid or swd"), "how well classes are told apart is no distance"
     assert summary.is_it_good(measured()) == ["Not measured: add a stage of kind evaluate."]
-    failed = measured(Measurement("evaluate", "evaluate", None, summary.missing_stage("evaluate", "failed", ["out of memory"])))
+    failed = measured(Measurement("evaluate", "evaluate", None, summary.missing_stage("evaluate", "failed"), ("out of memory",)))
     assert summary.is_it_good(failed) == summary.is_it_a_copy(failed) == ["Not measured: evaluate failed: out of memory."]
-    assert summary.missing_stage("evaluate", "not run", []) == "evaluate has not run"
+    assert summary.missing_stage("evaluate", "not run") == "evaluate has not run"
 
 
-def test_copies_are_told_with_threshold_number_and_what_others_give() -> None:
-    none = copied(score("near_train", "t1", 0.0, (0.0, 0.04), 0.01, 100, COPIES))
-    assert none == "No copies found at threshold 0.4321 (pixels) among 100 images. Membership inference: not measured. No DP guarantee."
-    some = copied(score("near_train", "t1", 0.07, (0.03, 0.14), 0.01, 100, COPIES), Score("near_train_features", "t1", 0.01, None, 0.01, 100, "", "lower", COPIES),
-                  counts={**COUNTS, "synthetic": 5000})  # fmt: skip
-    assert "7 suspected copies at threshold 0.4321 (pixels) among 100 of 5,000 images: 7.0% (3.0% to 14.0%); held-out real slices give 1.0%." in some
-    assert "1 suspected copy at threshold 0.4321 (features)" in some and "(no interval)" in some
-    skipped = copied(skipped={"near_train": "needs at least two training patients", "membership": "too few patients"})
-    assert skipped.startswith("Copies were not searched for: needs at least two training patients. Membership inference: not measured (too few patients).")
+def search(suspects: int, images: int = 100, space: str = "pixels") -> dict[str, Any]:
+    return {"space": space, "threshold": 0.4321, "images": images, "of_images": 100, "suspects": suspects, "floor": 0.01}
+
+
+def examined(*searches: dict[str, Any], membership: list[dict[str, Any]] | None = None, guarantee: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"searches": list(searches), "membership": membership or [], "guarantee": guarantee}
+
+
+def test_copies_are_told_with_threshold_and_number() -> None:
+    none = copied(privacy=examined(search(0)), skipped={"membership": "too few patients"})
+    assert none == "No copies found at threshold 0.432 (pixels) among 100 images. Membership inference was not tried: too few patients. No DP guarantee."
+    some = copied(privacy=examined(search(7), search(1, 80, "features")))
+    assert "7 suspected copies at threshold 0.432 (pixels) among 100 images" in some and "1 suspected copy at threshold 0.432 (features) among 80 of 100 images" in some
+    skipped = copied(privacy=examined(), skipped={"near_train": "needs at least two training patients", "membership": "too few patients"})
+    assert skipped.startswith("Copies were not counted: needs at least two training patients. Membership inference was not tried: too few patients.")
+    assert copied().startswith("Told in the table of scores alone: an earlier version")
 
 
 def test_membership_and_guarantee_are_told_where_they_are_there() -> None:
-    text = copied(
-        score("near_train", "t1", 0.0, None, 0.01, 100, COPIES), kid(0.1, None, 0.1),
-        Score("membership_auc", "t1, from the images", 0.52, (0.41, 0.63), 0.5, 40, "", "closer to floor", "attack"),
-        Score("membership_tpr", "t1, from the images", 0.013, None, 0.01, 400, "", "closer to floor", "attack"),
-        privacy={"guarantee": {"epsilon": 8.0, "delta": 1e-5, "unit": "patient"}},
-    )  # fmt: skip
-    assert "from the images, AUC 0.52 (95% interval 0.410 to 0.630; 0.5 is guessing)" in text
-    assert "from the images, 1.3% of the members found at 1% false alarms (no interval)" in text
+    attacks = [{"attack": "images", "unit": unit, "auc": {"value": 0.52, "interval": [0.41, 0.63]}} for unit in ("slice", "patient")]
+    text = copied(score("membership_tpr", "t1, from the images", 0.013, (0.0, 0.04), 0.01, 400, "attack"),
+                  privacy=examined(search(0), membership=attacks, guarantee={"epsilon": 8.0, "delta": 1e-5, "unit": "patient"}))  # fmt: skip
+    assert text.count("Membership inference from the images: AUC 0.52 (0.41 to 0.63) per patient") == 1
+    assert "Members that it finds at 1% false alarms: from the images 1.3% (0.0% to 4.0%)." in text
     assert text.endswith("epsilon 8 at delta 1e-05 per patient.")
 
 
@@ -201,7 +205,7 @@ def subject(*measurements: Measurement) -> Subject:
 
 def test_a_card_holds_every_number_and_blanks_for_what_people_must_say() -> None:
     found = record(kid(0.05, None, 0.04), kid(0.2, (0.17, 0.23), 0.06, "meningioma"), score("near_train", "t1", 0.0, (0.0, 0.04), 0.01, 80, COPIES),
-                   counts={**COUNTS, "real_patients": 4, "synthetic_used": 80}, skipped={"psd": "only masks were drawn"})  # fmt: skip
+                   counts={**COUNTS, "real_patients": 4, "synthetic_used": 80}, skipped={"psd": "only masks were drawn"}, privacy=examined(search(0, 80)))  # fmt: skip
     text = card.dataset_card(subject(Measurement("evaluate", "evaluate", found), Measurement("utility", "utility", utility())))
     head, body = text.split("---\n", 2)[1:]
     assert yaml.safe_load(head) == {"license": None, "pretty_name": "100 synthetic t1 images", "tags": ["synthetic", "medical", "medgen"],
@@ -210,7 +214,7 @@ def test_a_card_holds_every_number_and_blanks_for_what_people_must_say() -> None
         assert f"## {name}: " in body
     assert "| Kernel distance (KID) | t1 | meningioma | 0.200 | 0.0600 | 0.170 to 0.230 | 72 | 1 |" in body
     assert "1. kernel" in body and COPIES in body and "| odd \\| name | a b |" in body
-    for wanted in ("| licence | ________", "| contact | ________", "No copies found at threshold 0.4321", "No DP guarantee", "A limit.", "The real side is 4 patients",
+    for wanted in ("| licence | ________", "| contact | ________", "No copies found at threshold 0.432 (pixels) among 80 of 100 images", "No DP guarantee", "A limit.", "The real side is 4 patients",
                    "The scores are of 80 of the 100 images.", "Not computed: psd (only masks were drawn)", "synthetic | 0.700"):  # fmt: skip
         assert wanted in body, wanted
     widths = [line.count("|") - line.count("\\|") for line in body.splitlines() if line.startswith("| Kernel")]

@@ -149,7 +149,7 @@ def _generated(source: Source, facts: StageFacts) -> GeneratedSection:
 
 def _measurement(source: Source, stage: StageFacts) -> Measurement:
     record = gather.read_metrics(source.run, stage.name)
-    return Measurement(stage.name, stage.kind, record, "" if record is not None else summary.missing_stage(stage.name, stage.status, stage.causes))
+    return Measurement(stage.name, stage.kind, record, summary.missing_stage(stage.name, stage.status), tuple(stage.causes))
 
 
 def _masks_last(section: GeneratedSection) -> bool:
@@ -170,7 +170,7 @@ def _card(source: Source, facts: StageFacts, dataset: Dataset, images: ImageSet)
         made=_made(source, facts, dataset),
         source=_data(source, facts),
         limits=_limits(source, facts, dataset),
-        images=images,
+        images=summary.without_causes(images),
     ))  # fmt: skip
 
 

@@ -18,7 +18,8 @@ SHOWN_SAMPLES = 27  # in the gallery: full rows on a wide page
 SHOWN_GROUPS = 12  # where a sample has several channels
 SHOWN_PAIRS = 6
 SHOWN_SIDE_BY_SIDE = 8
-SHOWN_COPIES = 16
+SHOWN_SUSPECTS = 16
+SHOWN_NEAREST = 4  # where fewer are suspected
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,10 @@ def _pairs(painter: Painter, pairs: list[dict[str, str]]) -> Panel | None:
 
 def _copies(painter: Painter, nearest: list[dict[str, Any]]) -> Panel | None:
     """Those that evaluate found most suspicious; each says in which space, and whether it is below the threshold, where that was written down."""
-    known = [pair for pair in nearest if pair["real"] in painter.store_row_of_id][:SHOWN_COPIES]
+    known = [pair for pair in nearest if pair["real"] in painter.store_row_of_id][:SHOWN_SUSPECTS]
     if not known:
         return None
+    known = known[: max(SHOWN_NEAREST, sum(_is_suspect(pair) for pair in known))]
     synthetic = painter.synthetic([pair["synthetic"] for pair in known])
     real = painter.real([pair["real"] for pair in known])
     groups = [[made[0], taken[0]] for made, taken in zip(synthetic, real, strict=True)]
@@ -188,4 +190,8 @@ def _copies(painter: Painter, nearest: list[dict[str, Any]]) -> Panel | None:
 
 def _copy_caption(pair: dict[str, Any]) -> str:
     space = f" ({pair['space']})" if "space" in pair else ""
-    return f"{'suspected copy, ' if pair.get('is_suspect') else ''}ratio {words.number(pair['ratio'])}{space}"
+    return f"{'suspected copy, ' if _is_suspect(pair) else ''}ratio {words.number(pair['ratio'])}{space}"
+
+
+def _is_suspect(pair: dict[str, Any]) -> bool:
+    return bool(pair.get("is_suspect"))  # an earlier medgen did not write it down

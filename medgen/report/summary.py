@@ -4,21 +4,17 @@ A score is called worse than its floor only if its interval says so; what was no
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from medgen.evaluate import scores
+from medgen.evaluate import privacy, scores
 from medgen.evaluate.scores import Score
 from medgen.report import topics, words
 
 HEADLINES = ("kid", "fid", "fd", "cmmd", "swd", "psd")  # the first that was measured stands for the set
 PAIRED_HEADLINES = ("ms_ssim", "ssim", "mae", "dice")
 DISTANCES = (*HEADLINES, "fd_small_n")  # nearer to 0 is never worse, also where a score is read beside its floor
-COPY_SEARCHES = {"near_train": "pixels", "near_train_features": "features"}
-THRESHOLD = re.compile(r"threshold ([0-9.]*[0-9])")
-GUESSING = "0.5 is guessing"
 MOST_NAMED = 4  # scores in one sentence
 
 Standing = Literal["better", "at", "worse", "apart", "unknown"]
@@ -26,12 +22,13 @@ Standing = Literal["better", "at", "worse", "apart", "unknown"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One stage that measures a set; `record` is its metrics.json, None with the reason in `missing`."""
+    """One stage that measures a set; `record` is its metrics.json, None with the reason in `missing`. `causes` of a failure may name patients' files."""
 
     stage: str
     kind: str
     record: dict[str, Any] | None
     missing: str = ""
+    causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def is_it_good(images: ImageSet) -> list[str]:
 
 
 def is_it_a_copy(images: ImageSet) -> list[str]:
-    """Sentences on copies, membership and guarantees: what was looked for and found, never that nothing could be."""
+    """Sentences on copies, membership and guarantees, in the words of privacy.py."""
     return _of_evaluations(images, _copies)
 
 
@@ -103,7 +100,7 @@ def _of_evaluations(images: ImageSet, sentences: Any) -> list[str]:
 
 def _missing_or(item: Measurement, sentences: Any) -> list[str]:
     if item.record is None:
-        return [f"Not measured: {item.missing}."]
+        return [_sentence(": ".join(["Not measured", item.missing, *(["; ".join(item.causes)] if item.causes else [])]))]
     found: list[str] = sentences(item.record)
     return found
 
@@ -210,53 +207,28 @@ def _named(found: list[Score], with_numbers: bool) -> str:
 
 
 def _copies(record: dict[str, Any]) -> list[str]:
-    found = scores.from_json(record["scores"])
-    searches = [item for item in found if item.metric in COPY_SEARCHES]
-    told = [_search_sentence(item, record["counts"]) for item in searches]
-    if not searches:
-        why = record["skipped"].get("near_train", "the search was not run")
-        told.append(f"Copies were not searched for: {why}.")
-    return [*told, *_membership(found, record["skipped"]), _guarantee(record)]
-
-
-def _search_sentence(item: Score, counts: dict[str, int]) -> str:
-    suspects = round(item.value * item.n)
-    threshold = THRESHOLD.search(item.protocol)
-    where = f"at threshold {threshold[1] if threshold else 'of its protocol'} ({COPY_SEARCHES[item.metric]})"
-    total = counts.get("synthetic", item.n)
-    among = f"{item.n:,} images" if total == item.n else f"{item.n:,} of {total:,} images"
-    if suspects == 0:
-        return f"No copies found {where} among {among}."
-    beside = "" if item.floor is None else f"; held-out real slices give {_percent(item.floor)}"
-    interval = "no interval" if item.ci is None else f"{_percent(item.ci[0])} to {_percent(item.ci[1])}"
-    return f"{suspects:,} suspected {'copy' if suspects == 1 else 'copies'} {where} among {among}: {_percent(item.value)} ({interval}){beside}. Look at the nearest pairs."
+    if "privacy" not in record:
+        return ["Told in the table of scores alone: an earlier version of medgen has evaluated this set.", "No DP guarantee."]
+    found, skipped = scores.from_json(record["scores"]), record["skipped"]
+    told = privacy.in_words(record["privacy"])
+    rates = [f"{_attack(item)}{_percent(item.value)} ({_percents(item.ci)})" for item in found if item.metric == "membership_tpr"]
+    rate = [f"Members that it finds at 1% false alarms: {'; '.join(rates)}."] if rates else []
+    not_searched = [] if record["privacy"]["searches"] else [f"Copies were not counted: {skipped.get('near_train', 'no reason is written down')}."]
+    not_attacked = [] if record["privacy"]["membership"] else [f"Membership inference was not tried: {skipped.get('membership', 'no reason is written down')}."]
+    return [*not_searched, *told[:-1], *rate, *not_attacked, told[-1]]
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _membership(found: list[Score], skipped: dict[str, str]) -> list[str]:
-    areas = [item for item in found if item.metric == "membership_auc"]
-    if not areas:
-        why = f" ({skipped['membership']})" if "membership" in skipped else ""
-        return [f"Membership inference: not measured{why}."]
-    told = [f"{_attack(item)}AUC {item.value:.2f} ({_interval_words(item)}; {GUESSING})" for item in areas]
-    told += [f"{_attack(item)}{_percent(item.value)} of the members found at 1% false alarms ({'no interval' if item.ci is None else f'{_percent(item.ci[0])} to {_percent(item.ci[1])}'})"
-             for item in found if item.metric == "membership_tpr"]  # fmt: skip
-    return [f"Membership inference: {'; '.join(told)}."]
+def _percents(interval: tuple[float, float] | None) -> str:
+    return "no interval" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
 
 
 def _attack(item: Score) -> str:
     """What the attack has in its hands, where the channel says it."""
-    return f"{item.channel.rpartition(', ')[2]}, " if ", from the " in item.channel else ""
-
-
-def _guarantee(record: dict[str, Any]) -> str:
-    guarantee = record.get("privacy", {}).get("guarantee")
-    if guarantee is None:
-        return "No DP guarantee."
-    return f"Trained with differential privacy: epsilon {guarantee['epsilon']:g} at delta {guarantee['delta']:g} per {guarantee['unit']}."
+    return f"{item.channel.rpartition(', ')[2]} " if ", from the " in item.channel else ""
 
 
 # --- is it useful? ----------------------------------------------------------------------------------------------------
@@ -291,8 +263,12 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def missing_stage(stage: str, status: str, causes: Iterable[str]) -> str:
+def missing_stage(stage: str, status: str) -> str:
     """Why a stage has no metrics.json, in words."""
-    why = {"not run": "has not run", "done": "is done, but its metrics.json cannot be read", "unfinished": "is not finished"}.get(status, f"{status}")
-    told = "; ".join(causes)
-    return f"{stage} {why}{f': {told}' if told else ''}".rstrip(".")
+    why = {"not run": "has not run", "done": "is done, but its metrics.json cannot be read", "unfinished": "is not finished"}
+    return f"{stage} {why.get(status, status)}"
+
+
+def without_causes(images: ImageSet) -> ImageSet:
+    """For what is given away."""
+    return replace(images, measurements=[replace(item, causes=()) for item in images.measurements])
