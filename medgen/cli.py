@@ -262,7 +262,8 @@ def evaluate(
     train: Annotated[Path | None, typer.Option("--train", metavar="FOLDER", help="what the model was trained on: looks for copies", show_default=False)] = None,
     pair: Annotated[Literal["name", "index"] | None, typer.Option("--pair", help="each image belongs to the real one of the same name, or place", show_default=False)] = None,
     metrics: Annotated[str | None, typer.Option("--metrics", metavar="A,B", help="default: all that can be computed here", show_default=False)] = None,
-    extractor: Annotated[str | None, typer.Option("--extractor", help="whose features are compared; default: inception if its weights are here", show_default=False)] = None,
+    extractor: Annotated[str | None, typer.Option("--extractor", help="whose features are compared, or {kind: torchscript, file: F, size: 224, range: [0, 1]}; default: inception if its weights are here", show_default=False)] = None,
+    lpips: Annotated[Literal["alex", "vgg", "squeeze"] | None, typer.Option("--lpips", help="also LPIPS, by this network: medgen weights", show_default=False)] = None,
     allow_small_n: Annotated[bool, typer.Option("--allow-small-n", help="a Frechet distance of few images, under a name that says so")] = False,
     synthetic_masks: Annotated[Path | None, typer.Option("--synthetic-masks", metavar="FOLDER", help="masks with the names of the images", show_default=False)] = None,
     real_masks: Annotated[Path | None, typer.Option("--real-masks", metavar="FOLDER", show_default=False)] = None,
@@ -280,13 +281,15 @@ def evaluate(
     """Compare any two folders of images: FID, KID, SSIM and more, each beside its real-real floor. With a run alone: do its evaluate stage."""
     given = {name for name in context.params if _was_given(context, name)}
     if real is None:
+        if Path(run).is_dir() and not (Path(run) / "plan.json").is_file():
+            raise InputError(f"{run}: a folder, and no run; name the folder of real images as well: medgen evaluate {run} REAL")
         _refuse(given - OF_STAGE, "is for two folders, medgen evaluate SYNTHETIC REAL; what the evaluate stage of a run does stands in its spec")
         _perform("evaluate", run, stage, shard, attempt, again)
         return
     _refuse((given & OF_STAGE) - {"run"}, "is for the evaluate stage of a run: medgen evaluate RUN")
     from medgen import two_folders
 
-    asked = {"metrics": metrics and [name.strip() for name in metrics.split(",")], "extractor": extractor, "by": by, "positive_only": positive_only, "allow_small_n": allow_small_n}
+    asked = {"metrics": metrics and [name.strip() for name in metrics.split(",")], "extractor": extractor, "lpips": lpips, "by": by, "positive_only": positive_only, "allow_small_n": allow_small_n}
     print(names.printable(two_folders.evaluate(
         Path(run), real, out, train=train, masks=(synthetic_masks, real_masks, train_masks), pair=pair, size=size, window=window, gray=gray, patient=patient,
         channel=channel, unlike_files=unlike_files, measures={name: value for name, value in asked.items() if value}, seed=seed,

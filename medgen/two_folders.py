@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -19,6 +20,7 @@ from medgen.evaluate.folders import Compared, Request
 from medgen.evaluate.privacy import SUSPECT_COLUMNS, in_words
 from medgen.prepare.page import Table
 from medgen.report import folder_page, words
+from medgen.spec_evaluate import AnyExtractor
 
 FILES = METRICS_FILE, TABLE_FILE, SUSPECTS_FILE, PAGE_FILE, CARD_FILE = "metrics.json", "scores.csv", "suspects.csv", "report.html", "dataset_card.md"
 
@@ -28,6 +30,8 @@ def evaluate(
     size: int | None, window: str | None, gray: bool, patient: str | None, channel: str | None, unlike_files: bool, measures: dict[str, Any], seed: int,
 ) -> str:
     """Compare two folders and write the new folder `out`; returns the scores in words. `masks`: of the synthetic, real and training images. Raises InputError naming the option that is wrong."""
+    if "extractor" in measures:
+        measures = {**measures, "extractor": _extractor(measures["extractor"])}
     reading = Reading(size, None if window is None else _window(window), gray, None if patient is None else _pattern(patient))
     cache = rundir.cache_root(rundir.runs_root())
     files.require_new(out)
@@ -57,6 +61,18 @@ def _write(out: Path, compared: Compared) -> None:
         write_rows(folder / SUSPECTS_FILE, SUSPECT_COLUMNS, compared.suspects)
         files.write_text(folder / PAGE_FILE, folder_page.folder_page(compared.record, compared.sides))
         files.write_text(folder / CARD_FILE, folder_page.folder_card(compared.record, compared.sides))
+
+
+def _extractor(text: str) -> Any:
+    """A name, or a mapping in YAML."""
+    known = [str(get_args(item.model_fields["kind"].annotation)[0]) for item in get_args(AnyExtractor)]
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if found in known or (isinstance(found, dict) and found.get("kind") in known):
+        return found
+    raise InputError(f"--extractor {text}: the extractors are: {', '.join(known)}; torchscript with what it takes: '{{kind: torchscript, file: F, size: 224, range: [0, 1]}}'")
 
 
 def _window(text: str) -> tuple[float, float]:

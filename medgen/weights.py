@@ -183,7 +183,7 @@ def tensors(file: Path, key: str) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError:  # its words advise to run the code
         raise InputError(f"{key}: {file} holds other objects than tensors") from None
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, TypeError, AttributeError) as error:
-        raise InputError(f"{key}: {file} is no file of tensors: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{key}: {file} is no file of tensors ({type(error).__name__}); it was cut short, or is something else") from None
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):

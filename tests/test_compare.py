@@ -79,6 +79,9 @@ def test_the_command_line(tmp_path: Path, medgen: Callable[..., Any]) -> None:
     assert "Kernel distance (KID) bravo" in shown and "0.1 [0.08, 0.12]" in shown and "mae bravo: only b has it" in shown
     assert json.loads(medgen("compare", "a", "b", "--json").stdout)["rows"][0]["lead"] == "a"
     assert "a comparison needs two evaluations" in medgen("compare", "a", expect=2).stderr
+    assert "a stands twice" in medgen("compare", "a", "a", expect=2).stderr
+    (tmp_path / "empty").mkdir()
+    assert "empty: a folder without metrics.json" in medgen("compare", "a", "empty", expect=2).stderr
     write(tmp_path / "old", one(0.1), schema=1)
     assert "written by another version of medgen" in medgen("compare", "a", "old", expect=2).stderr
     (tmp_path / "b" / "metrics.json").write_text("{}")

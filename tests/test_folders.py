@@ -92,7 +92,8 @@ def test_two_folders_of_pictures_from_the_command_line(tmp_path: Path, medgen: C
     assert "| classes | AD 20, CN 20 |" in text and "| trained on | ________" in text and str(tmp_path) not in text.partition("## Limits")[0]
     again = medgen("evaluate", "drawn", "real", expect=2)
     assert "evaluation exists; name a new folder with --out" in again.stderr
-    assert "--metrics is for two folders" in medgen("evaluate", "drawn", "--metrics", "kid", expect=2).stderr
+    assert "--metrics is for two folders" in medgen("evaluate", "some_run", "--metrics", "kid", expect=2).stderr
+    assert "drawn: a folder, and no run; name the folder of real images as well" in medgen("evaluate", "drawn", expect=2).stderr
     assert "--stage is for the evaluate stage of a run" in medgen("evaluate", "drawn", "real", "--stage", "x", expect=2).stderr
 
 
@@ -148,7 +149,7 @@ def test_patients_from_the_names_widen_the_interval(tmp_path: Path) -> None:
 def test_colour_pictures_are_seen_in_colour_by_networks_and_by_channel_elsewhere(tmp_path: Path) -> None:
     for side, seed in (("real", 1), ("drawn", 2)):
         write_png(tmp_path / side, np.stack([textured(30, seed), textured(30, seed + 10), textured(30, seed + 20)], axis=-1))
-    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures={"metrics": ["kid", "psd"], "extractor": {"kind": "random_conv"}})
+    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures={"metrics": ["kid", "psd"], "extractor": "random_conv"})
     assert {item["channel"] for item in record["scores"] if item["metric"] == "kid"} == {"colour"}
     assert {item["channel"] for item in record["scores"] if item["metric"] == "psd"} == {"red", "green", "blue"}
     gray = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "gray", gray=True)
@@ -194,7 +195,7 @@ def test_lesions_only(tmp_path: Path) -> None:
 def test_one_image_gives_reasons_instead_of_numbers(tmp_path: Path) -> None:
     write_png(tmp_path / "real", textured(30, 1))
     write_png(tmp_path / "drawn", textured(1, 2))
-    measures = {"metrics": ["kid", "prdc", "swd", "psd", "ms_ssim_diversity", "ssim_pairs", "mae"], "extractor": {"kind": "random_conv"}}
+    measures = {"metrics": ["kid", "prdc", "swd", "psd", "ms_ssim_diversity", "ssim_pairs", "mae"], "extractor": "random_conv"}
     record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures=measures)
     assert record["scores"] == [] and set(record["skipped"]) >= set(measures["metrics"])
     assert "pairs" in record["skipped"]["mae"] and "only 1 images" in record["skipped"]["psd"]
@@ -203,7 +204,7 @@ def test_one_image_gives_reasons_instead_of_numbers(tmp_path: Path) -> None:
 def test_more_drawn_than_real_are_compared_at_equal_numbers(tmp_path: Path) -> None:
     write_png(tmp_path / "real", textured(20, 1))
     write_png(tmp_path / "drawn", textured(90, 2))
-    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures={"metrics": ["kid", "psd"], "extractor": {"kind": "random_conv"}})
+    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures={"metrics": ["kid", "psd"], "extractor": "random_conv"})
     assert value(record, "psd")["n"] == 10 and value(record, "kid", comparison="real-synthetic")["n"] == 10
     assert record["counts"]["synthetic"] == 90
 
@@ -233,6 +234,11 @@ def broken_png(folder: Path) -> None:
         (lambda f: None, {"patient": "("}, "not a regular expression"),
         (lambda f: None, {"window": "3"}, "write two numbers"),
         (lambda f: None, {"window": "3,1"}, "black must lie below white"),
+        (lambda f: None, {"window": "0,1"}, "--window has no effect on pictures"),
+        (lambda f: None, {"train": "real"}, "the same folder as REAL; copies are judged by real images"),
+        (lambda f: None, {"measures": {"metrics": ["kid"], "extractor": "dino"}}, "--extractor dino: the extractors are: inception, dinov2"),
+        (lambda f: None, {"measures": {"metrics": ["kid"], "extractor": "{kind: torchscript"}}, "the extractors are: inception"),
+        (lambda f: None, {"measures": {"lpips": "alex"}}, "lpips: .*alexnet-owt-7be5be79.pth"),
         (lambda f: None, {"measures": {"metrics": ["kidd"]}}, "unknown metric 'kidd'; the metrics are: mae"),
         (lambda f: None, {"measures": {"metrics": ["psd", "auc"]}}, "--metrics auc: it asks the model that made the images"),
         (lambda f: None, {"measures": {"metrics": ["kid"], "extractor": "encoder"}}, "--extractor encoder: .*--train FOLDER"),
@@ -243,7 +249,7 @@ def test_what_cannot_be_compared_is_refused_with_what_mends_it(tmp_path: Path, d
     write_png(tmp_path / "real", textured(12, 1))
     damage(write_png(tmp_path / "drawn", textured(12, 2)))
     with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
-        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", **options)
+        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", **{name: tmp_path / value if name == "train" else value for name, value in options.items()})
     assert not (tmp_path / "out").exists()
 
 

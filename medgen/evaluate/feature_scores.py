@@ -205,7 +205,7 @@ def _reason(name: str, part: Parts, sides: Sides, measures: Measures) -> Skipped
     """Why a metric is not computed for a group of images; None if it is."""
     if name == "fid" and part.count < FEWEST_FOR_FRECHET and not measures.allow_small_n:
         return (f"a Frechet distance of fewer than {FEWEST_FOR_FRECHET:,} images a side is mostly bias: "
-                "read kid, or write allow_small_n: true for a number to compare at the same n only")  # fmt: skip
+                "read kid, or allow it (allow_small_n) for a number to compare at the same n only")  # fmt: skip
     groups = sides.synthetic_groups()
     names = (*(sides.patients(side) for side in part.real), *(groups[side] for side in part.synthetic))
     if name in KERNELS and any(len(np.unique(side)) < 2 for side in names):

@@ -93,6 +93,10 @@ class ImageFolder:
         return any(look.eight_bits for look in self.looks.values())
 
     @property
+    def takes_window(self) -> bool:
+        return any(not look.is_stack and suffix_of(look.path.name) not in PICTURES for look in self.looks.values())
+
+    @property
     def lossy(self) -> bool:
         return any(path.lower().endswith(LOSSY) for path in self.looks)
 

@@ -213,7 +213,8 @@ def measures_of(request: Request) -> Measures:
     """The metrics that were asked for, or those that can be computed with what is there."""
     asked = dict(request.measures)
     if "metrics" not in asked:
-        asked["metrics"] = [*USUAL, *(PAIRED if request.pair is not None else ())]
+        perceptual = ["lpips_diversity", *(["lpips"] if request.pair is not None else [])] if "lpips" in asked else []
+        asked["metrics"] = [*USUAL, *(PAIRED if request.pair is not None else ()), *perceptual]
     if "extractor" not in asked and set(asked["metrics"]) & set(FEATURE_METRICS):
         asked["extractor"] = "inception" if _has_weights("inception") else "random_conv"
     measures = Measures.model_validate(asked)
@@ -232,6 +233,8 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
         return _against_job(request, measures)
     if request.channel is not None:
         raise InputError(f"--channel {request.channel}: only the data of a job have channels with names; remove it")
+    if request.train is not None and request.train.resolve() == request.real.resolve():
+        raise InputError(f"--train {request.train}: the same folder as REAL; copies are judged by real images that the model has not seen")
     reading = request.reading
     of_masks = set(measures.metrics) <= set(MASK_METRICS)
     synthetic = open_folder(request.synthetic, replace(reading, patient=None), request.synthetic if of_masks else request.synthetic_masks)
@@ -243,7 +246,11 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     _require_masks(measures, request.pair is not None, synthetic, real, train)
     if measures.extractor is not None and measures.extractor.kind == "encoder" and train is None:
         raise InputError("--extractor encoder: it learns from training images: give them with --train FOLDER, or write --extractor random_conv, which needs none")
+    if reading.window is not None and not any(folder.takes_window for folder in (synthetic, real, train) if folder is not None):
+        raise InputError("--window has no effect on pictures and stacks, whose black and white are known; remove it")
     notes, folders = _same_kind_of_files(folders, request.unlike_files)
+    if request.synthetic.resolve() == request.real.resolve():
+        notes.append("SYNTHETIC and REAL are the same folder: what is measured is how each metric sees no difference at all")
     synthetic, real, train = _by_class(folders, notes)
     has_classes = "label" in synthetic.items.columns
     if request.reading.patient is None and (real.items["patient"] == real.items["file"]).all() and len(real.items) > 1:

@@ -15,6 +15,7 @@ from typing import Any
 from medgen import files, plan, rundir
 from medgen.errors import InputError
 from medgen.evaluate.scores import MEANINGS, METRICS_SCHEMA, Score, from_json
+from medgen.rundir import RunDir
 
 METRICS_FILE = "metrics.json"
 MEASURING = ("evaluate", "structure", "utility")  # kinds of stages that write scores
@@ -80,6 +81,9 @@ def compared(columns: list[Column]) -> Compared:
     if len(columns) < 2:
         only = columns[0].name if columns else "nothing"
         raise InputError(f"{only}: a comparison needs two evaluations; name another run, or the folder that medgen evaluate made")
+    twice = next((column.name for column in columns if [other.name for other in columns].count(column.name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice} stands twice; name each evaluation once")
     alike: dict[tuple[Any, ...], dict[str, Score]] = {}
     for column in columns:
         for item in column.measured:
@@ -94,6 +98,8 @@ def _columns(names: Sequence[str]) -> Iterator[Column]:
         if (Path(name) / METRICS_FILE).is_file():
             yield Column(name, tuple(_measured(Path(name) / METRICS_FILE)))
             continue
+        if Path(name).is_dir() and not RunDir(Path(name)).plan.is_file():
+            raise InputError(f"{name}: a folder without {METRICS_FILE}; name a run, or the folder that medgen evaluate made")
         run = rundir.find_run(name)
         stages = [stage for stage in plan.read(run).stages if stage.kind in MEASURING and run.metrics(stage.name).is_file()]
         if not stages:
