@@ -49,6 +49,7 @@ AgeColumn = Annotated[str | None, typer.Option("--age", metavar="COLUMN", help="
 Groups = Annotated[str | None, typer.Option("--groups", metavar="A,B", help="only these, in this order; default: all (adni: CN,AD)", show_default=False)]
 BalanceOf = Annotated[Balance, typer.Option("--balance", help="what is compared")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
+CLICKS_INTERRUPTED = 130  # how the library of the command line ends at Ctrl-C
 OF_STAGE = {"run", "stage", "shard", "attempt", "again"}  # parameters of `evaluate` that are of a run
 
 
@@ -507,6 +508,11 @@ def main() -> None:
     """Run the command line; every foreseen failure is one message and an exit code."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == CLICKS_INTERRUPTED:
+            print("medgen: interrupted", file=sys.stderr)
+            sys.exit(Exit.INTERRUPTED)
+        raise
     except MedgenError as error:
         print(f"medgen: {names.printable(redact.text(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)

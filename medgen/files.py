@@ -54,6 +54,10 @@ def temporary_beside(target: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
         sync_directory(target.parent)
+    except OSError as error:
+        if error.filename is None:  # a write says only that there is no room, not where
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -110,6 +114,9 @@ def require_new(out: Path) -> None:
     """Before hours of work, not after them."""
     if out.exists():
         raise InputError(f"{out} exists; name a new folder with --out, two results must not mix")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: {parent} is not a folder that can be written to; name another with --out")
 
 
 @contextmanager

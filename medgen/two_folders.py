@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,6 +56,7 @@ def evaluate(
 
 def _write(out: Path, compared: Compared) -> None:
     """All files in one move."""
+    files.require_new(out)  # another evaluation may have made it meanwhile
     with files.folder_in_one_move(out) as folder:
         files.write_json(folder / METRICS_FILE, compared.record)
         files.write_text(folder / TABLE_FILE, scores.to_csv([compared.record]))
@@ -80,6 +82,8 @@ def _window(text: str) -> tuple[float, float]:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--window {text}: write two numbers, black and white: --window 0,1200") from None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"--window {text}: black and white are finite numbers")
     if not low < high:
         raise InputError(f"--window {text}: black must lie below white")
     return low, high

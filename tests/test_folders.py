@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,9 +198,9 @@ def test_one_image_gives_reasons_instead_of_numbers(tmp_path: Path) -> None:
     write_png(tmp_path / "real", textured(30, 1))
     write_png(tmp_path / "drawn", textured(1, 2))
     measures = {"metrics": ["kid", "prdc", "swd", "psd", "ms_ssim_diversity", "ssim_pairs", "mae"], "extractor": "random_conv"}
-    record = compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures=measures)
-    assert record["scores"] == [] and set(record["skipped"]) >= set(measures["metrics"])
-    assert "pairs" in record["skipped"]["mae"] and "only 1 images" in record["skipped"]["psd"]
+    with pytest.raises(InputError, match=r"nothing could be computed: kid: .*swd: only 1 images on the smaller side.*mae: no pairs") as told:
+        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "out", measures=measures)
+    assert all(f"{name}: " in str(told.value) for name in measures["metrics"]) and not (tmp_path / "out").exists()
 
 
 def test_more_drawn_than_real_are_compared_at_equal_numbers(tmp_path: Path) -> None:
@@ -227,13 +229,18 @@ def broken_png(folder: Path) -> None:
         (lambda f: [np.save(path.with_suffix(".npy"), np.full((SIZE, SIZE), np.nan, np.float32)) or path.unlink() for path in sorted(f.iterdir())],
          {"unlike_files": True}, "1024 values are NaN or infinite"),
         (broken_png, {}, "cannot be read|not a readable picture"),
-        (lambda f: (f / "000.png").rename(f / "other.png"), {"pair": "name"}, r"1 of .*drawn without a partner: other#0; 1 of .*real without a partner: 000#0"),
+        (lambda f: (f / "000.png").rename(f / "other.png"), {"pair": "name"}, r"1 of .*drawn without a partner: other; 1 of .*real without a partner: 000;"),
         (lambda f: (f / "000.png").unlink(), {"pair": "index"}, "11 images in .* but 12 in"),
         (lambda f: None, {"patient": "sub"}, r"give one group, which is the patient"),
         (lambda f: None, {"patient": "(sub-[0-9]+)"}, "finds no patient in this name"),
         (lambda f: None, {"patient": "("}, "not a regular expression"),
         (lambda f: None, {"window": "3"}, "write two numbers"),
         (lambda f: None, {"window": "3,1"}, "black must lie below white"),
+        (lambda f: None, {"window": "0,inf"}, "finite numbers"),
+        (lambda f: (f / "gone.png").symlink_to(f / "nowhere.png"), {}, "gone.png: the name of an image, but no file"),
+        (lambda f: Image.new("L", (SIZE, SIZE)).save(f / "pages.tif", save_all=True, append_images=[Image.new("L", (SIZE, SIZE))]), {}, "pages.tif: 2 pages in one file"),
+        (lambda f: Image.fromarray(np.zeros((SIZE, SIZE), np.uint16)).save(f / "deep.png"), {}, "drawn: some of 8 bits a value, some of more"),
+        (lambda f: [Image.new("L", (4, 4)).save(path) for path in f.iterdir()], {}, "images of 4 px; from 8 to 2048 are compared"),
         (lambda f: None, {"window": "0,1"}, "--window has no effect on pictures"),
         (lambda f: None, {"train": "real"}, "the same folder as REAL; copies are judged by real images"),
         (lambda f: None, {"measures": {"metrics": ["kid"], "extractor": "dino"}}, "--extractor dino: the extractors are: inception, dinov2"),
@@ -323,6 +330,7 @@ def test_folders_of_masks_are_compared_by_overlap_and_distance(tmp_path: Path) -
     assert value(record, "iou")["value"] == pytest.approx((common / np.maximum(truth, found).sum((1, 2))).mean())
     assert value(record, "hd95")["value"] == pytest.approx(4.0), "two rows of 2 mm"
     assert value(record, "dice")["floor"] < 0.6 and value(record, "hd95")["unit"] == "mm"
+    assert value(record, "dice")["n"] == 12
     pictures = compare(write_png(tmp_path / "a", truth), write_png(tmp_path / "b", found), tmp_path / "x", pair="name", measures={"metrics": ["dice", "hd95"]})
     assert value(pictures, "dice")["value"] == pytest.approx(value(record, "dice")["value"]) and "how large a pixel is" in pictures["skipped"]["hd95"]
     with pytest.raises(InputError, match="not a mask"):
@@ -375,3 +383,38 @@ def test_the_data_of_a_job_are_a_real_side_too(tmp_path: Path, write_spec: Calla
             compare(tmp_path / "drawn", path, tmp_path / "x", **options)
     with pytest.raises(InputError, match="--channel bravo: only the data of a job have channels"):
         compare(tmp_path / "drawn", tmp_path / "drawn", tmp_path / "x", channel="bravo")
+
+
+def test_slices_of_mask_volumes_all_count_however_small_the_lesion(tmp_path: Path) -> None:
+    """And label values need no window: a mask has none."""
+    masks = np.zeros((6, SIZE, SIZE), np.float32)
+    masks[1:5, 4:6, 4:6] = 3
+    for side in ("a", "b"):
+        (tmp_path / side).mkdir()
+        nibabel.save(nibabel.Nifti1Image(masks.transpose(2, 1, 0), np.eye(4)), tmp_path / side / "p.nii.gz")
+    record = compare(tmp_path / "a", tmp_path / "b", tmp_path / "out", pair="name", measures={"metrics": ["dice", "hd95"]})
+    assert value(record, "dice")["n"] == 6 and value(record, "dice")["value"] == 1 and value(record, "hd95")["n"] == 4
+
+
+def test_names_change_nothing_and_leaked_images_are_refused(tmp_path: Path) -> None:
+    real, drawn = textured(24, 1), textured(30, 2)
+    write_png(tmp_path / "real", real)
+    write_png(tmp_path / "drawn", drawn)
+    write_png(tmp_path / "renamed", drawn[::-1])
+    measures = {"metrics": ["kid", "psd", "prdc", "ms_ssim_diversity"], "extractor": "random_conv"}
+    first, second = (compare(tmp_path / side, tmp_path / "real", tmp_path / f"out_{side}", measures=measures) for side in ("drawn", "renamed"))
+    assert [item["value"] for item in first["scores"]] == pytest.approx([item["value"] for item in second["scores"]], rel=1e-5)
+    write_png(tmp_path / "train", np.concatenate([textured(20, 3), real[3:5]]))
+    with pytest.raises(InputError, match=r"2 of the 24 files of .*real are also in --train .*: 003.png is 020.png"):
+        compare(tmp_path / "drawn", tmp_path / "real", tmp_path / "x", train=tmp_path / "train")
+
+
+def test_a_full_disk_under_the_cache_is_told(tmp_path: Path, private_mounts: list[str], environment: dict[str, str]) -> None:
+    """The features are mapped from a file: without room the process would be ended by a signal at the first write."""
+    write_png(tmp_path / "real", textured(24, 1))
+    write_png(tmp_path / "drawn", textured(24, 2))
+    (tmp_path / "small").mkdir()
+    command = f"mount -t tmpfs -o size=40k none {tmp_path}/small && {sys.executable} -m medgen evaluate drawn real --metrics kid --extractor random_conv"
+    done = subprocess.run([*private_mounts, "bash", "-c", command], cwd=tmp_path, env={**environment, "MEDGEN_CACHE": str(tmp_path / "small")}, capture_output=True, text=True)
+    assert done.returncode == 2 and "the disk is full" in done.stderr and "small" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "evaluation").exists()

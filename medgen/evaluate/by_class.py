@@ -81,7 +81,7 @@ def pair_scores(sides: Sides, images: dict[str, np.ndarray]) -> tuple[list[Score
     if not sides.dataset.image_channels:
         return [], "only masks were drawn"
     if sides.store.size < pairs.KERNEL_PIXELS:
-        return [], f"the kernel of SSIM has {pairs.KERNEL_PIXELS} px, the images {sides.store.size}"
+        return [], pairs.too_small(sides.store.size)
     groups = sides.synthetic_groups()
     drawn: dict[str | None, dict[Comparison, np.ndarray]] = {}
     left_out = []

@@ -160,7 +160,7 @@ def random_pairs_of(sides: Sides) -> RandomPairs | str:
 
 def diversity_scores(sides: Sides, images: Images) -> tuple[list[Score], Skipped]:
     """MS-SSIM between random pairs of different synthetic images, beside pairs of different real patients."""
-    drawn = random_pairs_of(sides)
+    drawn = pairs.too_small(sides.store.size) if sides.store.size < pairs.KERNEL_PIXELS else random_pairs_of(sides)
     if not isinstance(drawn, RandomPairs):
         return [], drawn
     found = []

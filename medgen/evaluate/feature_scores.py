@@ -189,9 +189,16 @@ def _overlap(item: Compared, seed: int) -> dict[str, Measured]:
     found = manifold.overlap(first, second)
     of_side = {"precision": (found.precision, 1), "recall": (found.recall, 0), "density": (found.density, 1), "coverage": (found.coverage, 0)}
     return {
-        metric: (float(values.mean()), intervals.mean_interval(values, [groups[side]], seed, f"{metric}_{item.comparison}_{item.label}"))
+        metric: (float(values.mean()), _interval_of_overlap(values, groups[side], seed, f"{metric}_{item.comparison}_{item.label}"))
         for metric, (values, side) in of_side.items()
     }
+
+
+def _interval_of_overlap(values: np.ndarray, groups: np.ndarray, seed: int, stream: str) -> tuple[float, float] | None:
+    """All alike is no certainty: a bootstrap of only ones or zeros would have no width."""
+    if values.min() == values.max() and values[0] in (0, 1):
+        return intervals.share_interval(float(values[0]), groups)
+    return intervals.mean_interval(values, [groups], seed, stream)
 
 
 def frechet_name(count: int, extractor: Extractor) -> str:

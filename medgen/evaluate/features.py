@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Container, Iterator
@@ -84,7 +85,11 @@ class _Table:
 
     def put(self, places: list[int], row: np.ndarray) -> None:
         if self._rows is None:
-            with tempfile.TemporaryFile(dir=self._folder) as unnamed:  # the mapping holds it open
+            with tempfile.TemporaryFile(dir=self._folder) as unnamed:
+                try:  # a full disk is told now, not by a signal at the first write to the mapping
+                    os.posix_fallocate(unnamed.fileno(), 0, 4 * max(1, self._count) * len(row))
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(self._folder)) from None
                 self._rows = np.memmap(unnamed, dtype=np.float32, mode="w+", shape=(self._count, len(row)))
         self._rows[places] = row
 

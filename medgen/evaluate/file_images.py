@@ -4,11 +4,13 @@ Nothing is read before it is needed but headers, so that a folder may hold more 
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ CONTENT = 0.05  # smallest share of non-background pixels that a slice of a volu
 MOST_LABELS = 64  # of a mask; a picture has more grey values
 GRAY = "image"
 SHOWN = 3
+SMALLEST_PIXELS, LARGEST_PIXELS = 8, 2048
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Reading:
     window: tuple[float, float] | None = None
     gray: bool = False  # colour pictures as gray ones
     patient: re.Pattern[str] | None = None  # its first group, in a file's path inside the folder, is the patient
+    content: float = CONTENT  # smallest share of pixels above 0 that a slice of a volume must have; 0 for masks and pairs
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class ImageFolder:
     reading: Reading
     masks_root: Path | None = None
     to_eight_bits: bool = False  # the other side has no more
+    left_out: int = 0  # slices of volumes that are almost empty
     _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # the file that was read last: the slices of a volume come one after the other
 
     @property
@@ -86,11 +91,20 @@ class ImageFolder:
         if len(shapes) > 1:
             told = ", ".join(f"{height}x{width} ({count})" for (height, width), count in shapes.most_common(SHOWN))
             raise InputError(f"{self.root}: images of different sizes: {told}; bring all to one with --size, such as --size {min(max(shape) for shape in shapes)}")
-        return max(next(iter(shapes)))
+        size = max(next(iter(shapes)))
+        if not SMALLEST_PIXELS <= size <= LARGEST_PIXELS:
+            raise InputError(f"{self.root}: images of {size} px; from {SMALLEST_PIXELS} to {LARGEST_PIXELS} are compared: bring them to that with --size")
+        return size
 
     @property
     def eight_bits(self) -> bool:
         return any(look.eight_bits for look in self.looks.values())
+
+    @property
+    def unlike_inside(self) -> str | None:
+        """What its own files differ in; None if they are alike."""
+        depths, lossy = {look.eight_bits for look in self.looks.values()}, {name.lower().endswith(LOSSY) for name in self.looks}
+        return "some of 8 bits a value, some of more" if len(depths) > 1 else "some JPEG, some not" if len(lossy) > 1 else None
 
     @property
     def takes_window(self) -> bool:
@@ -170,6 +184,8 @@ class ImageFolder:
 
 def open_folder(root: Path, reading: Reading, masks: Path | None = None) -> ImageFolder:
     """The images of a folder, or of one NIfTI stack [W, H, channels, N]. Raises InputError naming what is wrong with it."""
+    if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"{root}: no permission to read this folder")
     if root.is_file():
         looks, items = _stack_file(root)
     elif (root / collected.INDEX).is_file() and (root / collected.MANIFEST).is_file():
@@ -181,12 +197,22 @@ def open_folder(root: Path, reading: Reading, masks: Path | None = None) -> Imag
     else:
         raise InputError(f"{root}: no such folder")
     _check_colours(root, looks, reading)
-    return ImageFolder(root, pd.DataFrame(items), looks, reading, masks)
+    left_out = sum(look.count for look in looks.values()) - len(items)
+    return ImageFolder(root, pd.DataFrame(items), looks, reading, masks, left_out=left_out)
 
 
 def suffix_of(name: str) -> str | None:
     """`.png`, `.nii.gz`, ...; None for anything else."""
     return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), None)
+
+
+def by_content(folder: ImageFolder) -> ImageFolder:
+    """In an order that no name changes, and files that stand for themselves named by what they hold: what is drawn at random
+    is then drawn from the images, whatever they are called."""
+    items = folder.items.assign(digest=folder.items["file"].map(folder.digests))
+    alone = items["patient"] == items["file"]
+    items = items.assign(patient=np.where(alone, items["digest"], items["patient"])).sort_values(["digest", "number"], kind="stable")
+    return replace(folder, items=items.drop(columns="digest").reset_index(drop=True))
 
 
 def stem_of(name: str) -> str:
@@ -201,8 +227,7 @@ Found = tuple[dict[str, Look], list[dict[str, Any]]]
 
 
 def _loose_files(root: Path, reading: Reading) -> Found:
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts))
-    names = [str(path.relative_to(root)) for path in paths]
+    names = sorted(_names_below(root))
     kept = [name for name in names if suffix_of(name) is not None]
     if not kept:
         others = Counter(Path(name).suffix or "no suffix" for name in names)
@@ -212,11 +237,28 @@ def _loose_files(root: Path, reading: Reading) -> Found:
     items = []
     for name, look in looks.items():
         patient, label = _patient(name, reading), name.split("/")[0] if "/" in name else ""
-        for number in _slices(look):
+        for number in _slices(look, reading):
             items.append({"id": name if look.count == 1 else f"{name}#{number}", "file": name, "number": number, "patient": patient, "label": label, "slice": number})
     if not items:
         raise InputError(f"{root}: every slice of its volumes is almost empty (less than {CONTENT:.0%} of the pixels above 0)")
     return looks, items
+
+
+def _names_below(root: Path) -> Iterator[str]:
+    """Of all files that are not hidden. Raises InputError for what cannot be read: a number of a part of the images would be no answer."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}; every folder inside {root} must be readable")
+
+    for folder, below, files_here in os.walk(root, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in files_here:
+            path = Path(folder) / name
+            if name.startswith("."):
+                continue
+            if suffix_of(name) is not None and not path.is_file():
+                raise InputError(f"{path}: the name of an image, but no file that can be read; is it a link to nowhere?")
+            yield str(path.relative_to(root))
 
 
 def _patient(name: str, reading: Reading) -> str:
@@ -229,12 +271,12 @@ def _patient(name: str, reading: Reading) -> str:
     return found[1]
 
 
-def _slices(look: Look) -> Sequence[int]:
+def _slices(look: Look, reading: Reading) -> Sequence[int]:
     """All images of a file; of a volume the slices that show something."""
-    if not look.is_volume:
+    if not look.is_volume or reading.content == 0:
         return range(look.count)
     shares = (_values(look)[:, 0] > 0).mean(axis=(1, 2))
-    return [int(number) for number in np.flatnonzero(shares >= CONTENT)]
+    return [int(number) for number in np.flatnonzero(shares >= reading.content)]
 
 
 def _dataset(root: Path) -> Found:
@@ -315,11 +357,16 @@ def _picture(path: Path) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        picture = Image.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large ones are refused by their size
+            picture = Image.open(path)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from None
+    pages = getattr(picture, "n_frames", 1)  # formats with a single page do not say
+    if pages > 1:
+        raise InputError(f"{path}: {pages} pages in one file; save one picture a file, or a NIfTI volume")
     if picture.mode not in ("L", "1", "RGB", "P", "I;16", "I;16B", "I"):
-        raise InputError(f"{path}: a {picture.mode} picture; gray (8 or 16 bits) or RGB without transparency is known")
+        raise InputError(f"{path}: a {picture.mode} picture; gray (8 or 16 bits) or RGB without transparency is known; save other numbers as npy or NIfTI")
     return picture
 
 

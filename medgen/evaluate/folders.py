@@ -18,20 +18,19 @@ from medgen import files, spec, weights
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError
 from medgen.evaluate.features import Bench, Progress, Say
-from medgen.evaluate.file_images import ImageFolder, Reading, open_folder, stem_of
+from medgen.evaluate.file_images import ImageFolder, Reading, by_content, open_folder, stem_of
 from medgen.evaluate.inputs import MASK, SPACING, Pairing, Sides, sides_of
-from medgen.evaluate.run import evaluate_sides
+from medgen.evaluate.run import PAIRED, evaluate_sides
 from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, Measures
 
 SPLIT = "images"  # what the real folder is called where a job says test
 SHOWN = 3
-PAIRED = ("mae", "mse", "psnr", "ssim", "ms_ssim")
 USUAL = ("kid", "prdc", "swd", "psd", "ms_ssim_diversity", "ssim_pairs")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for. `metrics` and `extractor` None: what can be computed here."""
+    """What the command line asks for. `measures` without metrics or an extractor: what can be computed here."""
 
     synthetic: Path
     real: Path
@@ -140,6 +139,7 @@ class SyntheticFolder:
     images_folder: ImageFolder
     index: pd.DataFrame
     channel: str | None = None  # what its only channel is called on the real side; None: as it is
+    shows_masks: bool = False  # the files are masks themselves
 
     @property
     def name(self) -> str:
@@ -147,11 +147,13 @@ class SyntheticFolder:
 
     @property
     def image_channels(self) -> list[str]:
+        if self.shows_masks:
+            return []
         return self.images_folder.channels if self.channel is None else [self.channel]
 
     @property
     def outputs(self) -> list[str]:
-        return self.image_channels
+        return [MASK] if self.shows_masks else self.image_channels
 
     @property
     def files(self) -> list[str]:
@@ -197,6 +199,8 @@ def evaluate_folders(request: Request, say: Say, progress: Progress) -> Compared
     for note in comparison.notes:
         say(f"note: {note}")
     evaluated = evaluate_sides(comparison.sides, measures, {}, None, Bench(request.cache, lambda _: None, progress))
+    if not evaluated.record["scores"]:
+        raise InputError("nothing could be computed: " + "; ".join(f"{name}: {reason}" for name, reason in evaluated.record["skipped"].items()))
     record = evaluated.record | {
         "stage": "folders",
         "notes": comparison.notes,
@@ -235,8 +239,8 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
         raise InputError(f"--channel {request.channel}: only the data of a job have channels with names; remove it")
     if request.train is not None and request.train.resolve() == request.real.resolve():
         raise InputError(f"--train {request.train}: the same folder as REAL; copies are judged by real images that the model has not seen")
-    reading = request.reading
     of_masks = set(measures.metrics) <= set(MASK_METRICS)
+    reading = replace(request.reading, content=0.0) if of_masks or request.pair is not None else request.reading
     synthetic = open_folder(request.synthetic, replace(reading, patient=None), request.synthetic if of_masks else request.synthetic_masks)
     real = open_folder(request.real, reading, request.real if of_masks else request.real_masks)
     train = None if request.train is None else open_folder(request.train, reading, request.train_masks)
@@ -248,15 +252,20 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
         raise InputError("--extractor encoder: it learns from training images: give them with --train FOLDER, or write --extractor random_conv, which needs none")
     if reading.window is not None and not any(folder.takes_window for folder in (synthetic, real, train) if folder is not None):
         raise InputError("--window has no effect on pictures and stacks, whose black and white are known; remove it")
-    notes, folders = _same_kind_of_files(folders, request.unlike_files)
+    notes, folders = ([], folders) if of_masks else _same_kind_of_files(folders, request.unlike_files)
+    notes += [f"{folder.root}: {folder.left_out} slices of volumes left out, less than {reading.content:.0%} of their pixels above 0" for folder in folders if folder is not None and folder.left_out]
+    if train is not None:
+        _require_unseen(real, train)
     if request.synthetic.resolve() == request.real.resolve():
         notes.append("SYNTHETIC and REAL are the same folder: what is measured is how each metric sees no difference at all")
     synthetic, real, train = _by_class(folders, notes)
     has_classes = "label" in synthetic.items.columns
     if request.reading.patient is None and (real.items["patient"] == real.items["file"]).all() and len(real.items) > 1:
         notes.append(f"each real file counts as a patient of its own; if {real.root} has several images of one, name them with --patient REGEX: else intervals are too narrow")
-    store = RealFolder(real, train, has_classes)
-    dataset = SyntheticFolder(synthetic, _paired(synthetic, store, request.pair))
+    paired = synthetic.items.assign(**_partners(synthetic, RealFolder(real, train, has_classes), request.pair))
+    store = RealFolder(by_content(real), None if train is None else by_content(train), has_classes)
+    ordered = by_content(replace(synthetic, items=paired))
+    dataset = SyntheticFolder(ordered, ordered.items, shows_masks=of_masks)
     pairing = Pairing(f"the real image of the same {'name' if request.pair == 'name' else 'place in the order'}", "no pairs: say which images belong together, --pair name or --pair index")
     sides = sides_of(dataset, store, request.seed, SPLIT, ("train",) if train is not None else (), measures, pairing)
     return Comparison(sides, notes)
@@ -277,7 +286,8 @@ def _against_job(request: Request, measures: Measures) -> Comparison:
         raise InputError(f"{synthetic.root}: images of {synthetic.size} px, but the data of {request.real} have {store.size} px; bring them to that with --size {store.size}")
     if synthetic.eight_bits and not request.unlike_files:
         raise InputError(f"{synthetic.root}: 8 bits a value, but not the data of {request.real}: metrics would see how the files were stored. Store 16 bits, or compare all the same with --unlike-files")
-    dataset = SyntheticFolder(_with_spacing(synthetic), synthetic.items.drop(columns="label").assign(condition_kind="none", condition=""), _channel_of(request, synthetic, store))
+    ordered = by_content(_with_spacing(replace(synthetic, items=synthetic.items.drop(columns="label").assign(condition_kind="none", condition=""))))
+    dataset = SyntheticFolder(ordered, ordered.items, _channel_of(request, synthetic, store))
     pairing = Pairing("", "no pairs: nobody says which slice of the job's data an image belongs to")
     sides = sides_of(dataset, store, checked.seed, "test", ("train",), measures, pairing)
     notes = [f"real side: the test split of {request.real}, its train split as what the model was trained on; all that is random is drawn from the job's seed, {checked.seed}"]
@@ -320,6 +330,9 @@ def _same_kind_of_files(folders: list[ImageFolder | None], accepted: bool) -> tu
     if len(channels) > 1:
         kinds = [f"{root} is {'gray' if len(names) == 1 else 'in colour'}" for names, root in channels.items()]
         raise InputError(f"{' and '.join(kinds)}; bring both to gray with --gray")
+    unlike = next((f"{folder.root}: {folder.unlike_inside}" for folder in known if folder.unlike_inside), None)
+    if unlike is not None and not accepted:
+        raise InputError(f"{unlike}: metrics would see how the files were stored. Store all alike, or compare them all the same with --unlike-files")
     coarse, lossy = [folder for folder in known if folder.eight_bits], [folder for folder in known if folder.lossy]
     notes = []
     for some, what in ((coarse, "8 bits a value"), (lossy, "JPEG")):
@@ -369,16 +382,24 @@ def _require_masks(measures: Measures, has_pairs: bool, synthetic: ImageFolder, 
             raise InputError(f"{option}: nothing tells which images of {folder.root} show a lesion; give its masks with {masks} FOLDER")
 
 
-def _paired(synthetic: ImageFolder, store: RealFolder, pair: str | None) -> pd.DataFrame:
-    """The items with the real image that each belongs to. Raises InputError unless every image has exactly one partner."""
+def _require_unseen(real: ImageFolder, train: ImageFolder) -> None:
+    name_of = {digest: name for name, digest in train.digests.items()}
+    shared = [(name, name_of[digest]) for name, digest in real.digests.items() if digest in name_of]
+    if shared:
+        raise InputError(f"{len(shared)} of the {len(real.digests)} files of {real.root} are also in --train {train.root}: {shared[0][0]} is {shared[0][1]}; "
+                         "the real side must be images that the model has not seen: remove them from one of the folders")  # fmt: skip
+
+
+def _partners(synthetic: ImageFolder, store: RealFolder, pair: str | None) -> dict[str, Any]:
+    """Columns with the real image that each item belongs to. Raises InputError unless every image has exactly one partner."""
     items, real = synthetic.items, store.images_folder.items
     aliases = store.aliases[: len(real)]
     if pair is None:
-        return items.assign(condition_kind="none", condition="")
+        return {"condition_kind": "none", "condition": ""}
     if pair == "index":
         if len(items) != len(real):
             raise InputError(f"--pair index: {len(items)} images in {synthetic.root}, but {len(real)} in {store.images_folder.root}; pairs need as many, in the same order")
-        return items.assign(condition_kind="real", condition=aliases)
+        return {"condition_kind": "real", "condition": aliases}
     partner = {_name_of(row): alias for row, alias in zip(real.to_dict("records"), aliases, strict=True)}
     names = [_name_of(row) for row in items.to_dict("records")]
     alone, left = [name for name in names if name not in partner], [name for name in partner if name not in set(names)]
@@ -386,8 +407,8 @@ def _paired(synthetic: ImageFolder, store: RealFolder, pair: str | None) -> pd.D
         told = [f"{len(some)} of {root} without a partner: {', '.join(some[:SHOWN])}{' ...' if len(some) > SHOWN else ''}"
                 for some, root in ((alone, synthetic.root), (left, store.images_folder.root)) if some]  # fmt: skip
         raise InputError(f"--pair name: {'; '.join(told) or 'two images of one side have the same name'}; a pair has the same path in both folders, but for the suffix")
-    return items.assign(condition_kind="real", condition=[partner[name] for name in names])
+    return {"condition_kind": "real", "condition": [partner[name] for name in names]}
 
 
 def _name_of(item: dict[Any, Any]) -> str:
-    return f"{stem_of(item['file'])}#{item['number']}"
+    return f"{stem_of(item['file'])}#{item['number']}" if item["id"] != item["file"] else stem_of(item["file"])

@@ -240,8 +240,8 @@ class Sides:
         """Names [n] of what varies independently: patients of the conditions, else single images."""
         if self.partners is not None:
             return self.patients(self.partners)
-        # a patient may be called like one of our numbers
-        return np.array([f"synthetic {name}" for name in self.dataset.index["id"].to_numpy()[self.chosen]])
+        # by number, so that names decide nothing; a patient may be called like one of our numbers
+        return np.array([f"synthetic {row:09d}" for row in self.chosen])
 
 
 def choose_sides(dataset: Dataset, plan: Plan, against: str, store: RealImages, measures: Measures) -> Sides:

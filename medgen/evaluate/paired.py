@@ -15,6 +15,8 @@ def scores_of(name: str, sides: Sides, images: dict[str, np.ndarray]) -> tuple[l
         return [], "masks are drawn from nothing, so none belongs to a real one"
     if sides.partners is None:
         return [], sides.pairing.missing
+    if name in ("ssim", "ms_ssim") and sides.store.size < pairs.KERNEL_PIXELS:
+        return [], pairs.too_small(sides.store.size)
     found: list[Score] = []
     for channel in sides.dataset.image_channels:
         found += _channel_scores(name, channel, sides, sides.partners, images[channel])

@@ -53,6 +53,11 @@ def scales_for(size: int) -> int:
     return scales
 
 
+def too_small(size: int) -> str:
+    """Why images of `size` pixels have no structural similarity."""
+    return f"the kernel of SSIM has {KERNEL_PIXELS} px, the images {size}"
+
+
 def scale_weights(size: int) -> tuple[float, ...]:
     """The finest weights of the paper, scaled to sum to 1."""
     weights = SCALE_WEIGHTS[: scales_for(size)]
