@@ -16,14 +16,16 @@ from medgen import files, rundir
 from medgen.data.csv_files import write_rows
 from medgen.errors import InputError
 from medgen.evaluate import folders, scores
-from medgen.evaluate.file_images import Reading
 from medgen.evaluate.folders import Compared, Request
+from medgen.evaluate.image_looks import Reading
 from medgen.evaluate.privacy import SUSPECT_COLUMNS, in_words
+from medgen.evaluate.scores import METRICS_FILE
 from medgen.prepare.page import Table
 from medgen.report import folder_page, words
 from medgen.spec_evaluate import AnyExtractor
 
-FILES = METRICS_FILE, TABLE_FILE, SUSPECTS_FILE, PAGE_FILE, CARD_FILE = "metrics.json", "scores.csv", "suspects.csv", "report.html", "dataset_card.md"
+TABLE_FILE, SUSPECTS_FILE, PAGE_FILE, CARD_FILE = "scores.csv", "suspects.csv", "report.html", "dataset_card.md"
+FILES = (METRICS_FILE, TABLE_FILE, SUSPECTS_FILE, PAGE_FILE, CARD_FILE)
 
 
 def evaluate(

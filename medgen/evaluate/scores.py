@@ -14,6 +14,7 @@ from medgen.errors import MedgenError
 Better = Literal["lower", "higher", "closer to floor"]
 Comparison = Literal["real-real", "real-synthetic", "synthetic-synthetic"]
 COMPARISONS: tuple[Comparison, ...] = get_args(Comparison)
+METRICS_FILE = "metrics.json"
 METRICS_SCHEMA = 2  # 1 had no group and no comparison: it is read as well
 
 

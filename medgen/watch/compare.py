@@ -14,10 +14,9 @@ from typing import Any
 
 from medgen import files, plan, rundir
 from medgen.errors import InputError
-from medgen.evaluate.scores import MEANINGS, METRICS_SCHEMA, Score, from_json
+from medgen.evaluate.scores import MEANINGS, METRICS_FILE, METRICS_SCHEMA, Score, from_json
 from medgen.rundir import RunDir
 
-METRICS_FILE = "metrics.json"
 MEASURING = ("evaluate", "structure", "utility")  # kinds of stages that write scores
 SEED = re.compile(r"^seed \d+$")  # another seed draws other images of the same kind
 OWN_FACTS = re.compile(r"^(threshold |.*: to the nearest of )")  # numbers that come out of the data
