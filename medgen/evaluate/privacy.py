@@ -109,7 +109,7 @@ def examine(sides: Sides, measures: Measures, origin: Origin | None, bench: Benc
     if sides.dataset.image_channels and (_gives_a_threshold(known) or _can_be_attacked(sides, known)):
         tables.append(_feature_table(sides, known, measures, bench))
     found, skipped, pairs, searches = _copies(known, tables)
-    inferred, reasons = _membership(origin, sides, known, tables[-1])
+    inferred, reasons = _membership(origin, sides, known, tables[-1], bench)
     for attack, (words, results) in inferred.items():
         found += _membership_scores(sides, attack, words, results, reasons)
     attacks = [{"attack": attack, **asdict(item)} for attack, (_, results) in inferred.items() for item in results]
@@ -337,7 +337,7 @@ def _unit(sides: Sides) -> str:
 Attacks = dict[str, tuple[str, list[Inferred]]]  # what the attacker holds -> the protocol, and the result by slice and by patient
 
 
-def _membership(origin: Origin | None, sides: Sides, known: Known, table: Table) -> tuple[Attacks, dict[str, str]]:
+def _membership(origin: Origin | None, sides: Sides, known: Known, table: Table, bench: Bench) -> tuple[Attacks, dict[str, str]]:
     """Training slices against as many held-out ones of the same classes and positions, and why an attack was left out."""
     if not _can_be_attacked(sides, known):
         besides = " that no image was conditioned on" if sides.partners is not None else ""
@@ -350,7 +350,7 @@ def _membership(origin: Origin | None, sides: Sides, known: Known, table: Table)
     if not spec.family_config(source.settings["config"]).attackable:
         return found, {"membership from the model": f"the model of {source.name} does not say how likely an image is a training image"}
     try:
-        found["model"] = _attack_by_model(sides, known, maker(origin.run, source.name, sides.dataset))
+        found["model"] = _attack_by_model(sides, known, maker(origin.run, source.name, sides.dataset), bench)
     except MedgenError as error:
         return found, {"membership from the model": str(error)}
     return found, {}
@@ -385,9 +385,9 @@ def _attack_by_images(sides: Sides, known: Known, table: Table, members: np.ndar
     return words, _inferred(sides, known, members, others, scores)
 
 
-def _attack_by_model(sides: Sides, known: Known, made_by: Checkpoint) -> tuple[str, list[Inferred]]:
+def _attack_by_model(sides: Sides, known: Known, made_by: Checkpoint, bench: Bench) -> tuple[str, list[Inferred]]:
     members, others = _attacked(sides, known, MOST_WITH_MODEL, "membership_model")
-    scores = _scores_of_model(made_by, sides, np.concatenate([known.train[members], known.held_out[others]]))
+    scores = _scores_of_model(made_by, sides, np.concatenate([known.train[members], known.held_out[others]]), bench)
     return f"attack with the model ({made_by.folder.name}): what it says itself", _inferred(sides, known, members, others, scores)
 
 
@@ -397,15 +397,18 @@ def _inferred(sides: Sides, known: Known, members: np.ndarray, others: np.ndarra
     return [measure(scores, is_member, patients, sides.seed) for measure in (membership.by_slice, membership.by_patient)]
 
 
-def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray) -> np.ndarray:
+def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray, bench: Bench) -> np.ndarray:
     """float64 [n] of real slices by store row."""
     state = made_by.state()
     config = spec.family_config(state["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]))
     model = trained_model(made_by, state["config"]["model"], config, shape, device)
-    blocks = [rows[start : start + MODEL_BATCH] for start in range(0, len(rows), MODEL_BATCH)]
-    return np.concatenate([_scores_of_block(model, config.input_channels, config.uses_labels, sides, block, device) for block in blocks])
+    parts = []
+    for start in range(0, len(rows), MODEL_BATCH):
+        bench.progress(start, len(rows), "slices attacked")
+        parts.append(_scores_of_block(model, config.input_channels, config.uses_labels, sides, rows[start : start + MODEL_BATCH], device))
+    return np.concatenate(parts)
 
 
 def _scores_of_block(model: Model, channels: tuple[str, ...], uses_labels: bool, sides: Sides, rows: np.ndarray, device: torch.device) -> np.ndarray:
