@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS_VARIABLE = "MEDGEN_WEIGHTS"
+UNSET_FOLDER = Path(f"${WEIGHTS_VARIABLE}")  # shown where nobody has set it
 PAGE = "docs/weights.md"
 WITHOUT = "what needs no weights: extractor: encoder or random_conv, and the metrics swd, ssim_pairs and ms_ssim_diversity"
 SHOWN_DIGITS = 8  # of a hash, as many as publishers put into a file's name
@@ -212,7 +213,7 @@ class State:
 
 def states(read_all: bool) -> list[State]:
     """Of every entry. `read_all`: compare hashes; else the sizes alone, which a copy that broke off shows too."""
-    here = folder()
+    here = folder() if read_all or os.environ.get(WEIGHTS_VARIABLE) else UNSET_FOLDER
     return [_state(entry, here / entry.file_name, read_all) for entry in REGISTRY.values()]
 
 
@@ -286,7 +287,7 @@ def show(found: list[State]) -> None:
         table.add_column(heading, no_wrap=heading != "licence")
     for state in found:
         table.add_row(state.entry.name, state.entry.purpose, f"[{COLOURS[state.mark]}]{state.mark}[/]", state.digits[:SHOWN_DIGITS] or "-", state.entry.licence)
-    console.print(f"{len(found)} files that medgen knows, in {folder()}\n", soft_wrap=True)
+    console.print(f"{len(found)} files that medgen knows, in {found[0].file.parent}\n", soft_wrap=True)
     console.print(table)
     for line in _advice(found):
         console.print(line, soft_wrap=True, markup=False)
@@ -294,6 +295,8 @@ def show(found: list[State]) -> None:
 
 def _advice(found: list[State]) -> Iterator[str]:
     of = {mark: [state for state in found if state.mark == mark] for mark in COLOURS}
+    if found[0].file.parent == UNSET_FOLDER:
+        yield f"\nThere is no folder for them yet: export {WEIGHTS_VARIABLE}=<a folder that jobs can read>"
     if of["missing"]:
         yield "\nMissing. Fetch where there is a network, then here: medgen weights add FILE"
         yield from (f"  {state.entry.name:<18}{state.entry.source}" for state in of["missing"])

@@ -119,7 +119,8 @@ def test_the_table_fits_into_both_widths_and_addresses_stay_whole(medgen: Medgen
         assert any(line.endswith(entry.source) for line in told) == (name != "swav")
     assert "encoder or random_conv" in told[-1]
     del environment["MEDGEN_WEIGHTS"]
-    assert "export MEDGEN_WEIGHTS=<a folder that jobs can read>" in medgen("weights", "list", expect=2).stderr
+    assert "export MEDGEN_WEIGHTS=<a folder that jobs can read>" in medgen("weights", "list").stdout and "alexnet" in medgen("weights", "list").stdout
+    assert "export MEDGEN_WEIGHTS=<a folder that jobs can read>" in medgen("weights", "verify", expect=2).stderr
 
 
 def test_weights_of_lpips_and_of_networks_are_looked_for_at_submit(medgen: Medgen, folder: Path, write_spec: Callable[[dict[str, Any]], Path]) -> None:
