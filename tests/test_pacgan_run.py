@@ -126,7 +126,7 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
     facts = json.loads((run / "outcome" / "evaluate.0.json").read_text())["facts"]
     assert {"fd_small_n image", "kid image", "ssim_pairs image"} <= set(facts), "of the whole set"
     page = (run / "report" / "index.html").read_text()
-    assert '<table class="comparisons">' in page and 'scope="row">AD</th>' in page
+    assert '<table class="comparisons of3">' in page and 'scope="row">AD</th>' in page
 
 
 def test_what_was_chosen_is_trained_again_on_train_and_val(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
