@@ -46,7 +46,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Matched:
     """Both sides, and what had to be assumed about them, in words."""
 
     sides: Sides
@@ -67,22 +67,22 @@ def evaluate_folders(request: Request, say: Say, progress: Progress) -> Compared
 
     Raises InputError for folders that cannot be compared, naming the file or the option that would mend it."""
     measures = measures_of(request)
-    comparison = sides_of_folders(request, measures)
-    for note in comparison.notes:
+    matched = sides_of_folders(request, measures)
+    for note in matched.notes:
         say(f"note: {note}")
-    evaluated = evaluate_sides(comparison.sides, measures, {}, None, Bench(request.cache, lambda _: None, progress))
+    evaluated = evaluate_sides(matched.sides, measures, {}, None, Bench(request.cache, lambda _: None, progress))
     if not evaluated.record["scores"]:
         raise InputError("nothing could be computed: " + "; ".join(f"{name}: {reason}" for name, reason in evaluated.record["skipped"].items()))
     record = evaluated.record | {
         "stage": "folders",
-        "notes": comparison.notes,
+        "notes": matched.notes,
         "generation": {},
         "inputs": {
             "synthetic": str(request.synthetic), "real": str(request.real), "train": None if request.train is None else str(request.train),
-            "dataset_index_sha256": comparison.sides.dataset.fingerprint, "data_fingerprint": comparison.sides.store.fingerprint,
+            "dataset_index_sha256": matched.sides.dataset.fingerprint, "data_fingerprint": matched.sides.store.fingerprint,
         },
     }  # fmt: skip
-    return Compared(record, evaluated.suspects, comparison.sides)
+    return Compared(record, evaluated.suspects, matched.sides)
 
 
 def measures_of(request: Request) -> Measures:
@@ -103,7 +103,7 @@ def _has_weights(name: str) -> bool:
     return weights.WEIGHTS_VARIABLE in os.environ and weights.usual_file(weights.REGISTRY[name]).is_file()
 
 
-def sides_of_folders(request: Request, measures: Measures) -> Comparison:
+def sides_of_folders(request: Request, measures: Measures) -> Matched:
     """Open the folders and match them. Raises InputError if they do not fit together."""
     if request.real.suffix in (".yaml", ".yml"):
         return _against_job(request, measures)
@@ -140,10 +140,10 @@ def sides_of_folders(request: Request, measures: Measures) -> Comparison:
     dataset = SyntheticFolder(ordered, ordered.items, shows_masks=of_masks)
     pairing = Pairing(f"the real image of the same {'name' if request.pair == 'name' else 'place in the order'}", "no pairs: say which images belong together, --pair name or --pair index")
     sides = sides_of(dataset, store, request.seed, SPLIT, ("train",) if train is not None else (), measures, pairing)
-    return Comparison(sides, notes)
+    return Matched(sides, notes)
 
 
-def _against_job(request: Request, measures: Measures) -> Comparison:
+def _against_job(request: Request, measures: Measures) -> Matched:
     """With the test split of a job's data, and its train split as what the model was trained on: windows, patients and masks are as the job says."""
     needless = {"--train": request.train, "--real-masks": request.real_masks, "--train-masks": request.train_masks, "--patient": request.reading.patient, "--pair": request.pair}
     given = [name for name, value in needless.items() if value is not None]
@@ -163,7 +163,7 @@ def _against_job(request: Request, measures: Measures) -> Comparison:
     pairing = Pairing("", "no pairs: nobody says which slice of the job's data an image belongs to")
     sides = sides_of(dataset, store, checked.seed, "test", ("train",), measures, pairing)
     notes = [f"real side: the test split of {request.real}, its train split as what the model was trained on; all that is random is drawn from the job's seed, {checked.seed}"]
-    return Comparison(sides, [*notes, *([f"{synthetic.root}: 8 bits a value, compared all the same"] if synthetic.eight_bits else [])])
+    return Matched(sides, [*notes, *([f"{synthetic.root}: 8 bits a value, compared all the same"] if synthetic.eight_bits else [])])
 
 
 def _channel_of(request: Request, synthetic: ImageFolder, store: SliceStore) -> str | None:
