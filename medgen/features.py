@@ -26,10 +26,11 @@ def features(work: Work) -> Done:
         need = feature_scores.needed(sides)
         taken = 0
         if need.parts:
+            searched = privacy.passes_of(sides)
             for name in need.sides.pictures:
                 extractor = feature_scores.extractor_of(need.sides, name, stage, bench)
                 compared = zip(feature_scores.pictures_of(need.sides, name), (need.real_rows, need.synthetic_positions), strict=True)
-                for pictures, rows in (*compared, *privacy.passes_of(sides, name)):
+                for pictures, rows in (*compared, *searched.get(name, ())):
                     share: np.ndarray = rows[work.task.shard :: len(work.stage.tasks)]
                     features_of(extractor, pictures, share, bench)
                     taken += len(share)

@@ -18,7 +18,7 @@ from medgen.errors import MedgenError
 from medgen.evaluate import classification, copies, extractors, feature_scores, features, intervals, membership
 from medgen.evaluate.copies import Copies, Rows, Whitening
 from medgen.evaluate.extractors import Extractor
-from medgen.evaluate.features import Bench, Pictures
+from medgen.evaluate.features import Bench, Pictures, Say
 from medgen.evaluate.inputs import MASK, Sides, some_rows
 from medgen.evaluate.maker import maker
 from medgen.evaluate.membership import Inferred
@@ -39,7 +39,6 @@ READ_BLOCK = 512
 PIXELS, FEATURES = "pixels", "features"
 METRIC_OF = {PIXELS: "near_train", FEATURES: "near_train_features"}
 
-Say = Callable[[str], None]
 ToRows = Callable[[np.ndarray], np.ndarray]  # images float32 [k,C,H,W] to rows [k,D]
 
 
@@ -170,10 +169,10 @@ def _pixel_table(sides: Sides, known: Known) -> Table:
 def _feature_table(sides: Sides, known: Known, measures: Measures, bench: Bench) -> Table:
     names = list(sides.pictures)
     bench.say(f"features of {len(known.train)} training, {len(known.held_out)} held-out and {len(sides.chosen)} synthetic images")
-    extractor = _extractor(sides, names[0], measures, bench)
-    passes = [[features.features(_extractor(sides, name, measures, bench), pictures, rows, bench) for pictures, rows in _seen(sides, known, name)] for name in names]
+    networks = [_extractor(sides, name, measures, bench) for name in names]
+    passes = [[features.features(network, pictures, rows, bench) for pictures, rows in _seen(sides, known, name)] for name, network in zip(names, networks, strict=True)]
     train, *others = [parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for parts in zip(*passes, strict=True)]
-    words = f"features of {', '.join(names)} ({extractor.name})"
+    words = f"features of {', '.join(names)} ({networks[0].name})"
     return Table(FEATURES, words, sides, names, train, Rows(others[0], others[1]), Rows(others[2], others[3]))
 
 
@@ -193,13 +192,13 @@ def _mirrored(pictures: Pictures) -> Pictures:
     )
 
 
-def passes_of(sides: Sides, name: str) -> list[tuple[Pictures, np.ndarray]]:
-    """The same for who takes features ahead of the evaluation; nothing where no search will be made."""
+def passes_of(sides: Sides) -> dict[str, list[tuple[Pictures, np.ndarray]]]:
+    """The same of every picture, for who takes features ahead of the evaluation; empty where no search will be made."""
     held_out = some_rows(sides.held_out(), sides.seed, "copies_held_out", MOST_HELD_OUT)
     if len(held_out) == 0 or len(sides.train) == 0:
-        return []
+        return {}
     known = _known(sides, held_out)
-    return _seen(sides, known, name) if _gives_a_threshold(known) or _can_be_attacked(sides, known) else []
+    return {name: _seen(sides, known, name) for name in sides.pictures} if _gives_a_threshold(known) or _can_be_attacked(sides, known) else {}
 
 
 def _table(space: str, words: str, sides: Sides, channels: list[str], known: Known, to_rows: ToRows) -> Table:

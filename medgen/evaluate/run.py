@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +117,15 @@ def _all_scores(
     found: list[Score] = []
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {"swd_levels": {}, "curves": {}}
+    of_images: dict[str, Callable[[], ScoresOrReason]] = {
+        **{name: partial(paired.scores_of, name, sides, images) for name in PAIRED},
+        "swd": partial(distributions.sliced_scores, sides, images, details["swd_levels"]),
+        "psd": partial(distributions.spectrum_scores, sides, images),
+        "ssim_pairs": partial(by_class.pair_scores, sides, images),
+        "ms_ssim_diversity": partial(distributions.diversity_scores, sides, images),
+    }
     for number, name in enumerate(names):
-        if name in PAIRED:
-            new, reason = paired.scores_of(name, sides, images)
-        elif name == "swd":
-            new, reason = distributions.sliced_scores(sides, images, details["swd_levels"])
-        elif name == "psd":
-            new, reason = distributions.spectrum_scores(sides, images)
-        elif name in computed:
-            new, reason = computed[name]
-        elif name == "ssim_pairs":
-            new, reason = by_class.pair_scores(sides, images)
-        else:
-            new, reason = distributions.diversity_scores(sides, images)
+        new, reason = computed[name] if name in computed else of_images[name]()
         found += new
         if reason is not None:
             skipped[name] = reason
