@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from medgen.errors import InputError
-from medgen.evaluate import lpips_distance, torchvision_operators
+from medgen.evaluate import lpips_distance
 from medgen.files import sha256_file
+from medgen.pretrained import torchvision_operators
 
 PIXELS = {"alex": 64, "squeeze": 48, "vgg": 16}
 GENERATOR = np.random.default_rng(3)
