@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from medgen.names import absolute
+from medgen.pretrained.settings import WeightsFile
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -58,6 +59,11 @@ class FamilyConfig(Settings):
             if not self.loss_falls and getattr(self.loop, name) != LoopSettings.model_fields[name].default:
                 raise ValueError(f"loop.{name} has no effect: the losses of players against each other rise and fall; remove it")
         return self
+
+    @property
+    def weights_files(self) -> dict[str, WeightsFile]:
+        """The files of other networks' weights that training needs, by key."""
+        return {name: value for name, value in self if isinstance(value, WeightsFile)}
 
     @property
     def output_kind(self) -> Literal["image", "mask"]:

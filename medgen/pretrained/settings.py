@@ -22,6 +22,7 @@ class WeightsFile(Frozen):
     """Weights that are a file on this machine: nothing is ever downloaded."""
 
     key: ClassVar[str] = "extractor"  # where in the spec it stands, for messages
+    without: ClassVar[str] = weights.WITHOUT  # what can be done where there are no weights, for messages
 
     file: Path
     sha256: Sha256 | None = None
@@ -38,7 +39,16 @@ class WeightsFile(Frozen):
 
     def verified(self) -> str:
         """The sha256 of the file. Raises InputError if it is missing, or not the one that the spec, its publisher or its record tells."""
-        return weights.verified(self.file, self.sha256, self.published, self.key)
+        return weights.verified(self.file, self.sha256, self.published, self.key, self.without)
+
+    def with_hash(self) -> WeightsFile:
+        """The same with the sha256 of the file, so that other weights are another run; as it is if `verified` has something to say."""
+        if self.sha256 is not None:
+            return self
+        try:
+            return self.model_copy(update={"sha256": self.verified()})
+        except InputError:
+            return self
 
 
 class PublishedWeights(WeightsFile):
@@ -59,7 +69,7 @@ class PublishedWeights(WeightsFile):
         if not isinstance(value, dict) or "file" in value:
             return value
         try:
-            return {**value, "file": weights.usual_file(weights.REGISTRY[cls.published_name(value)])}
+            return {**value, "file": weights.usual_file(weights.REGISTRY[cls.published_name(value)], cls.without)}
         except InputError as error:
             raise ValueError(str(error)) from None
 
