@@ -136,7 +136,7 @@ def verified(file: Path, expected: str | None, entry: Published | None, key: str
         raise InputError(f"{key}: {file}: {error.strerror or error}; weights are never downloaded ({PAGE}): {fetch}; {without}") from None
     wrong = _not_what_it_should_be(file, found, expected, entry)
     if wrong is not None:
-        raise InputError(f"{key}: {file} has the sha256 {found}, {wrong}")
+        raise InputError(f"{key}: {file} has the sha256 {found}, {wrong}{f'; published as {_fetch(entry)}' if entry is not None else ''}")
     if entry is not None:
         _require_its_tensor(file, entry, key)
     return found

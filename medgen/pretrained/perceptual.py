@@ -1,7 +1,7 @@
-"""LPIPS as vectors: images whose squared distance is how different they look. Used by evaluate/lpips_distance.py and by families' losses.
+"""Images as vectors whose squared distance is how different two images look. Used by evaluate/lpips_distance.py and by families' losses.
 
-Zhang et al. 2018, arXiv:1801.03924, version 0.1 of their package, which brings the weights on top of the network. The network itself
-comes from a local file; the package would download it."""
+LPIPS: Zhang et al. 2018, arXiv:1801.03924, version 0.1 of their package, which brings the weights on top of the network. The network
+itself comes from a local file; the package would download it. RadImageNet: Mei et al. 2022, doi:10.1148/ryai.210315, compared as MONAI does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medgen import weights
-from medgen.pretrained import torchvision_operators
+from medgen.pretrained import resnet50, torchvision_operators
 from medgen.pretrained.folding import folded
 from medgen.pretrained.layout import other_layout
 from medgen.pretrained.settings import LPIPS_BACKBONES
@@ -43,6 +43,21 @@ class Lpips(nn.Module):
         return torch.cat(vectors, dim=1)
 
 
+class RadImageNet(nn.Module):
+    """Images like those of Lpips as vectors [n, d], by the last maps of the ResNet-50 of RadImageNet.
+
+    The squared distance is the mean over places of |a - b|^2, where a and b are features of norm 1: as in RadImageNetPerceptualSimilarity
+    of MONAI 1.5, which feeds weights converted from Keras with BGR less a mean. These are the published ones of PyTorch, and their own input."""
+
+    def __init__(self, maps: nn.Module):
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.maps(images.expand(-1, 3, -1, -1))
+        return of_norm_one(maps).flatten(1) / (maps.shape[2] * maps.shape[3]) ** 0.5
+
+
 def of_norm_one(maps: Tensor) -> Tensor:
     """Features [n, C, h, w] divided by their norm over the channels; 0 where all of them are 0.
 
@@ -64,6 +79,11 @@ def lpips_of(net: str, file: Path, key: str) -> Lpips:
     except RuntimeError as error:
         raise other_layout(file, f"torchvision's {LPIPS_BACKBONES[net]}", key, str(error)) from None
     return Lpips(model)
+
+
+def radimagenet_of(file: Path, key: str) -> RadImageNet:
+    """Raises InputError, naming `key`, for a file that holds another network."""
+    return RadImageNet(resnet50.feature_maps("radimagenet", file, key))
 
 
 def _untrained(net: str) -> Any:

@@ -14,7 +14,7 @@ from medgen.spec_base import Frozen
 from medgen.weights import Published
 
 LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet"}  # their names in weights.py
-SMALLEST_PIXELS = {"alex": 31, "vgg": 16, "squeeze": 17}  # in smaller images the last layers have nothing to see
+SMALLEST_PIXELS = {"alex": 31, "vgg": 16, "squeeze": 17, "radimagenet": 32}  # in smaller images the last layers have nothing to see
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medgen.models import plugin
 from medgen.models.diffusion.modes import MODES, Mode, find_mode
+from medgen.models.diffusion.perceptual_settings import Perceptual
 from medgen.models.settings import FamilyConfig, Settings
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Config(FamilyConfig):
     clip_norm: float = Field(1.0, gt=0)
     ema: EmaSettings | None = EmaSettings()  # null: none, the weights themselves are sampled
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
+    perceptual: Perceptual | None = None  # radimagenet | alex | vgg | squeeze: a loss on the predicted clean image, beside the squared error
 
     timesteps: int | None = Field(None, ge=2)  # ddpm; default 1000
     prediction: Literal["epsilon", "v"] | None = None  # ddpm; default epsilon
@@ -143,6 +145,21 @@ class Config(FamilyConfig):
             raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _perceptual_can_be_had(self) -> Config:
+        if self.perceptual is None:
+            return self
+        if set(self.mode_class.targets) == {"seg"}:
+            raise ValueError(f"perceptual: mode {self.mode} makes masks, and the networks know images; remove it")
+        if plugin.is_plugin(self.strategy):
+            from medgen.models.diffusion.perceptual import why_not
+            from medgen.models.diffusion.strategies import make_strategy
+
+            problem = why_not(make_strategy(self))
+            if problem is not None:
+                raise ValueError(f"perceptual: {problem}")
         return self
 
     def _refuse_keys_of_the_other_strategy(self) -> None:
@@ -203,6 +220,8 @@ class Config(FamilyConfig):
         factor = 2 ** (len(self.channels) - 1)
         if data.size % factor:
             raise ValueError(f"a U-Net of {len(self.channels)} levels needs data.size divisible by {factor}, got {data.size}")
+        if self.perceptual is not None:
+            self.perceptual.check_size(data.size)
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,6 +26,7 @@ from medgen.models.base import (
 )
 from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
+from medgen.models.diffusion.perceptual import PerceptualLoss
 from medgen.models.diffusion.strategies import NETWORK_TIME_SCALE, make_strategy
 from medgen.models.settings import Settings
 
@@ -40,6 +42,20 @@ class UNet(DiffusionModelUNet):
 
     def forward(self, images: Tensor, time: Tensor) -> Tensor:
         return super().forward(images, timesteps=time)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the network made of a batch: all [B, C, H, W]; the prediction in the precision of the forward pass."""
+
+    clean: Tensor
+    noisy: Tensor
+    target: Tensor
+    prediction: Tensor
+
+    def squared_errors(self) -> Tensor:
+        """Mean of each sample [B] in float32."""
+        return (self.prediction.float() - self.target).square().mean(dim=(1, 2, 3))
 
 
 class Model(Family):
@@ -78,6 +94,13 @@ class Model(Family):
             average.step, average.initted = average.step.cpu(), average.initted.cpu()
         return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
 
+    @cached_property
+    def perceptual(self) -> PerceptualLoss | None:
+        """Made for the first step, not for sampling, and on the device where the network is by then."""
+        if self.config.perceptual is None:
+            return None
+        return PerceptualLoss(self.config.perceptual, self.strategy, self.mode.targets, next(self.network.parameters()).device)
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"network": self.optimizer}
 
@@ -88,12 +111,17 @@ class Model(Family):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, context.step / context.steps_per_epoch)
         network = context.parallel(self.network)
-        losses, errors, fractions = [], [], []
+        losses, errors, distances, fractions = [], [], [], []
         for part, share in context.micro_batches(batch, network):
             times = self.strategy.times(part.uniform("time"))
             with context.autocast():
-                error = self._errors(network, part, times, self._conditioned(part))
+                tried = self._tried(network, part, times, self._conditioned(part))
+            error = tried.squared_errors()
             loss = error * self.strategy.loss_weight(times)
+            if self.perceptual is not None:
+                distance = self.perceptual(tried.clean, tried.noisy, tried.prediction, times)
+                loss = loss + self.perceptual.weight * distance
+                distances.append(distance.detach())
             (loss.mean() * share).backward()
             losses.append(loss.detach())
             errors.append(error.detach())
@@ -104,7 +132,8 @@ class Model(Family):
         for average in self.averages.values():
             average.update()
         learning = torch.tensor(self.optimizer.param_groups[0]["lr"])
-        return StepReport({"loss": torch.cat(losses).mean(), "grad_norm": norm, "lr": learning}, self._binned(torch.cat(errors), torch.cat(fractions)))
+        parts = {"mse": torch.cat(errors).mean(), "perceptual": torch.cat(distances).mean()} if distances else {}
+        return StepReport({"loss": torch.cat(losses).mean(), **parts, "grad_norm": norm, "lr": learning}, self._binned(torch.cat(errors), torch.cat(fractions)))
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         """The mean squared error, every time counting alike: comparable between trainings that weigh them otherwise."""
@@ -125,10 +154,13 @@ class Model(Family):
 
     def _errors(self, network: nn.Module, batch: Batch, times: Tensor, conditioned: Tensor | None, noise: Tensor | None = None) -> Tensor:
         """Mean squared error of what is predicted from each noised sample [B] in float32. `noise`: the samples' own if None."""
+        return self._tried(network, batch, times, conditioned, noise).squared_errors()
+
+    def _tried(self, network: nn.Module, batch: Batch, times: Tensor, conditioned: Tensor | None, noise: Tensor | None = None) -> Tried:
         clean = joined(batch.channels, self.mode.targets)
         noisy, target = self.strategy.noised(clean, batch.normal("noise", self.image_shape) if noise is None else noise, times)
         prediction = network(self._network_input(noisy, batch.channels, conditioned), self.strategy.network_time(times))
-        return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        return Tried(clean, noisy, target, prediction)
 
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
@@ -188,6 +220,7 @@ class Model(Family):
         return [
             f"{config.strategy} x {config.mode}: {', '.join(self.mode.conditions) or 'noise'} -> {', '.join(self.mode.targets)}, "
             f"U-Net {'-'.join(map(str, config.channels))}, {count_parameters(self.network):,} parameters",
+            *([config.perceptual.words] if config.perceptual is not None else []),
             *ema_horizons(config.ema, total_steps),
         ]
 
