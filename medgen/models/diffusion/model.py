@@ -1,4 +1,4 @@
-"""The diffusion model: a MONAI U-Net trained by a strategy in a mode. Built by train.py and generate.py."""
+"""The diffusion model: a network trained by a strategy in a mode. Built by train.py and generate.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 from ema_pytorch import EMA
-from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from medgen import rng
@@ -21,11 +20,11 @@ from medgen.models.base import (
     SampleNoise,
     StepContext,
     StepReport,
-    count_parameters,
     joined,
 )
 from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
+from medgen.models.diffusion.networks import build_network, describe_network
 from medgen.models.diffusion.perceptual import PerceptualLoss
 from medgen.models.diffusion.strategies import NETWORK_TIME_SCALE, make_strategy
 from medgen.models.settings import Settings
@@ -35,13 +34,6 @@ from medgen.models.settings import Settings
 ATTACK_TIMES = (0.1, 0.2, 0.3, 0.4)
 ATTACK_NOISES = 1
 WARMUP_START = 0.1  # the learning rate begins at this share of its full value
-
-
-class UNet(DiffusionModelUNet):
-    """MONAI's U-Net, called positionally as (images [N, C, H, W], time [N])."""
-
-    def forward(self, images: Tensor, time: Tensor) -> Tensor:
-        return super().forward(images, timesteps=time)
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class Tried:
 
 
 class Model(Family):
-    """Strategy x mode over one U-Net, with an exponential moving average of its weights."""
+    """Strategy x mode over one network, with an exponential moving average of its weights."""
 
     def __init__(self, config: Config, shape: DataShape):
         self.config = config
@@ -68,16 +60,8 @@ class Model(Family):
         self.image_shape = (len(self.mode.targets), shape.size, shape.size)
         self._says_if_conditioned = config.condition_dropout > 0  # one channel more: an empty mask is a condition too
         self.shape = shape
-        self.network: nn.Module = UNet(
-            spatial_dims=2,
-            in_channels=len(self.mode.targets) + len(self.mode.conditions) + self._says_if_conditioned,
-            out_channels=len(self.mode.targets),
-            channels=config.channels,
-            attention_levels=config.attention,
-            num_res_blocks=config.res_blocks,
-            num_head_channels=config.head_channels,
-            norm_num_groups=math.gcd(32, *config.channels),
-        )
+        channels_in = len(self.mode.targets) + len(self.mode.conditions) + self._says_if_conditioned
+        self.network = build_network(config, channels_in, len(self.mode.targets), shape.size)
         self.averages = {name: averaged(self.network, beta, config.ema) for name, beta in config.ema.betas.items()} if config.ema else {}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -219,7 +203,7 @@ class Model(Family):
         config = self.config
         return [
             f"{config.strategy} x {config.mode}: {', '.join(self.mode.conditions) or 'noise'} -> {', '.join(self.mode.targets)}, "
-            f"U-Net {'-'.join(map(str, config.channels))}, {count_parameters(self.network):,} parameters",
+            f"{describe_network(config, self.network, self.shape.size)}",
             *([config.perceptual.words] if config.perceptual is not None else []),
             *ema_horizons(config.ema, total_steps),
         ]
