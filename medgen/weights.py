@@ -90,18 +90,18 @@ _ENTRIES = (
         holds={"module.layer4.2.conv3.weight": (2048, 512, 1, 1), "module.prototypes.weight": (3000, 128)},
     ),
     Published(
-        name="radimagenet", purpose="extractor: radimagenet", file_name="ResNet50.pt",
+        name="radimagenet", purpose="extractor, perceptual", file_name="ResNet50.pt",
         source="RadImageNet_pytorch/ResNet50.pt in https://drive.google.com/file/d/1RHt2GnuOYlc_gcoTETtBDSW73mFyRAtR",
         licence="MIT", citation="Mei et al. 2022, doi:10.1148/ryai.210315",
         holds={"backbone.7.2.conv3.weight": (2048, 512, 1, 1)},
     ),
     _torchvision("resnet50", "extractor: resnet50", "resnet50-11ad3fa6.pth", "11ad3fa6", "He et al. 2015, arXiv:1512.03385",
                  {"layer4.2.conv3.weight": (2048, 512, 1, 1), "fc.weight": (1000, 2048)}),
-    _torchvision("alexnet", "lpips: alex", "alexnet-owt-7be5be79.pth", "7be5be79", "Krizhevsky 2014, arXiv:1404.5997",
+    _torchvision("alexnet", "lpips, perceptual", "alexnet-owt-7be5be79.pth", "7be5be79", "Krizhevsky 2014, arXiv:1404.5997",
                  {"features.10.weight": (256, 256, 3, 3), "classifier.6.weight": (1000, 4096)}),
-    _torchvision("vgg16", "lpips: vgg", "vgg16-397923af.pth", "397923af", "Simonyan and Zisserman 2014, arXiv:1409.1556",
+    _torchvision("vgg16", "lpips, perceptual", "vgg16-397923af.pth", "397923af", "Simonyan and Zisserman 2014, arXiv:1409.1556",
                  {"features.28.weight": (512, 512, 3, 3), "classifier.6.weight": (1000, 4096)}),
-    _torchvision("squeezenet", "lpips: squeeze", "squeezenet1_1-b8a52dc0.pth", "b8a52dc0", "Iandola et al. 2016, arXiv:1602.07360",
+    _torchvision("squeezenet", "lpips, perceptual", "squeezenet1_1-b8a52dc0.pth", "b8a52dc0", "Iandola et al. 2016, arXiv:1602.07360",
                  {"features.12.expand3x3.weight": (256, 64, 3, 3), "classifier.1.weight": (1000, 512, 1, 1)}),
 )  # fmt: skip
 REGISTRY = {entry.name: entry for entry in _ENTRIES}
