@@ -4,13 +4,13 @@ Defaults reproduce the reference U-Net study; the reason stands beside each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from medgen.models import plugin
 from medgen.models.diffusion.modes import MODES, Mode, find_mode
-from medgen.models.settings import FamilyConfig, Settings
+from medgen.models.settings import FamilyConfig, Offer, Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -45,6 +45,8 @@ class SamplingSettings(Settings):
 
 class Config(FamilyConfig):
     """Strategy (how) x mode (what), the U-Net, and the optimizer."""
+
+    offers: ClassVar[frozenset[Offer]] = frozenset({"blocks", "compile", "spike_guard", "constant_loss"})
 
     strategy: str = "ddpm"  # ddpm | rflow | package.module:Name
     mode: str = "bravo"  # seg | bravo | dual | package.module:Name

@@ -26,6 +26,7 @@ from medgen.models.base import (
 from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.strategies import make_strategy
+from medgen.models.guard import SpikeGuard
 from medgen.models.settings import Settings
 
 # Quantiles of the training times at which an image is denoised to ask whether it was trained on: much noise drowns what is
@@ -41,6 +42,9 @@ class UNet(DiffusionModelUNet):
     def forward(self, images: Tensor, time: Tensor) -> Tensor:
         return super().forward(images, timesteps=time)
 
+    def blocks(self) -> list[nn.Module]:
+        return [*self.down_blocks, self.middle_block, *self.up_blocks]
+
 
 class Model(Family):
     """Strategy x mode over one U-Net, with an exponential moving average of its weights."""
@@ -51,7 +55,7 @@ class Model(Family):
         self.strategy = make_strategy(config)
         self.image_shape = (len(self.mode.targets), shape.size, shape.size)
         self.shape = shape
-        self.network: nn.Module = UNet(
+        self.network = UNet(
             spatial_dims=2,
             in_channels=len(self.mode.targets) + len(self.mode.conditions),
             out_channels=len(self.mode.targets),
@@ -60,6 +64,7 @@ class Model(Family):
             num_res_blocks=config.res_blocks,
             num_head_channels=config.head_channels,
             norm_num_groups=math.gcd(32, *config.channels),
+            use_flash_attention=True,  # PyTorch's fused attention: the same numbers without the [pixels, pixels] matrix in memory
         )
         self.ema = EMA(
             self.network,
@@ -69,15 +74,23 @@ class Model(Family):
             include_online_model=False,
             use_foreach=True,
         )
+        self.guard = SpikeGuard(config.loop)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"network": self.network, "ema": self.ema}
+        return {"network": self.network, "ema": self.ema, "guard": self.guard}
+
+    def blocks(self) -> list[nn.Module]:
+        return self.network.blocks()
+
+    def compiled_networks(self) -> list[nn.Module]:
+        return [self.network]
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
         # ema-pytorch reads its counters every step: on the CPU that does not wait for the GPU
         self.ema.step, self.ema.initted = self.ema.step.cpu(), self.ema.initted.cpu()
-        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        # fused: one pass over the weights instead of a dozen, four times faster on the CPU
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"network": self.optimizer}
@@ -89,36 +102,43 @@ class Model(Family):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, context.step / context.steps_per_epoch)
         network = context.parallel(self.network)
-        losses, fractions = [], []
+        losses, constants, fractions = [], [], []
         for part, share in context.micro_batches(batch, network):
             with context.autocast():
-                loss, fraction = self._losses(network, part)
+                loss, constant, fraction = self._losses(network, part)
             (loss.mean() * share).backward()
             losses.append(loss.detach())
+            constants.append(constant)
             fractions.append(fraction)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        allowed = self.guard.allows(norm, context)
+        if allowed:
+            self.optimizer.step()
+            self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
         loss = torch.cat(losses)
-        learning = torch.tensor(self.optimizer.param_groups[0]["lr"])
-        return StepReport({"loss": loss.mean(), "grad_norm": norm, "lr": learning}, self._binned(loss, torch.cat(fractions)))
+        scalars = {"loss": loss.mean(), "grad_norm": norm, "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        if context.step >= self.config.warmup_epochs * context.steps_per_epoch:
+            scalars["constant_loss"] = torch.cat(constants).mean()
+        return StepReport(scalars, self._binned(loss, torch.cat(fractions)))
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         with context.autocast():
-            loss, fraction = self._losses(self.ema.ema_model, batch)
+            loss, _, fraction = self._losses(self.ema.ema_model, batch)
         return StepReport({"loss": loss.mean()}, self._binned(loss, fraction))
 
-    def _losses(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean squared error of each sample [B] in float32, and its time as a fraction [B]."""
+    def _losses(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean squared error of each sample [B] in float32, that of predicting a constant [B], and its time as a fraction [B]."""
         times = self.strategy.times(batch.uniform("time"))
-        return self._errors(network, batch.channels, batch.normal("noise", self.image_shape), times), self.strategy.time_fraction(times)
+        error, constant = self._errors(network, batch.channels, batch.normal("noise", self.image_shape), times)
+        return error, constant, self.strategy.time_fraction(times)
 
-    def _errors(self, network: nn.Module, channels: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor:
-        """Mean squared error of what is predicted from each noised sample [B] in float32."""
+    def _errors(self, network: nn.Module, channels: dict[str, Tensor], noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of what is predicted from each noised sample [B] in float32, and that of predicting one number per channel [B]."""
         noisy, target = self.strategy.noised(joined(channels, self.mode.targets), noise, times)
         prediction = network(self._network_input(noisy, channels), self.strategy.network_time(times))
-        return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        constant = target.mean(dim=(0, 2, 3), keepdim=True)
+        return (prediction.float() - target).square().mean(dim=(1, 2, 3)), (constant - target).square().mean(dim=(1, 2, 3))
 
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
@@ -152,7 +172,7 @@ class Model(Family):
             noise = rng.normal_per_sample(self.image_shape, 0, "attack", [(number,)]).to(batch.device).expand(len(batch), -1, -1, -1)
             for level in ATTACK_TIMES:
                 times = self.strategy.times(torch.full((len(batch),), level, device=batch.device))
-                errors += self._errors(network, batch.channels, noise, times)
+                errors += self._errors(network, batch.channels, noise, times)[0]
         return -errors / (ATTACK_NOISES * len(ATTACK_TIMES))
 
     def describe(self, total_steps: int) -> list[str]:
