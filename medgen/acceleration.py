@@ -41,7 +41,8 @@ class CompiledForward:
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compiled(*args, **kwargs)
+        # without gradients it is a validation or a preview, of another batch size: not worth another compilation
+        return self._compiled(*args, **kwargs) if torch.is_grad_enabled() else self._eager(*args, **kwargs)
 
     def off(self) -> None:
         self._module.forward = self._eager

@@ -16,31 +16,72 @@ if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
 
 # strategy -> its samplers, the first is the default; a strategy of your own lists them in its class
-SAMPLERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddpm", "ddim"), "rflow": ("euler",)}
+SAMPLERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddpm", "ddim", "dpm_solver_2m"), "rflow": ("euler", "midpoint", "ab2", "heun")}
 PREVIEW_STEPS = 20
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "euler": 25}  # euler: the optimum of 40 solver settings was 23-32
+# euler: the optimum of 40 solver settings was 23-32; midpoint and heun ask the network twice a step
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm_solver_2m": 25, "euler": 25, "ab2": 25, "midpoint": 12, "heun": 13}
+EVALUATIONS = {"midpoint": 2, "heun": 2}  # of the network per step; 1 where nothing else is said
+OWN_STRATEGY = "own"
+ONLY_WITH = {"ddpm": ("timesteps", "prediction", "schedule", "min_snr_gamma"), "rflow": ("times", "time_shift")}
+WHY_NOT = {
+    "timesteps": "whose time is continuous",
+    "min_snr_gamma": "where weights by the signal-to-noise ratio have no theory: its weighting is the choice of times",
+    "times": "whose steps are drawn uniformly",
+}
 
 
 class EmaSettings(Settings):
     """ema-pytorch's knobs. The decay ramps up as 1 - (1 + n)^(-2/3); the log states the horizon really reached."""
 
-    beta: float = Field(0.9999, gt=0, lt=1)
+    beta: float = Field(0.9999, gt=0, lt=1)  # the average that is validated, and sampled unless a generate stage says otherwise
+    more: tuple[float, ...] = ()  # further averages kept beside it, for `sampling: {weights: ema_0.999}`
     update_after_step: int = Field(100, ge=0)
     update_every: int = Field(10, ge=1)
 
+    @model_validator(mode="after")
+    def _different_betas(self) -> EmaSettings:
+        for beta in self.more:
+            if not 0 < beta < 1:
+                raise ValueError(f"more: a beta lies between 0 and 1, got {beta:g}")
+        if len({self.beta, *self.more}) != 1 + len(self.more):
+            raise ValueError(f"more: {list(self.more)} beside beta: {self.beta:g} names an average twice; name each once")
+        return self
+
+    @property
+    def betas(self) -> dict[str, float]:
+        """Name of each average, as in `weights` and in checkpoints -> its beta."""
+        return {"ema": self.beta, **{f"ema_{beta:g}": beta for beta in self.more}}
+
 
 class SamplingSettings(Settings):
-    """How a generate stage samples."""
+    """How a generate stage samples. Times are shares of the way from clean (0) to noise (1)."""
 
     sampler: str
     steps: int = Field(ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim: 0 deterministic, 1 as noisy as ddpm
+    time_shift: float = Field(1.0, gt=0)  # rflow: above 1 more steps near the noise
+    guidance: float = Field(1.0, ge=0)  # classifier-free: 1 as trained, above 1 more of what the condition asks for
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it guides
+    weights: str = "ema"  # ema | ema_<beta> of ema.more | raw
 
     @model_validator(mode="after")
-    def _eta_has_an_effect(self) -> SamplingSettings:
+    def _everything_has_an_effect(self) -> SamplingSettings:
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta has no effect with the {self.sampler} sampler; remove it")
+        if self.time_shift != 1 and self.sampler in SAMPLERS["ddpm"]:
+            raise ValueError(f"time_shift has no effect with the {self.sampler} sampler, whose times are those of training; remove it")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval: times lie in 0 to 1 and rise, got [{low:g}, {high:g}]")
+        if self.guidance == 1 and (low, high) != (0.0, 1.0):
+            raise ValueError("guidance_interval has no effect with guidance: 1; remove it")
         return self
+
+    @property
+    def evaluations(self) -> int:
+        """How many times an image asks the network, without guidance, which asks twice as often where it guides."""
+        per_step = EVALUATIONS.get(self.sampler, 1)
+        return self.steps * per_step - (1 if self.sampler == "heun" else 0)  # the last step of heun is Euler's
 
 
 class Config(FamilyConfig):
@@ -63,10 +104,15 @@ class Config(FamilyConfig):
     warmup_epochs: float = Field(5, ge=0)  # linear from 0.1 x lr, then cosine to lr_min
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    ema: EmaSettings = EmaSettings()
+    ema: EmaSettings | None = EmaSettings()  # null: none, the weights themselves are sampled
+    condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
 
     timesteps: int | None = Field(None, ge=2)  # ddpm; default 1000
+    prediction: Literal["epsilon", "v"] | None = None  # ddpm; default epsilon
+    schedule: Literal["cosine", "linear"] | None = None  # ddpm; default cosine
+    min_snr_gamma: float | None = Field(None, gt=0)  # ddpm; 5 in the paper; default: every time counts alike
     times: Literal["logit_normal", "uniform"] | None = None  # rflow; default logit_normal
+    time_shift: float = Field(1.0, gt=0)  # rflow: above 1 trains and samples more near the noise
 
     @field_validator("strategy")
     @classmethod
@@ -92,21 +138,40 @@ class Config(FamilyConfig):
         for width, attends in zip(self.channels, self.attention, strict=True):
             if attends and width % self.head_channels:
                 raise ValueError(f"head_channels: {self.head_channels} does not divide the {width} channels of an attention level")
-        if self.timesteps is not None and self.strategy == "rflow":
-            raise ValueError("timesteps has no effect with strategy rflow, whose time is continuous; remove it")
-        if self.times is not None and self.strategy == "ddpm":
-            raise ValueError("times has no effect with strategy ddpm, whose steps are drawn uniformly; remove it")
+        self._refuse_keys_of_the_other_strategy()
+        if self.condition_dropout and not self.mode_class.conditions:
+            raise ValueError(f"condition_dropout has no effect in mode {self.mode}, which has no condition; remove it")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
         return self
 
+    def _refuse_keys_of_the_other_strategy(self) -> None:
+        other = {"ddpm": "rflow", "rflow": "ddpm"}.get(self.strategy_kind)
+        for name in ONLY_WITH[other] if other else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                why = f", {WHY_NOT[name]}" if name in WHY_NOT else ""
+                raise ValueError(f"{name} has no effect with strategy {self.strategy}{why}; remove it")
+
+    @property
+    def strategy_kind(self) -> str:
+        """ddpm or rflow, which a strategy of one's own may descend from; "own" if it does from neither."""
+        if not plugin.is_plugin(self.strategy):
+            return self.strategy
+        from medgen.models.diffusion.strategies import STRATEGIES, Strategy
+
+        found = plugin.load(self.strategy, Strategy)
+        return next((name for name, known in STRATEGIES.items() if issubclass(found, known)), OWN_STRATEGY)
+
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
-        tiny = {"epochs": 2, "batch_size": 4, "channels": [8, 16], "attention": [False, True], "head_channels": 8, "warmup_epochs": 1,
-                "ema": {"beta": 0.9, "update_after_step": 1, "update_every": 1}}
-        return {f"{strategy}_{mode}": {"strategy": strategy, "mode": mode, **tiny} for strategy in SAMPLERS for mode in MODES}
+        ema = {"beta": 0.9, "update_after_step": 1, "update_every": 1}
+        tiny = {"epochs": 2, "batch_size": 4, "channels": [8, 16], "attention": [False, True], "head_channels": 8, "warmup_epochs": 1, "ema": ema}
+        everything = {f"{strategy}_{mode}": {"strategy": strategy, "mode": mode, **tiny} for strategy in SAMPLERS for mode in MODES}
+        v = {"prediction": "v", "min_snr_gamma": 5.0, "schedule": "linear", "condition_dropout": 0.2}
+        averages = {"ema": {**ema, "more": [0.5]}}
+        return {**everything, "ddpm_bravo_v": {**everything["ddpm_bravo"], **v, **averages}, "rflow_bravo_raw": {**everything["rflow_bravo"], "ema": None}}
 
     @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
@@ -156,10 +221,21 @@ class Config(FamilyConfig):
         sampler = raw.get("sampler", self.samplers[0])
         if sampler not in self.samplers:
             raise ValueError(f"sampler: {sampler!r} does not fit strategy {self.strategy}; use one of: {', '.join(self.samplers)}")
-        settings = SamplingSettings(**{"sampler": sampler, "steps": DEFAULT_STEPS.get(sampler, 50), **raw})
-        if self.strategy == "ddpm" and settings.steps > (self.timesteps or 1000):
-            raise ValueError(f"steps: {settings.steps} is more than the {self.timesteps or 1000} timesteps trained")
+        usual = {"steps": DEFAULT_STEPS.get(sampler, 50), "time_shift": self.time_shift, "weights": "ema" if self.ema is not None else "raw"}
+        settings = SamplingSettings(**{"sampler": sampler, **usual, **raw})
+        self._check_sampling(settings)
         return settings
 
+    def _check_sampling(self, settings: SamplingSettings) -> None:
+        """Raises ValueError for what this training cannot give."""
+        if self.strategy_kind == "ddpm" and settings.steps > (self.timesteps or 1000):
+            raise ValueError(f"steps: {settings.steps} is more than the {self.timesteps or 1000} timesteps trained")
+        if settings.guidance != 1 and not self.condition_dropout:
+            raise ValueError("guidance needs a training with condition_dropout (0.1, say): this one never saw images without their condition")
+        weights = ["raw", *(self.ema.betas if self.ema is not None else {})]
+        if settings.weights not in weights:
+            raise ValueError(f"weights: {settings.weights!r} was not kept; this training has: {', '.join(weights)} (ema.more keeps further averages)")
+
     def preview_sampling(self) -> SamplingSettings:
-        return self.sampling({"sampler": "ddim" if self.strategy == "ddpm" else self.samplers[0], "steps": PREVIEW_STEPS})
+        sampler = "ddim" if self.strategy_kind == "ddpm" and "ddim" in self.samplers else self.samplers[0]
+        return self.sampling({"sampler": sampler, "steps": min(PREVIEW_STEPS, self.timesteps or PREVIEW_STEPS)})
