@@ -27,6 +27,7 @@ from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
 from medgen.models.diffusion.networks import build_network, describe_network
 from medgen.models.diffusion.perceptual import PerceptualLoss
 from medgen.models.diffusion.strategies import NETWORK_TIME_SCALE, make_strategy
+from medgen.models.guard import SpikeGuard
 from medgen.models.settings import Settings
 
 # Quantiles of the training times at which an image is denoised to ask whether it was trained on: much noise drowns what is
@@ -49,6 +50,10 @@ class Tried:
         """Mean of each sample [B] in float32."""
         return (self.prediction.float() - self.target).square().mean(dim=(1, 2, 3))
 
+    def constant_errors(self) -> Tensor:
+        """The same if the best number per channel were predicted instead."""
+        return (self.target.mean(dim=(0, 2, 3), keepdim=True) - self.target).square().mean(dim=(1, 2, 3))
+
 
 class Model(Family):
     """Strategy x mode over one network, with an exponential moving average of its weights."""
@@ -63,9 +68,16 @@ class Model(Family):
         channels_in = len(self.mode.targets) + len(self.mode.conditions) + self._says_if_conditioned
         self.network = build_network(config, channels_in, len(self.mode.targets), shape.size)
         self.averages = {name: averaged(self.network, beta, config.ema) for name, beta in config.ema.betas.items()} if config.ema else {}
+        self.guard = SpikeGuard(config.loop)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"network": self.network, **self.averages}
+        return {"network": self.network, **self.averages, "guard": self.guard}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
+    def compiled_networks(self) -> list[nn.Module]:
+        return [self.network]
 
     def weights(self, name: str) -> nn.Module:
         """The network with the weights of that name: raw, or those of an average."""
@@ -76,7 +88,8 @@ class Model(Family):
         for average in self.averages.values():
             # ema-pytorch reads its counters every step: on the CPU that does not wait for the GPU
             average.step, average.initted = average.step.cpu(), average.initted.cpu()
-        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        # fused: one pass over the weights instead of a dozen, four times faster on the CPU
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 
     @cached_property
     def perceptual(self) -> PerceptualLoss | None:
@@ -95,29 +108,37 @@ class Model(Family):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, context.step / context.steps_per_epoch)
         network = context.parallel(self.network)
-        losses, errors, distances, fractions = [], [], [], []
+        losses, errors, constants, distances, fractions = [], [], [], [], []
         for part, share in context.micro_batches(batch, network):
             times = self.strategy.times(part.uniform("time"))
             with context.autocast():
                 tried = self._tried(network, part, times, self._conditioned(part))
-            error = tried.squared_errors()
-            loss = error * self.strategy.loss_weight(times)
+            error, weight = tried.squared_errors(), self.strategy.loss_weight(times)
+            loss, constant = error * weight, tried.constant_errors() * weight
             if self.perceptual is not None:
-                distance = self.perceptual(tried.clean, tried.noisy, tried.prediction, times)
-                loss = loss + self.perceptual.weight * distance
+                counted = torch.arange(len(part), device=times.device) if context.rehearsing else self.perceptual.counted(times)
+                distance = self.perceptual(tried.clean, tried.noisy, tried.prediction, times, counted)
+                added = self.perceptual.weight * distance
+                loss, constant = loss + added, constant + added.detach()
                 distances.append(distance.detach())
             (loss.mean() * share).backward()
             losses.append(loss.detach())
             errors.append(error.detach())
+            constants.append(constant)
             fractions.append(self.strategy.time_fraction(times))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        allowed = self.guard.allows(norm, context)
+        if allowed:
+            self.optimizer.step()
+            for average in self.averages.values():
+                average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for average in self.averages.values():
-            average.update()
-        learning = torch.tensor(self.optimizer.param_groups[0]["lr"])
-        parts = {"mse": torch.cat(errors).mean(), "perceptual": torch.cat(distances).mean()} if distances else {}
-        return StepReport({"loss": torch.cat(losses).mean(), **parts, "grad_norm": norm, "lr": learning}, self._binned(torch.cat(errors), torch.cat(fractions)))
+        scalars = {"loss": torch.cat(losses).mean(), "grad_norm": norm, "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        if distances:
+            scalars |= {"mse": torch.cat(errors).mean(), "perceptual": torch.cat(distances).mean()}
+        if context.step >= self.config.warmup_epochs * context.steps_per_epoch:
+            scalars["constant_loss"] = torch.cat(constants).mean()
+        return StepReport(scalars, self._binned(torch.cat(errors), torch.cat(fractions)))
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         """The mean squared error, every time counting alike: comparable between trainings that weigh them otherwise."""

@@ -19,7 +19,7 @@ TRIED = (0.1, 0.3, 0.5)  # quantiles of the training times at which a strategy o
 
 
 class PerceptualLoss:
-    """Of each sample: the distance of predicted and real image, averaged over the images of a sample; 0 at times of too little signal.
+    """Of each sample: the distance of predicted and real image, averaged over the images of a sample.
 
     Raises InputError if the weights are missing, have changed since the spec was read, or are those of another network."""
 
@@ -30,11 +30,14 @@ class PerceptualLoss:
         self._images = [place for place, name in enumerate(targets) if name != "seg"]
         self._network = _network(settings.net, settings.file, settings.verified(), settings.key, device)
 
-    def __call__(self, clean: Tensor, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+    def counted(self, times: Tensor) -> Tensor:
+        """The places in a batch of the samples whose times [B] have enough signal, int64 [at most B]."""
+        return (self._strategy.snr(times) >= self._snr_at_least).nonzero().flatten()
+
+    def __call__(self, clean: Tensor, noisy: Tensor, prediction: Tensor, times: Tensor, counted: Tensor) -> Tensor:
         """float32 [B] from images [B, C, H, W] in [-1, 1], what the network predicted of the noisy ones, and their times [B].
 
-        Where it is 0 for the time, nothing is computed and the gradient is exactly 0. Call it outside of autocast."""
-        counted = (self._strategy.snr(times) >= self._snr_at_least).nonzero().flatten()
+        0 for samples that are not `counted`: nothing is computed of them, and their gradient is exactly 0. Call it outside of autocast."""
         distances = clean.new_zeros(len(clean))
         if len(counted) == 0:
             return distances
