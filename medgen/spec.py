@@ -305,10 +305,12 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         if giver.count < stage.count:
             raise spec_document.error((*path, "count"), f"{stage.count} images need as many masks, but {stage.condition} makes {giver.count}")
     try:
-        config.sampling(stage.sampling)
+        sampling = config.sampling(stage.sampling)
     except ValueError as error:
         text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()) if hasattr(error, "errors") else str(error)
         raise spec_document.error((*path, "sampling"), text) from None
+    stage.sampling.clear()
+    stage.sampling.update(sampling.model_dump(mode="json"))  # the resolved form, like that of a training
 
 
 def _waits_for(spec: Spec, name: str) -> list[str]:

@@ -4,7 +4,7 @@ Defaults reproduce the reference U-Net study; the reason stands beside each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,7 @@ from medgen.models.diffusion.network_settings import (
     refuse_unet_keys,
     with_unet_defaults,
 )
-from medgen.models.settings import FamilyConfig, Settings
+from medgen.models.settings import FamilyConfig, Offer, Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -96,6 +96,8 @@ class SamplingSettings(Settings):
 
 class Config(FamilyConfig):
     """Strategy (how) x mode (what), the network, and the optimizer."""
+
+    offers: ClassVar[frozenset[Offer]] = frozenset({"blocks", "compile", "spike_guard", "constant_loss"})
 
     strategy: str = "ddpm"  # ddpm | rflow | package.module:Name
     mode: str = "bravo"  # seg | bravo | dual | package.module:Name

@@ -25,6 +25,7 @@ from medgen.models.base import Model as Family
 from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
 from medgen.models.diffusion.networks import build_network, describe_network
 from medgen.models.diffusion.strategies import NETWORK_TIME_SCALE, make_strategy
+from medgen.models.guard import SpikeGuard
 from medgen.models.settings import Settings
 
 # Quantiles of the training times at which an image is denoised to ask whether it was trained on: much noise drowns what is
@@ -47,9 +48,16 @@ class Model(Family):
         channels_in = len(self.mode.targets) + len(self.mode.conditions) + self._says_if_conditioned
         self.network = build_network(config, channels_in, len(self.mode.targets), shape.size)
         self.averages = {name: averaged(self.network, beta, config.ema) for name, beta in config.ema.betas.items()} if config.ema else {}
+        self.guard = SpikeGuard(config.loop)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"network": self.network, **self.averages}
+        return {"network": self.network, **self.averages, "guard": self.guard}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
+    def compiled_networks(self) -> list[nn.Module]:
+        return [self.network]
 
     def weights(self, name: str) -> nn.Module:
         """The network with the weights of that name: raw, or those of an average."""
@@ -60,7 +68,8 @@ class Model(Family):
         for average in self.averages.values():
             # ema-pytorch reads its counters every step: on the CPU that does not wait for the GPU
             average.step, average.initted = average.step.cpu(), average.initted.cpu()
-        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        # fused: one pass over the weights instead of a dozen, four times faster on the CPU
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"network": self.optimizer}
@@ -72,29 +81,35 @@ class Model(Family):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, context.step / context.steps_per_epoch)
         network = context.parallel(self.network)
-        losses, errors, fractions = [], [], []
+        losses, errors, constants, fractions = [], [], [], []
         for part, share in context.micro_batches(batch, network):
             times = self.strategy.times(part.uniform("time"))
             with context.autocast():
-                error = self._errors(network, part, times, self._conditioned(part))
-            loss = error * self.strategy.loss_weight(times)
+                error, constant = self._errors(network, part, times, self._conditioned(part))
+            weight = self.strategy.loss_weight(times)
+            loss = error * weight
             (loss.mean() * share).backward()
             losses.append(loss.detach())
             errors.append(error.detach())
+            constants.append(constant * weight)
             fractions.append(self.strategy.time_fraction(times))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        allowed = self.guard.allows(norm, context)
+        if allowed:
+            self.optimizer.step()
+            for average in self.averages.values():
+                average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for average in self.averages.values():
-            average.update()
-        learning = torch.tensor(self.optimizer.param_groups[0]["lr"])
-        return StepReport({"loss": torch.cat(losses).mean(), "grad_norm": norm, "lr": learning}, self._binned(torch.cat(errors), torch.cat(fractions)))
+        scalars = {"loss": torch.cat(losses).mean(), "grad_norm": norm, "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        if context.step >= self.config.warmup_epochs * context.steps_per_epoch:
+            scalars["constant_loss"] = torch.cat(constants).mean()
+        return StepReport(scalars, self._binned(torch.cat(errors), torch.cat(fractions)))
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         """The mean squared error, every time counting alike: comparable between trainings that weigh them otherwise."""
         times = self.strategy.times(batch.uniform("time"))
         with context.autocast():
-            error = self._errors(self.weights(self._sampled_weights), batch, times, None)
+            error, _ = self._errors(self.weights(self._sampled_weights), batch, times, None)
         return StepReport({"loss": error.mean()}, self._binned(error, self.strategy.time_fraction(times)))
 
     @property
@@ -107,12 +122,15 @@ class Model(Family):
             return None
         return (batch.uniform("condition") >= self.config.condition_dropout).float()
 
-    def _errors(self, network: nn.Module, batch: Batch, times: Tensor, conditioned: Tensor | None, noise: Tensor | None = None) -> Tensor:
-        """Mean squared error of what is predicted from each noised sample [B] in float32. `noise`: the samples' own if None."""
+    def _errors(self, network: nn.Module, batch: Batch, times: Tensor, conditioned: Tensor | None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean squared error of what is predicted from each noised sample, and of one number per channel instead; [B] each, in float32.
+
+        `noise`: the samples' own if None."""
         clean = joined(batch.channels, self.mode.targets)
         noisy, target = self.strategy.noised(clean, batch.normal("noise", self.image_shape) if noise is None else noise, times)
         prediction = network(self._network_input(noisy, batch.channels, conditioned), self.strategy.network_time(times))
-        return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        constant = target.mean(dim=(0, 2, 3), keepdim=True)
+        return (prediction.float() - target).square().mean(dim=(1, 2, 3)), (constant - target).square().mean(dim=(1, 2, 3))
 
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
@@ -164,7 +182,7 @@ class Model(Family):
             noise = rng.normal_per_sample(self.image_shape, 0, "attack", [(number,)]).to(batch.device).expand(len(batch), -1, -1, -1)
             for level in ATTACK_TIMES:
                 times = self.strategy.times(torch.full((len(batch),), level, device=batch.device))
-                errors += self._errors(network, batch, times, None, noise)
+                errors += self._errors(network, batch, times, None, noise)[0]
         return -errors / (ATTACK_NOISES * len(ATTACK_TIMES))
 
     def describe(self, total_steps: int) -> list[str]:

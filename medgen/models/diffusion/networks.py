@@ -19,8 +19,13 @@ class UNet(DiffusionModelUNet):
     def forward(self, images: Tensor, time: Tensor) -> Tensor:
         return super().forward(images, timesteps=time)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What can be computed again in the backward pass, in order."""
+        return [*self.down_blocks, self.middle_block, *self.up_blocks]
 
-def build_network(config: Config, channels_in: int, channels_out: int, size: int) -> nn.Module:
+
+def build_network(config: Config, channels_in: int, channels_out: int, size: int) -> UNet | DiT:
     """With initial weights from the global generator; what it returns is as large as its images [N, channels_out, H, W]."""
     if config.dit is not None:
         return DiT(config.dit, channels_in, channels_out, size)
@@ -34,6 +39,7 @@ def build_network(config: Config, channels_in: int, channels_out: int, size: int
         num_res_blocks=res_blocks,
         num_head_channels=[head or 1 for head in head_channels],  # no number is read where a level does not attend
         norm_num_groups=norm_groups(channels),
+        use_flash_attention=True,  # PyTorch's fused attention: the same numbers without the [pixels, pixels] matrix in memory
     )
 
 
