@@ -12,15 +12,21 @@ from dataclasses import replace
 from statistics import median
 
 import numpy as np
+import torch
 
-from medgen import checkpoint, commits, dist, fault, planning, rng, spec
+from medgen import checkpoint, commits, dist, fault, health, planning, rng, spec
+from medgen.acceleration import recompute_activations
 from medgen.activity import Stragglers
+from medgen.ahead import Batches
+from medgen.ahead import batches as batches_of
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
+from medgen.device import capability_of, reads_ahead, set_tf32, uses_tf32
 from medgen.dist import Ranks
-from medgen.errors import InputError, Interrupted, MedgenError
-from medgen.models.base import Model, Phase
+from medgen.errors import InputError, Interrupted
+from medgen.models.base import Batch, Model, Phase
 from medgen.models.settings import FamilyConfig
+from medgen.rehearsal import prepare_phase
 from medgen.resume import go_back_to_best, resume, save
 from medgen.spec_data import DataSpec
 from medgen.task import Done, Work
@@ -28,6 +34,7 @@ from medgen.train_log import Averages, TrainingLog
 from medgen.training import Training, build_model, of_size, shape_of, steps_in
 from medgen.validation import best_epochs, evenly, validate_and_show
 
+CPU = torch.device("cpu")
 MIN_VALIDATE_STEPS = 50  # by default: a validation with its pictures costs as much as several steps
 CONTINUE, SAVE, STOP = 0, 1, 2  # what ranks agree on after every step
 
@@ -44,7 +51,9 @@ def train(work: Work) -> Done:
         resume(training)
         log = _open_log(training) if ranks.is_main else None
         try:
-            _run(training, log)
+            ahead = reads_ahead(training.config.loop.read_ahead, ranks.device.type)
+            with batches_of(lambda step: _my_batch(training, step), ranks.device, ahead) as batches:
+                _run(training, batches, log)
         finally:
             if log:
                 log.close()
@@ -52,7 +61,7 @@ def train(work: Work) -> Done:
         return _finish(training)
 
 
-def _run(training: Training, log: TrainingLog | None) -> None:
+def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
     """The training loop."""
     work, ranks, model, clock, context = training.work, training.ranks, training.model, training.clock, training.context
     loop = training.config.loop
@@ -69,16 +78,18 @@ def _run(training: Training, log: TrainingLog | None) -> None:
         context.steps_per_epoch = samples / phase.batch_size
         phase_end = clock.phase_start_step + steps_in(phase, samples)
         validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
+        activity.now("computing a step")
+        prepare_phase(training)
+        window_start = time.monotonic()
 
         while clock.step < phase_end:
             context.step, context.phase = clock.step, number
             context.phase_progress = (clock.step - clock.phase_start_step) * phase.batch_size / (phase.epochs * samples)
-            positions = _my_positions(clock.step - clock.phase_start_step, phase.batch_size, ranks)
-            rows = training.rows[rng.sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
             activity.now("reading data")
-            batch = training.batch(rows, positions, f"train/{clock.phase}")
+            batch = batches.of(clock.step, clock.step + 1 if clock.step + 1 < phase_end else None)
             activity.now("computing a step")
             report = model.step(batch, context)
+            batches.learn(batch)
             activity.now("computing a step")
             clock.step += 1
             if fault.ARMED and fault.at("step", step=clock.step) == "nan":
@@ -92,7 +103,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             if step_in_phase % loop.log_steps == 0 or clock.step == phase_end:
                 activity.now("waiting for the others")
                 values, own_seconds = averages.means_and_all(ranks, lambda: context.take_own_seconds() / window_steps)  # noqa: B023  called at once
-                _stop_if_diverged(training, values["loss"], window_steps)
+                health.stop_if_hopeless(training, values, window_steps)
+                health.tell_of_skipped(training, values, window_steps)
                 values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
                 last_loss = values["loss"]
                 if ranks.world_size > 1:
@@ -150,13 +162,17 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     relief = work.run.read_relief(work.stage.name, work.task.shard)
     if relief.micro_batch_divisor > 1:
         work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
-    context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor, work.activity)
+    asked = config.loop.micro_batch
+    context = Context(ranks, config.loop.precision, asked if isinstance(asked, int) else None, relief.micro_batch_divisor, work.activity)
+    set_tf32(tf32 := uses_tf32(config.loop.precision, capability_of(ranks.device)))
     problem = planning.uneven_batch((phase.batch_size for phase in phases), ranks.world_size)
     if problem is not None:
         raise InputError(f"{work.stage.name}: a batch of {problem}")
     context.total_steps = sum(steps_in(phase, len(rows)) for phase in phases)
     work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
-             f"{'bf16 autocast' if context.use_bf16 else 'float32'}")
+             f"{'bf16 autocast' if context.use_bf16 else 'float32'}{', TF32' if tf32 else ''}")
+    if config.loop.checkpoint_activations:
+        recompute_activations(model.blocks())
     return Training(work, ranks, config, stores, rows, val_rows, model, phases, context)
 
 
@@ -189,28 +205,19 @@ def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch
     return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))
 
 
+def _my_batch(training: Training, step: int) -> Batch:
+    """This rank's share of the batch of a step of the phase, on the CPU."""
+    clock, work = training.clock, training.work
+    positions = _my_positions(step - clock.phase_start_step, training.phase.batch_size, training.ranks)
+    order = rng.sample_order(positions, len(training.rows), work.plan.seed, f"{work.stage.name}/order/{clock.phase}")
+    return training.batch(training.rows[order], positions, f"train/{clock.phase}", CPU)
+
+
 def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
     """Positions in the run of this rank's share of the global batch at `step`."""
     share = batch_size // ranks.world_size
     first = step * batch_size + ranks.rank * share
     return list(range(first, first + share))
-
-
-def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:
-    """Raise MedgenError if the loss is not finite, or has stayed far above its best for too long."""
-    clock, loop = training.clock, training.config.loop
-    advice = "lower lr, lengthen the warm-up or lower clip_norm; the last good checkpoint is kept"
-    if not math.isfinite(loss):
-        raise MedgenError(f"the loss became {loss} between steps {clock.step - steps + 1} and {clock.step}; {advice}")
-    if not training.config.loss_falls:
-        return
-    clock.best_loss = min(clock.best_loss, loss)
-    clock.steps_above = clock.steps_above + steps if loss > loop.divergence_factor * clock.best_loss else 0
-    if clock.steps_above >= loop.divergence_steps:
-        raise MedgenError(
-            f"diverged: the loss ({loss:.4g}) has been more than {loop.divergence_factor:g} times its best ({clock.best_loss:.4g}) "
-            f"for {clock.steps_above} steps, now step {clock.step}; {advice}"
-        )
 
 
 def _open_log(training: Training) -> TrainingLog:
@@ -231,6 +238,7 @@ def _finish(training: Training) -> Done:
         "data": training.store.fingerprint,
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
         "best_epochs": best_epochs(training),
+        "accelerated": training.accelerated,
     }
     folders = {found.folder: found for found in chosen.values()}
     produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]

@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from medgen import models, rng
+from medgen.acceleration import CompiledForward
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
@@ -34,6 +36,9 @@ class Clock:
     phase_start_step: int = 0
     best_loss: float = math.inf  # of the logged windows; for the divergence stop
     steps_above: int = 0
+    steps_constant: int = 0  # running, whose loss is that of a constant
+    skipped: int = 0  # of the last skip_steps, for the alarm
+    skip_steps: int = 0
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Training:
     context: Context
     clock: Clock = field(default_factory=Clock)
     grace_looked_at: bool = False
+    accelerated: dict[str, Any] = field(default_factory=dict)  # how, by phase, for the outcome's facts
+    compiled: list[CompiledForward] | None = None  # None: not tried yet
 
     @property
     def folder(self) -> Path:
@@ -70,9 +77,9 @@ class Training:
         """The slices at full size."""
         return self.stores[max(self.stores)]
 
-    def batch(self, rows: np.ndarray, positions: list[int], stream: str) -> Batch:
-        """Slices by row number, of the phase's size, as one batch on the device; noise will be drawn by position and stream."""
-        store, device = self.stores[self.phase.size], self.ranks.device
+    def batch(self, rows: np.ndarray, positions: list[int], stream: str, device: torch.device | None = None) -> Batch:
+        """Slices by row number, of the phase's size, as one batch; noise will be drawn by position and stream. `device`: the training's by default."""
+        store, device = self.stores[self.phase.size], device or self.ranks.device
         channels = {name: load_channel(store, name, rows, device) for name in self.config.input_channels}
         labels = torch.from_numpy(store.labels(rows)).to(device) if self.config.uses_labels else None
         return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", labels)

@@ -4,67 +4,130 @@ Defaults reproduce the reference U-Net study; the reason stands beside each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from medgen.models import plugin
 from medgen.models.diffusion.modes import MODES, Mode, find_mode
-from medgen.models.settings import FamilyConfig, Settings
+from medgen.models.diffusion.network_settings import (
+    MAX_LEVELS,
+    DiTSettings,
+    check_unet,
+    check_unet_size,
+    refuse_unet_keys,
+    with_unet_defaults,
+)
+from medgen.models.diffusion.perceptual_settings import Perceptual
+from medgen.models.settings import FamilyConfig, Offer, Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
 
 # strategy -> its samplers, the first is the default; a strategy of your own lists them in its class
-SAMPLERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddpm", "ddim"), "rflow": ("euler",)}
+SAMPLERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddpm", "ddim", "dpm_solver_2m"), "rflow": ("euler", "midpoint", "ab2", "heun")}
 PREVIEW_STEPS = 20
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "euler": 25}  # euler: the optimum of 40 solver settings was 23-32
+# euler: the optimum of 40 solver settings was 23-32; midpoint and heun ask the network twice a step
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm_solver_2m": 25, "euler": 25, "ab2": 25, "midpoint": 12, "heun": 13}
+EVALUATIONS = {"midpoint": 2, "heun": 2}  # of the network per step; 1 where nothing else is said
+OWN_STRATEGY = "own"
+ONLY_WITH = {"ddpm": ("timesteps", "prediction", "schedule", "min_snr_gamma"), "rflow": ("times", "time_shift")}
+WHY_NOT = {
+    "timesteps": "whose time is continuous",
+    "min_snr_gamma": "where weights by the signal-to-noise ratio have no theory: its weighting is the choice of times",
+    "times": "whose steps are drawn uniformly",
+}
+
+AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class EmaSettings(Settings):
     """ema-pytorch's knobs. The decay ramps up as 1 - (1 + n)^(-2/3); the log states the horizon really reached."""
 
-    beta: float = Field(0.9999, gt=0, lt=1)
+    beta: float = Field(0.9999, gt=0, lt=1)  # the average that is validated, and sampled unless a generate stage says otherwise
+    more: tuple[float, ...] = ()  # further averages kept beside it, for `sampling: {weights: ema_0.999}`
     update_after_step: int = Field(100, ge=0)
     update_every: int = Field(10, ge=1)
 
+    @model_validator(mode="after")
+    def _different_betas(self) -> EmaSettings:
+        for beta in self.more:
+            if not 0 < beta < 1:
+                raise ValueError(f"more: a beta lies between 0 and 1, got {beta:g}")
+        if len({self.beta, *self.more}) != 1 + len(self.more):
+            raise ValueError(f"more: {list(self.more)} beside beta: {self.beta:g} names an average twice; name each once")
+        return self
+
+    @property
+    def betas(self) -> dict[str, float]:
+        """Name of each average, as in `weights` and in checkpoints -> its beta."""
+        return {"ema": self.beta, **{f"ema_{beta:g}": beta for beta in self.more}}
+
 
 class SamplingSettings(Settings):
-    """How a generate stage samples."""
+    """How a generate stage samples. Times are shares of the way from clean (0) to noise (1)."""
 
     sampler: str
     steps: int = Field(ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim: 0 deterministic, 1 as noisy as ddpm
+    time_shift: float = Field(1.0, gt=0)  # rflow: above 1 more steps near the noise
+    guidance: float = Field(1.0, ge=0)  # classifier-free: 1 as trained, above 1 more of what the condition asks for
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it guides
+    weights: str = "ema"  # ema | ema_<beta> of ema.more | raw
 
     @model_validator(mode="after")
-    def _eta_has_an_effect(self) -> SamplingSettings:
+    def _everything_has_an_effect(self) -> SamplingSettings:
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta has no effect with the {self.sampler} sampler; remove it")
+        if self.time_shift != 1 and self.sampler in SAMPLERS["ddpm"]:
+            raise ValueError(f"time_shift has no effect with the {self.sampler} sampler, whose times are those of training; remove it")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval: times lie in 0 to 1 and rise, got [{low:g}, {high:g}]")
+        if self.guidance == 1 and (low, high) != (0.0, 1.0):
+            raise ValueError("guidance_interval has no effect with guidance: 1; remove it")
         return self
+
+    @property
+    def evaluations(self) -> int:
+        """How many times an image asks the network, without guidance, which asks twice as often where it guides."""
+        per_step = EVALUATIONS.get(self.sampler, 1)
+        return self.steps * per_step - (1 if self.sampler == "heun" else 0)  # the last step of heun is Euler's
 
 
 class Config(FamilyConfig):
-    """Strategy (how) x mode (what), the U-Net, and the optimizer."""
+    """Strategy (how) x mode (what), the network, and the optimizer."""
+
+    offers: ClassVar[frozenset[Offer]] = frozenset({"blocks", "compile", "spike_guard", "constant_loss"})
 
     strategy: str = "ddpm"  # ddpm | rflow | package.module:Name
     mode: str = "bravo"  # seg | bravo | dual | package.module:Name
     epochs: float = Field(500, gt=0)
     batch_size: int = Field(16, ge=1)  # global: over all GPUs and accumulation steps
 
-    channels: tuple[int, ...] = (128, 256, 256)
-    attention: tuple[bool, ...] = (False, True, True)  # full resolution attends too slowly to pay
-    res_blocks: int = Field(1, ge=1)
-    head_channels: int = Field(256, ge=1)  # one head at the default widths
+    network: Literal["unet", "dit"] = "unet"
+    # of the U-Net, one per level; where one number is given it stands for all levels. Defaults: network_settings.py
+    channels: tuple[AtLeastOne, ...] | None = Field(None, min_length=1, max_length=MAX_LEVELS)
+    attention: tuple[bool, ...] | None = None
+    res_blocks: tuple[AtLeastOne, ...] | None = None
+    head_channels: tuple[AtLeastOne | None, ...] | None = None  # null at a level without attention
+    dit: DiTSettings | None = None  # S/2, B/4, ... of the paper, or {depth, width, heads, patch, qk_norm}
 
     lr: float = Field(1e-4, gt=0)
     lr_min: float = Field(1e-6, gt=0)
     warmup_epochs: float = Field(5, ge=0)  # linear from 0.1 x lr, then cosine to lr_min
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    ema: EmaSettings = EmaSettings()
+    ema: EmaSettings | None = EmaSettings()  # null: none, the weights themselves are sampled
+    condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
+    perceptual: Perceptual | None = None  # radimagenet | alex | vgg | squeeze: a loss on the predicted clean image, beside the squared error
 
     timesteps: int | None = Field(None, ge=2)  # ddpm; default 1000
+    prediction: Literal["epsilon", "v"] | None = None  # ddpm; default epsilon
+    schedule: Literal["cosine", "linear"] | None = None  # ddpm; default cosine
+    min_snr_gamma: float | None = Field(None, gt=0)  # ddpm; 5 in the paper; default: every time counts alike
     times: Literal["logit_normal", "uniform"] | None = None  # rflow; default logit_normal
+    time_shift: float = Field(1.0, gt=0)  # rflow: above 1 trains and samples more near the noise
 
     @field_validator("strategy")
     @classmethod
@@ -83,28 +146,91 @@ class Config(FamilyConfig):
         find_mode(value)
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_the_network(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("network", "unet") == "unet":
+            return with_unet_defaults(value)
+        refuse_unet_keys(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Config:
+        if self.network == "unet":
+            if self.dit is not None:
+                raise ValueError("dit has no effect with network: unet; write network: dit, or remove it")
+            check_unet(*self.unet_levels)
+        elif self.dit is None:
+            raise ValueError("network: dit needs its size: dit: S/2, or dit: {depth: 12, width: 384, heads: 6, patch: 2}")
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if len(self.attention) != len(self.channels):
-            raise ValueError(f"attention has {len(self.attention)} levels, channels has {len(self.channels)}; give one per level")
-        for width, attends in zip(self.channels, self.attention, strict=True):
-            if attends and width % self.head_channels:
-                raise ValueError(f"head_channels: {self.head_channels} does not divide the {width} channels of an attention level")
-        if self.timesteps is not None and self.strategy == "rflow":
-            raise ValueError("timesteps has no effect with strategy rflow, whose time is continuous; remove it")
-        if self.times is not None and self.strategy == "ddpm":
-            raise ValueError("times has no effect with strategy ddpm, whose steps are drawn uniformly; remove it")
+        self._refuse_keys_of_the_other_strategy()
+        if self.condition_dropout and not self.mode_class.conditions:
+            raise ValueError(f"condition_dropout has no effect in mode {self.mode}, which has no condition; remove it")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
         return self
 
+    @model_validator(mode="after")
+    def _perceptual_can_be_had(self) -> Config:
+        if self.perceptual is None:
+            return self
+        if set(self.mode_class.targets) == {"seg"}:
+            raise ValueError(f"perceptual: mode {self.mode} makes masks, and the networks know images; remove it")
+        if plugin.is_plugin(self.strategy):
+            from medgen.models.diffusion.perceptual import why_not
+            from medgen.models.diffusion.strategies import make_strategy
+
+            problem = why_not(make_strategy(self))
+            if problem is not None:
+                raise ValueError(f"perceptual: {problem}")
+        return self
+
+    def _refuse_keys_of_the_other_strategy(self) -> None:
+        other = {"ddpm": "rflow", "rflow": "ddpm"}.get(self.strategy_kind)
+        for name in ONLY_WITH[other] if other else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                why = f", {WHY_NOT[name]}" if name in WHY_NOT else ""
+                raise ValueError(f"{name} has no effect with strategy {self.strategy}{why}; remove it")
+
+    @property
+    def strategy_kind(self) -> str:
+        """ddpm or rflow, which a strategy of one's own may descend from; "own" if it does from neither."""
+        if not plugin.is_plugin(self.strategy):
+            return self.strategy
+        from medgen.models.diffusion.strategies import STRATEGIES, Strategy
+
+        found = plugin.load(self.strategy, Strategy)
+        return next((name for name, known in STRATEGIES.items() if issubclass(found, known)), OWN_STRATEGY)
+
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
-        tiny = {"epochs": 2, "batch_size": 4, "channels": [8, 16], "attention": [False, True], "head_channels": 8, "warmup_epochs": 1,
-                "ema": {"beta": 0.9, "update_after_step": 1, "update_every": 1}}
-        return {f"{strategy}_{mode}": {"strategy": strategy, "mode": mode, **tiny} for strategy in SAMPLERS for mode in MODES}
+        ema = {"beta": 0.9, "update_after_step": 1, "update_every": 1}
+        shared = {"epochs": 2, "batch_size": 4, "warmup_epochs": 1, "ema": ema}
+        tiny = {**shared, "channels": [8, 16], "attention": [False, True], "head_channels": 8}
+        everything = {f"{strategy}_{mode}": {"strategy": strategy, "mode": mode, **tiny} for strategy in SAMPLERS for mode in MODES}
+        v = {"prediction": "v", "min_snr_gamma": 5.0, "schedule": "linear", "condition_dropout": 0.2}
+        averages = {"ema": {**ema, "more": [0.5]}}
+        transformer = {**shared, "network": "dit", "dit": {"depth": 2, "width": 16, "heads": 2, "patch": 4, "qk_norm": True}}
+        return {
+            **everything,
+            "ddpm_bravo_v": {**everything["ddpm_bravo"], **v, **averages},
+            "rflow_bravo_raw": {**everything["rflow_bravo"], "ema": None},
+            "rflow_dual_dit": {"strategy": "rflow", "mode": "dual", **transformer},
+            "ddpm_bravo_v_dit": {"strategy": "ddpm", "mode": "bravo", **v, **transformer},
+        }
+
+    @property
+    def unet_levels(self) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...], tuple[int | None, ...]]:
+        """channels, attention, res_blocks and head_channels, one per level. Only of a U-Net."""
+        assert self.channels and self.attention is not None and self.res_blocks and self.head_channels
+        return self.channels, self.attention, self.res_blocks, self.head_channels
 
     @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
@@ -135,9 +261,12 @@ class Config(FamilyConfig):
 
     def check_data(self, data: DataSpec) -> None:
         super().check_data(data)
-        factor = 2 ** (len(self.channels) - 1)
-        if data.size % factor:
-            raise ValueError(f"a U-Net of {len(self.channels)} levels needs data.size divisible by {factor}, got {data.size}")
+        if self.dit is not None:
+            self.dit.check_size(data.size)
+        else:
+            check_unet_size(self.unet_levels[0], data.size)
+        if self.perceptual is not None:
+            self.perceptual.check_size(data.size)
 
     @property
     def samplers(self) -> tuple[str, ...]:
@@ -154,10 +283,21 @@ class Config(FamilyConfig):
         sampler = raw.get("sampler", self.samplers[0])
         if sampler not in self.samplers:
             raise ValueError(f"sampler: {sampler!r} does not fit strategy {self.strategy}; use one of: {', '.join(self.samplers)}")
-        settings = SamplingSettings(**{"sampler": sampler, "steps": DEFAULT_STEPS.get(sampler, 50), **raw})
-        if self.strategy == "ddpm" and settings.steps > (self.timesteps or 1000):
-            raise ValueError(f"steps: {settings.steps} is more than the {self.timesteps or 1000} timesteps trained")
+        usual = {"steps": DEFAULT_STEPS.get(sampler, 50), "time_shift": self.time_shift, "weights": "ema" if self.ema is not None else "raw"}
+        settings = SamplingSettings(**{"sampler": sampler, **usual, **raw})
+        self._check_sampling(settings)
         return settings
 
+    def _check_sampling(self, settings: SamplingSettings) -> None:
+        """Raises ValueError for what this training cannot give."""
+        if self.strategy_kind == "ddpm" and settings.steps > (self.timesteps or 1000):
+            raise ValueError(f"steps: {settings.steps} is more than the {self.timesteps or 1000} timesteps trained")
+        if settings.guidance != 1 and not self.condition_dropout:
+            raise ValueError("guidance needs a training with condition_dropout (0.1, say): this one never saw images without their condition")
+        weights = ["raw", *(self.ema.betas if self.ema is not None else {})]
+        if settings.weights not in weights:
+            raise ValueError(f"weights: {settings.weights!r} was not kept; this training has: {', '.join(weights)} (ema.more keeps further averages)")
+
     def preview_sampling(self) -> SamplingSettings:
-        return self.sampling({"sampler": "ddim" if self.strategy == "ddpm" else self.samplers[0], "steps": PREVIEW_STEPS})
+        sampler = "ddim" if self.strategy_kind == "ddpm" and "ddim" in self.samplers else self.samplers[0]
+        return self.sampling({"sampler": sampler, "steps": min(PREVIEW_STEPS, self.timesteps or PREVIEW_STEPS)})

@@ -1,13 +1,13 @@
-"""The diffusion model: a MONAI U-Net trained by a strategy in a mode. Built by train.py and generate.py."""
+"""The diffusion model: a network trained by a strategy in a mode. Built by train.py and generate.py."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from ema_pytorch import EMA
-from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from medgen import rng
@@ -20,12 +20,14 @@ from medgen.models.base import (
     SampleNoise,
     StepContext,
     StepReport,
-    count_parameters,
     joined,
 )
 from medgen.models.base import Model as Family
-from medgen.models.diffusion.config import Config, SamplingSettings
-from medgen.models.diffusion.strategies import make_strategy
+from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
+from medgen.models.diffusion.networks import build_network, describe_network
+from medgen.models.diffusion.perceptual import PerceptualLoss
+from medgen.models.diffusion.strategies import NETWORK_TIME_SCALE, make_strategy
+from medgen.models.guard import SpikeGuard
 from medgen.models.settings import Settings
 
 # Quantiles of the training times at which an image is denoised to ask whether it was trained on: much noise drowns what is
@@ -35,49 +37,66 @@ ATTACK_NOISES = 1
 WARMUP_START = 0.1  # the learning rate begins at this share of its full value
 
 
-class UNet(DiffusionModelUNet):
-    """MONAI's U-Net, called positionally as (images [N, C, H, W], time [N])."""
+@dataclass(frozen=True)
+class Tried:
+    """What the network made of a batch: all [B, C, H, W]; the prediction in the precision of the forward pass."""
 
-    def forward(self, images: Tensor, time: Tensor) -> Tensor:
-        return super().forward(images, timesteps=time)
+    clean: Tensor
+    noisy: Tensor
+    target: Tensor
+    prediction: Tensor
+
+    def squared_errors(self) -> Tensor:
+        """Mean of each sample [B] in float32."""
+        return (self.prediction.float() - self.target).square().mean(dim=(1, 2, 3))
+
+    def constant_errors(self) -> Tensor:
+        """The same if the best number per channel were predicted instead."""
+        return (self.target.mean(dim=(0, 2, 3), keepdim=True) - self.target).square().mean(dim=(1, 2, 3))
 
 
 class Model(Family):
-    """Strategy x mode over one U-Net, with an exponential moving average of its weights."""
+    """Strategy x mode over one network, with an exponential moving average of its weights."""
 
     def __init__(self, config: Config, shape: DataShape):
         self.config = config
         self.mode = config.mode_class
         self.strategy = make_strategy(config)
         self.image_shape = (len(self.mode.targets), shape.size, shape.size)
+        self._says_if_conditioned = config.condition_dropout > 0  # one channel more: an empty mask is a condition too
         self.shape = shape
-        self.network: nn.Module = UNet(
-            spatial_dims=2,
-            in_channels=len(self.mode.targets) + len(self.mode.conditions),
-            out_channels=len(self.mode.targets),
-            channels=config.channels,
-            attention_levels=config.attention,
-            num_res_blocks=config.res_blocks,
-            num_head_channels=config.head_channels,
-            norm_num_groups=math.gcd(32, *config.channels),
-        )
-        self.ema = EMA(
-            self.network,
-            beta=config.ema.beta,
-            update_after_step=config.ema.update_after_step,
-            update_every=config.ema.update_every,
-            include_online_model=False,
-            use_foreach=True,
-        )
+        channels_in = len(self.mode.targets) + len(self.mode.conditions) + self._says_if_conditioned
+        self.network = build_network(config, channels_in, len(self.mode.targets), shape.size)
+        self.averages = {name: averaged(self.network, beta, config.ema) for name, beta in config.ema.betas.items()} if config.ema else {}
+        self.guard = SpikeGuard(config.loop)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"network": self.network, "ema": self.ema}
+        return {"network": self.network, **self.averages, "guard": self.guard}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.network.blocks)
+
+    def compiled_networks(self) -> list[nn.Module]:
+        return [self.network]
+
+    def weights(self, name: str) -> nn.Module:
+        """The network with the weights of that name: raw, or those of an average."""
+        return self.network if name == "raw" else self.averages[name].ema_model
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        # ema-pytorch reads its counters every step: on the CPU that does not wait for the GPU
-        self.ema.step, self.ema.initted = self.ema.step.cpu(), self.ema.initted.cpu()
-        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        for average in self.averages.values():
+            # ema-pytorch reads its counters every step: on the CPU that does not wait for the GPU
+            average.step, average.initted = average.step.cpu(), average.initted.cpu()
+        # fused: one pass over the weights instead of a dozen, four times faster on the CPU
+        return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
+
+    @cached_property
+    def perceptual(self) -> PerceptualLoss | None:
+        """Made for the first step, not for sampling, and on the device where the network is by then."""
+        if self.config.perceptual is None:
+            return None
+        return PerceptualLoss(self.config.perceptual, self.strategy, self.mode.targets, next(self.network.parameters()).device)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"network": self.optimizer}
@@ -89,53 +108,88 @@ class Model(Family):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, context.step / context.steps_per_epoch)
         network = context.parallel(self.network)
-        losses, fractions = [], []
+        losses, errors, constants, distances, fractions = [], [], [], [], []
         for part, share in context.micro_batches(batch, network):
+            times = self.strategy.times(part.uniform("time"))
             with context.autocast():
-                loss, fraction = self._losses(network, part)
+                tried = self._tried(network, part, times, self._conditioned(part))
+            error, weight = tried.squared_errors(), self.strategy.loss_weight(times)
+            loss, constant = error * weight, tried.constant_errors() * weight
+            if self.perceptual is not None:
+                counted = torch.arange(len(part), device=times.device) if context.rehearsing else self.perceptual.counted(times)
+                distance = self.perceptual(tried.clean, tried.noisy, tried.prediction, times, counted)
+                added = self.perceptual.weight * distance
+                loss, constant = loss + added, constant + added.detach()
+                distances.append(distance.detach())
             (loss.mean() * share).backward()
             losses.append(loss.detach())
-            fractions.append(fraction)
+            errors.append(error.detach())
+            constants.append(constant)
+            fractions.append(self.strategy.time_fraction(times))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        allowed = self.guard.allows(norm, context)
+        if allowed:
+            self.optimizer.step()
+            for average in self.averages.values():
+                average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        loss = torch.cat(losses)
-        learning = torch.tensor(self.optimizer.param_groups[0]["lr"])
-        return StepReport({"loss": loss.mean(), "grad_norm": norm, "lr": learning}, self._binned(loss, torch.cat(fractions)))
+        scalars = {"loss": torch.cat(losses).mean(), "grad_norm": norm, "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        if distances:
+            scalars |= {"mse": torch.cat(errors).mean(), "perceptual": torch.cat(distances).mean()}
+        if context.step >= self.config.warmup_epochs * context.steps_per_epoch:
+            scalars["constant_loss"] = torch.cat(constants).mean()
+        return StepReport(scalars, self._binned(torch.cat(errors), torch.cat(fractions)))
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
-        with context.autocast():
-            loss, fraction = self._losses(self.ema.ema_model, batch)
-        return StepReport({"loss": loss.mean()}, self._binned(loss, fraction))
-
-    def _losses(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean squared error of each sample [B] in float32, and its time as a fraction [B]."""
+        """The mean squared error, every time counting alike: comparable between trainings that weigh them otherwise."""
         times = self.strategy.times(batch.uniform("time"))
-        return self._errors(network, batch.channels, batch.normal("noise", self.image_shape), times), self.strategy.time_fraction(times)
+        with context.autocast():
+            error = self._errors(self.weights(self._sampled_weights), batch, times, None)
+        return StepReport({"loss": error.mean()}, self._binned(error, self.strategy.time_fraction(times)))
 
-    def _errors(self, network: nn.Module, channels: dict[str, Tensor], noise: Tensor, times: Tensor) -> Tensor:
-        """Mean squared error of what is predicted from each noised sample [B] in float32."""
-        noisy, target = self.strategy.noised(joined(channels, self.mode.targets), noise, times)
-        prediction = network(self._network_input(noisy, channels), self.strategy.network_time(times))
-        return (prediction.float() - target).square().mean(dim=(1, 2, 3))
+    @property
+    def _sampled_weights(self) -> str:
+        return "ema" if self.averages else "raw"
+
+    def _conditioned(self, batch: Batch) -> Tensor | None:
+        """Which samples are trained with their condition, float32 [B] of 0 and 1; None for all."""
+        if not self._says_if_conditioned:
+            return None
+        return (batch.uniform("condition") >= self.config.condition_dropout).float()
+
+    def _errors(self, network: nn.Module, batch: Batch, times: Tensor, conditioned: Tensor | None, noise: Tensor | None = None) -> Tensor:
+        """Mean squared error of what is predicted from each noised sample [B] in float32. `noise`: the samples' own if None."""
+        return self._tried(network, batch, times, conditioned, noise).squared_errors()
+
+    def _tried(self, network: nn.Module, batch: Batch, times: Tensor, conditioned: Tensor | None, noise: Tensor | None = None) -> Tried:
+        clean = joined(batch.channels, self.mode.targets)
+        noisy, target = self.strategy.noised(clean, batch.normal("noise", self.image_shape) if noise is None else noise, times)
+        prediction = network(self._network_input(noisy, batch.channels, conditioned), self.strategy.network_time(times))
+        return Tried(clean, noisy, target, prediction)
 
     def _binned(self, loss: Tensor, fraction: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"loss_t": ((fraction * BINS).long().clamp(0, BINS - 1), loss)}
 
-    def _network_input(self, noisy: Tensor, channels: dict[str, Tensor]) -> Tensor:
+    def _network_input(self, noisy: Tensor, channels: dict[str, Tensor], conditioned: Tensor | None) -> Tensor:
+        """[noisy targets, conditions, 1 where there are conditions (if some samples are trained without)] as channels."""
         if not self.mode.conditions:
             return noisy
-        return torch.cat([noisy, joined(channels, self.mode.conditions)], dim=1)
+        conditions = joined(channels, self.mode.conditions)
+        if not self._says_if_conditioned:
+            return torch.cat([noisy, conditions], dim=1)
+        present = torch.ones(len(noisy), device=noisy.device) if conditioned is None else conditioned
+        present = present.view(-1, 1, 1, 1)
+        return torch.cat([noisy, conditions * present, present.expand(-1, 1, *noisy.shape[2:])], dim=1)
 
     @torch.no_grad()
     def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
         assert isinstance(settings, SamplingSettings)
-        network = self.ema.ema_model.eval()
+        network = self.weights(settings.weights).eval()
 
         def predict(images: Tensor, time: Tensor) -> Tensor:
-            prediction: Tensor = network(self._network_input(images, given.channels), time)
-            return prediction
+            low, high = settings.guidance_interval
+            guided = settings.guidance != 1 and low <= float(time[0]) / NETWORK_TIME_SCALE <= high
+            return self._guided(network, images, time, given, settings.guidance) if guided else self._predicted(network, images, time, given)
 
         images = self.strategy.sample(predict, noise, self.image_shape, settings)
         images = ((images + 1) / 2).clamp(0, 1)
@@ -144,23 +198,35 @@ class Model(Family):
             by_name["seg"] = (by_name["seg"] > 0.5).float()
         return by_name
 
+    def _predicted(self, network: nn.Module, images: Tensor, time: Tensor, given: Given) -> Tensor:
+        prediction: Tensor = network(self._network_input(images, given.channels, None), time)
+        return prediction
+
+    def _guided(self, network: nn.Module, images: Tensor, time: Tensor, given: Given, scale: float) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, eq. 6, where scale is 1 + w); both in one pass."""
+        with_condition = self._network_input(images, given.channels, None)
+        without = self._network_input(images, given.channels, torch.zeros(len(images), device=images.device))
+        conditional, unconditional = network(torch.cat([with_condition, without]), torch.cat([time, time])).float().chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
     @torch.no_grad()
     def attack_scores(self, batch: Batch) -> Tensor:
         """Minus the error at a few noise levels, with the same noises for every image: what differs is the images."""
-        network, errors = self.ema.ema_model.eval(), torch.zeros(len(batch), device=batch.device)
+        network, errors = self.weights(self._sampled_weights).eval(), torch.zeros(len(batch), device=batch.device)
         for number in range(ATTACK_NOISES):
             noise = rng.normal_per_sample(self.image_shape, 0, "attack", [(number,)]).to(batch.device).expand(len(batch), -1, -1, -1)
             for level in ATTACK_TIMES:
                 times = self.strategy.times(torch.full((len(batch),), level, device=batch.device))
-                errors += self._errors(network, batch.channels, noise, times)
+                errors += self._errors(network, batch, times, None, noise)
         return -errors / (ATTACK_NOISES * len(ATTACK_TIMES))
 
     def describe(self, total_steps: int) -> list[str]:
         config = self.config
         return [
             f"{config.strategy} x {config.mode}: {', '.join(self.mode.conditions) or 'noise'} -> {', '.join(self.mode.targets)}, "
-            f"U-Net {'-'.join(map(str, config.channels))}, {count_parameters(self.network):,} parameters",
-            ema_horizon(config, total_steps),
+            f"{describe_network(config, self.network, self.shape.size)}",
+            *([config.perceptual.words] if config.perceptual is not None else []),
+            *ema_horizons(config.ema, total_steps),
         ]
 
 
@@ -172,14 +238,29 @@ def learning_rate(config: Config, epoch: float) -> float:
     return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def ema_horizon(config: Config, total_steps: int) -> str:
+def averaged(network: nn.Module, beta: float, settings: EmaSettings) -> EMA:
+    """An exponential moving average of the network's weights, which `update` moves on."""
+    return EMA(
+        network, beta=beta, update_after_step=settings.update_after_step, update_every=settings.update_every,
+        include_online_model=False, use_foreach=True,
+    )  # fmt: skip
+
+
+def ema_horizons(settings: EmaSettings | None, total_steps: int) -> list[str]:
+    """A line for each average that is kept."""
+    if settings is None:
+        return ["no EMA: the weights themselves are validated and sampled"]
+    return [ema_horizon(beta, settings, total_steps) for beta in settings.betas.values()]
+
+
+def ema_horizon(beta: float, settings: EmaSettings, total_steps: int) -> str:
     """What the average really covers at the end: beta is a ceiling that short runs never reach."""
-    updates = max(0, total_steps - config.ema.update_after_step - 1)
+    updates = max(0, total_steps - settings.update_after_step - 1)
     if updates == 0:
-        return f"EMA: a copy of the weights, renewed every {config.ema.update_every} steps, since averaging starts after step {config.ema.update_after_step}"
-    decay = min(config.ema.beta, 1 - (1 + updates) ** (-2 / 3))
-    horizon = config.ema.update_every / (1 - decay)
+        return f"EMA: a copy of the weights, renewed every {settings.update_every} steps, since averaging starts after step {settings.update_after_step}"
+    decay = min(beta, 1 - (1 + updates) ** (-2 / 3))
+    horizon = settings.update_every / (1 - decay)
     return (
-        f"EMA: decay {decay:.5f} every {config.ema.update_every} steps at the end of {total_steps:,} steps "
-        f"(ceiling {config.ema.beta:g}), so it averages about the last {horizon:,.0f} steps"
+        f"EMA: decay {decay:.5f} every {settings.update_every} steps at the end of {total_steps:,} steps "
+        f"(ceiling {beta:g}), so it averages about the last {horizon:,.0f} steps"
     )

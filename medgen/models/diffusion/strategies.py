@@ -14,11 +14,14 @@ from torch import Tensor
 
 from medgen.models import plugin
 from medgen.models.base import SampleNoise
+from medgen.models.diffusion import samplers
 from medgen.models.diffusion.config import Config, SamplingSettings
 
 # predict(noisy images [N, C, H, W], network time [N]) -> what the network was trained to predict [N, C, H, W]
 Predict = Callable[[Tensor, Tensor], Tensor]
 NETWORK_TIME_SCALE = 1000.0  # the U-Net's sinusoidal embedding was designed for times up to about 1000
+LINEAR_BETAS = (1e-4, 0.02)  # at 1000 timesteps
+LARGEST_BETA = 0.999
 
 
 class Strategy(ABC):
@@ -39,11 +42,23 @@ class Strategy(ABC):
 
     @abstractmethod
     def network_time(self, times: Tensor) -> Tensor:
-        """What the U-Net's time embedding receives, [N] float32."""
+        """What the network's time embedding receives, [N] float32: NETWORK_TIME_SCALE times `time_fraction`."""
 
     @abstractmethod
     def time_fraction(self, times: Tensor) -> Tensor:
         """Times as a share of the way from clean (0) to noise (1), for the loss per timestep bin."""
+
+    def clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        """The clean images [N, C, H, W] that a prediction amounts to, not clamped. Losses on images need it, so give it if you want them."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what clean image a prediction amounts to")
+
+    def snr(self, times: Tensor) -> Tensor:
+        """Signal-to-noise ratio signal^2 / noise^2 of each time, [N]; infinite where there is no noise."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its signal-to-noise ratio")
+
+    def loss_weight(self, times: Tensor) -> Tensor:
+        """What each sample's squared error counts in training, [N]."""
+        return torch.ones_like(times, dtype=torch.float32)
 
     @abstractmethod
     def sample(self, predict: Predict, noise: SampleNoise, shape: tuple[int, ...], settings: SamplingSettings) -> Tensor:
@@ -51,23 +66,27 @@ class Strategy(ABC):
 
 
 class DDPM(Strategy):
-    """Denoising diffusion with the cosine schedule and noise prediction.
+    """Denoising diffusion at discrete times, predicting the noise (epsilon) or the velocity v = signal * noise - noise level * clean.
 
-    Ho et al. 2020 (arXiv:2006.11239); schedule: Nichol & Dhariwal 2021 (arXiv:2102.09672, eq. 17)."""
+    Ho et al. 2020 (arXiv:2006.11239); v: Salimans & Ho 2022 (arXiv:2202.00512, appendix D)."""
 
-    samplers = ("ddpm", "ddim")
+    samplers = ("ddpm", "ddim", "dpm_solver_2m")
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.timesteps = config.timesteps or 1000
-        self.alpha_bar = cosine_alpha_bar(self.timesteps)
+        self.predicts_velocity = config.prediction == "v"
+        make = linear_alpha_bar if config.schedule == "linear" else cosine_alpha_bar
+        self.alpha_bar = make(self.timesteps)
+        self.signal, self.noise = self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float()
 
     def times(self, uniform: Tensor) -> Tensor:
         return (uniform * self.timesteps).long()
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.alpha_bar.to(clean)[times].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise, noise
+        signal_level, noise_level = self._levels_at(times, clean)
+        target = signal_level * noise - noise_level * clean if self.predicts_velocity else noise
+        return signal_level * clean + noise_level * noise, target
 
     def network_time(self, times: Tensor) -> Tensor:
         return times.float() * (NETWORK_TIME_SCALE / self.timesteps)
@@ -75,41 +94,61 @@ class DDPM(Strategy):
     def time_fraction(self, times: Tensor) -> Tensor:
         return times.float() / self.timesteps
 
+    def clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        return self._split(noisy, prediction, *self._levels_at(times, noisy))[0]
+
+    def snr(self, times: Tensor) -> Tensor:
+        signal, noise = self.signal.to(times.device)[times], self.noise.to(times.device)[times]
+        return (signal / noise).square()
+
+    def loss_weight(self, times: Tensor) -> Tensor:
+        """Min-SNR-gamma, Hang et al. 2023 (arXiv:2303.09556, section 3.4): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v."""
+        gamma = self.config.min_snr_gamma
+        if gamma is None:
+            return super().loss_weight(times)
+        snr = self.snr(times)
+        return snr.clamp(max=gamma) / (snr + 1 if self.predicts_velocity else snr)
+
     def sample(self, predict: Predict, noise: SampleNoise, shape: tuple[int, ...], settings: SamplingSettings) -> Tensor:
-        images = noise.normal(shape)
-        times = sampling_times(self.timesteps, settings.steps)
-        for now, following in zip(times, [*times[1:], -1], strict=True):
-            alpha_bar = float(self.alpha_bar[now])
-            alpha_bar_next = float(self.alpha_bar[following]) if following >= 0 else 1.0
-            time = torch.full((len(images),), now, device=images.device)
-            predicted_noise = predict(images, self.network_time(time)).float()
-            clean = (images - math.sqrt(1 - alpha_bar) * predicted_noise) / math.sqrt(alpha_bar)
-            clean = clean.clamp(-1, 1)  # images are in [-1, 1]; early steps divide by almost zero
-            # the noise that matches the clamped image, so that both formulas stay consistent
-            implied_noise = (images - math.sqrt(alpha_bar) * clean) / math.sqrt(1 - alpha_bar)
-            eta = 1.0 if settings.sampler == "ddpm" else settings.eta
-            std = eta * posterior_std(alpha_bar, alpha_bar_next)
-            images = math.sqrt(alpha_bar_next) * clean + math.sqrt(max(0.0, 1 - alpha_bar_next - std**2)) * implied_noise
-            if std > 0:
-                images = images + std * noise.normal(shape)
-        return images
+        times = samplers.discrete_times(self.timesteps, settings.steps)
+        levels = [samplers.Level(float(self.alpha_bar[time].sqrt()), float((1 - self.alpha_bar[time]).sqrt())) for time in times]
+
+        def denoise(images: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            time = torch.full((len(images),), times[number], device=images.device)
+            prediction = predict(images, self.network_time(time)).float()
+            return self._split(images, prediction, levels[number].signal, levels[number].noise)
+
+        if settings.sampler == "ddim":
+            return samplers.ddim(denoise, levels, noise, shape, settings.eta)
+        sampler = {"ddpm": samplers.ancestral, "dpm_solver_2m": samplers.dpm_solver_2m}[settings.sampler]
+        return sampler(denoise, levels, noise, shape)
+
+    def _levels_at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (like.dim() - 1))
+        return self.signal.to(like)[times].view(shape), self.noise.to(like)[times].view(shape)
+
+    def _split(self, noisy: Tensor, prediction: Tensor, signal: Tensor | float, noise: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(clean image, noise) that a prediction amounts to."""
+        if self.predicts_velocity:
+            return signal * noisy - noise * prediction, noise * noisy + signal * prediction
+        return (noisy - noise * prediction) / signal, prediction
 
 
 class RFlow(Strategy):
-    """Rectified flow: straight paths from clean (t = 0) to noise (t = 1), velocity prediction, Euler sampling.
+    """Rectified flow: straight paths from clean (t = 0) to noise (t = 1), predicting the velocity clean - noise, at continuous times.
 
     Liu et al. 2022 (arXiv:2209.03003); logit-normal times: Esser et al. 2024 (arXiv:2403.03206, section 3.1)."""
 
-    samplers = ("euler",)
+    samplers = ("euler", "midpoint", "ab2", "heun")
 
     def times(self, uniform: Tensor) -> Tensor:
         if self.config.times == "uniform":
-            return uniform
+            return samplers.shifted(uniform, self.config.time_shift)
         inside = uniform.clamp(1e-4, 1 - 1e-4)
-        return torch.sigmoid(torch.special.ndtri(inside))
+        return samplers.shifted(torch.sigmoid(torch.special.ndtri(inside)), self.config.time_shift)
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        share = times.view(-1, 1, 1, 1)
+        share = times.view(-1, *[1] * (clean.dim() - 1))
         return (1 - share) * clean + share * noise, clean - noise
 
     def network_time(self, times: Tensor) -> Tensor:
@@ -118,31 +157,33 @@ class RFlow(Strategy):
     def time_fraction(self, times: Tensor) -> Tensor:
         return times
 
+    def clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        return noisy + times.view(-1, *[1] * (noisy.dim() - 1)) * prediction
+
+    def snr(self, times: Tensor) -> Tensor:
+        return ((1 - times) / times).square()
+
     def sample(self, predict: Predict, noise: SampleNoise, shape: tuple[int, ...], settings: SamplingSettings) -> Tensor:
-        images = noise.normal(shape)
-        step = 1.0 / settings.steps
-        for number in range(settings.steps):
-            time = torch.full((len(images),), 1 - number * step, device=images.device)
-            images = images + step * predict(images, self.network_time(time)).float()
-        return images
+        def velocity(images: Tensor, time: float) -> Tensor:
+            return predict(images, self.network_time(torch.full((len(images),), time, device=images.device))).float()
+
+        solver = {"euler": samplers.euler, "midpoint": samplers.midpoint, "ab2": samplers.adams_bashforth_2, "heun": samplers.heun}[settings.sampler]
+        return solver(velocity, samplers.flow_times(settings.steps, settings.time_shift), noise.normal(shape))
 
 
 def cosine_alpha_bar(timesteps: int) -> Tensor:
-    """Cumulative products of alpha, float64 [timesteps], from almost 1 to almost 0."""
+    """Cumulative products of alpha, float64 [timesteps], from almost 1 to almost 0: Nichol & Dhariwal 2021 (arXiv:2102.09672, eq. 17)."""
     edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    betas = (1 - curve[1:] / curve[:-1]).clamp(max=LARGEST_BETA)
     return torch.cumprod(1 - betas, dim=0)
 
 
-def sampling_times(timesteps: int, steps: int) -> list[int]:
-    """`steps` times from timesteps-1 down, evenly spaced; always starting at pure noise."""
-    return [round(timesteps * (steps - number) / steps) - 1 for number in range(steps)]
-
-
-def posterior_std(alpha_bar: float, alpha_bar_next: float) -> float:
-    """Standard deviation of q(x_next | x_now, x_0) for a jump of any length (arXiv:2010.02502, eq. 16, eta = 1)."""
-    return math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
+def linear_alpha_bar(timesteps: int) -> Tensor:
+    """The same for betas that grow linearly from 1e-4 to 0.02 at 1000 timesteps, and in inverse proportion to their number: Ho et al. 2020, section 4."""
+    first, last = (beta * 1000 / timesteps for beta in LINEAR_BETAS)
+    betas = torch.linspace(first, last, timesteps, dtype=torch.float64).clamp(max=LARGEST_BETA)
+    return torch.cumprod(1 - betas, dim=0)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddpm": DDPM, "rflow": RFlow}
