@@ -18,6 +18,7 @@ from medgen.models.diffusion.network_settings import (
     refuse_unet_keys,
     with_unet_defaults,
 )
+from medgen.models.diffusion.perceptual_settings import Perceptual
 from medgen.models.settings import FamilyConfig, Offer, Settings
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Config(FamilyConfig):
     clip_norm: float = Field(1.0, gt=0)
     ema: EmaSettings | None = EmaSettings()  # null: none, the weights themselves are sampled
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
+    perceptual: Perceptual | None = None  # radimagenet | alex | vgg | squeeze: a loss on the predicted clean image, beside the squared error
 
     timesteps: int | None = Field(None, ge=2)  # ddpm; default 1000
     prediction: Literal["epsilon", "v"] | None = None  # ddpm; default epsilon
@@ -173,6 +175,21 @@ class Config(FamilyConfig):
             raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _perceptual_can_be_had(self) -> Config:
+        if self.perceptual is None:
+            return self
+        if set(self.mode_class.targets) == {"seg"}:
+            raise ValueError(f"perceptual: mode {self.mode} makes masks, and the networks know images; remove it")
+        if plugin.is_plugin(self.strategy):
+            from medgen.models.diffusion.perceptual import why_not
+            from medgen.models.diffusion.strategies import make_strategy
+
+            problem = why_not(make_strategy(self))
+            if problem is not None:
+                raise ValueError(f"perceptual: {problem}")
         return self
 
     def _refuse_keys_of_the_other_strategy(self) -> None:
@@ -248,6 +265,8 @@ class Config(FamilyConfig):
             self.dit.check_size(data.size)
         else:
             check_unet_size(self.unet_levels[0], data.size)
+        if self.perceptual is not None:
+            self.perceptual.check_size(data.size)
 
     @property
     def samplers(self) -> tuple[str, ...]:
