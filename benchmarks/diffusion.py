@@ -1,7 +1,8 @@
 """What a training step and sampling of the diffusion U-Net cost: medgen's beside MONAI's own inferer in a plain loop, and more processes beside one.
 
 Both sides have the same network with the same weights, the same batch and AdamW; neither keeps an average. medgen's step has more to do: each sample's
-own noise, clipping, the guard, the loss by time. The plain side on a GPU is float16 with a gradient scaler, as in MONAI's tutorials, and in float32.
+own noise, clipping, the guard, the loss by time. The plain side on a GPU is float16 with a gradient scaler, as in MONAI's tutorials, and in float32; TF32 is
+on for all.
 Sides are taken in turns; on the CPU seconds of one thread count, which others on the machine cannot make longer by taking turns with it."""
 
 from __future__ import annotations

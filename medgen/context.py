@@ -33,6 +33,7 @@ class Context:
         self.steps_per_epoch = 1.0
         self.phase = 0
         self.phase_progress = 0.0
+        self.rehearsing = False
         self.use_bf16 = uses_bf16(precision, ranks.device.type, capability_of(ranks.device))
         self.micro_batch, self._divisor = micro_batch, micro_batch_divisor
         self._wrapped: dict[int, nn.Module] = {}

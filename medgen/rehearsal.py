@@ -73,6 +73,7 @@ def _step(training: Training, samples: int) -> None:
     ranks = Ranks(0, 1, training.ranks.local_rank, training.ranks.device)
     alone = Context(ranks, training.config.loop.precision, samples)
     alone.step, alone.total_steps, alone.steps_per_epoch = clock.step, real.total_steps, real.steps_per_epoch
+    alone.rehearsing = True
     alone.phase, alone.phase_progress = clock.phase, real.phase_progress
     positions = list(range(min(2 * samples, _share(training))))
     rows = training.rows[np.resize(np.arange(len(training.rows)), len(positions))]

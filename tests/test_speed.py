@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +208,40 @@ def test_the_real_compiler_and_eager_learn_alike(tmp_path: Path, monkeypatch: py
     assert curve(fast) == pytest.approx(curve(plain), rel=1e-4)
 
 
+RANK = """
+import sys
+from pathlib import Path
+from test_speed import curve, small
+from medgen import dist
+from medgen.acceleration import compile_networks, recompute_activations
+from medgen.context import Context
+
+with dist.joined_ranks(threads=1) as ranks:
+    curves = []
+    for fast in (False, True):
+        network = small()
+        if fast:
+            recompute_activations(network.blocks)
+            compile_networks([network], Path(sys.argv[1]), backend="aot_eager")
+            network(__import__("torch").ones(64, 8)).sum().backward()  # alone, as in a rehearsal
+            network.zero_grad()
+        curves.append(curve(Context(ranks, "fp32", None).parallel(network)))
+    assert max(abs(one - other) / one for one, other in zip(*curves)) < 1e-5, curves
+    print("alike")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_with_compiled_networks_learn_alike(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+             for rank in range(2)]  # fmt: skip
+    assert [rank.communicate(timeout=400)[0].strip() for rank in ranks] == ["alike", "alike"]
+
+
 def test_where_the_compiler_fails_all_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
@@ -358,19 +394,20 @@ def test_what_reading_ahead_has_met_is_raised_at_its_step_and_the_thread_ends() 
 # all together, as a user has them
 
 
-def test_every_option_gives_the_same_training(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
+def test_two_ranks_with_every_option_train_as_two_without(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
     found = []
     options = {"checkpoint_activations": True, "read_ahead": True, "micro_batch": "auto"}
     for name, more in (("plain", {}), ("options", options)):
         config = {**TINY_NET, "mode": "bravo", "epochs": 3, "loop": {"log_steps": 1, "preview_images": 0, **more}}
-        medgen("submit", write_spec({**tiny_spec(name=name), "stages": {"train": {"kind": "train", "config": config, "resources": {"cpus": 1}}}}), "--local")
+        stage = {"kind": "train", "config": config, "resources": {"cpus": 1, "processes": 2}}
+        medgen("submit", write_spec({**tiny_spec(name=name), "stages": {"train": stage}}), "--local")
         [run] = (tmp_path / "runs").glob(f"{name}-*")
         newest = sorted((run / "train" / "ckpt").glob("step-*"))[-1]
         found.append({path.name: torch.load(path, weights_only=True) for path in newest.glob("*.pt")})
     assert_same(*found)
     facts = json.loads((run / "outcome" / "train.0.json").read_text())["facts"]
-    assert facts["accelerated"] == {"main": {"micro_batch": 8}}
-    assert "micro-batches of 8 samples: the whole share, since there is no GPU" in (run / "logs" / "train" / "s0" / "r0.a0.log").read_text()
+    assert facts["accelerated"] == {"main": {"micro_batch": 4}}
+    assert "micro-batches of 4 samples: the whole share, since there is no GPU" in (run / "logs" / "train" / "s0" / "r0.a0.log").read_text()
 
 
 @pytest.mark.parametrize(("family", "changes", "words"), [

@@ -103,13 +103,15 @@ class StepReport:
 class StepContext(Protocol):
     """What the loop offers a model's `step`. `step` counts finished optimizer updates of the main network.
 
-    `phase`: its number; `phase_progress`: the share of it that is finished, in [0, 1)."""
+    `phase`: its number; `phase_progress`: the share of it that is finished, in [0, 1).
+    `rehearsing`: the step leaves no trace and shows what steps take; where that depends on chance, it must take the most."""
 
     step: int
     total_steps: int
     steps_per_epoch: float
     phase: int
     phase_progress: float
+    rehearsing: bool
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for a forward pass; second derivatives belong outside of it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from medgen.names import absolute
+from medgen.pretrained.settings import WeightsFile
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -99,6 +100,11 @@ class FamilyConfig(Settings):
     def micro_batch_multiple(self) -> int:
         """Samples that must stay together in a backward pass."""
         return 1
+
+    @property
+    def weights_files(self) -> dict[str, WeightsFile]:
+        """The files of other networks' weights that training needs, by key."""
+        return {name: value for name, value in self if isinstance(value, WeightsFile)}
 
     @property
     def output_kind(self) -> Literal["image", "mask"]:

@@ -26,7 +26,7 @@ from medgen.report.gallery import Painter, StagePictures, stage_pictures
 from medgen.report.gather import StageFacts
 from medgen.report.summary import ImageSet, Measurement
 from medgen.rundir import RunDir
-from medgen.spec_data import DataSpec
+from medgen.spec_data import DataSpec, Window
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore
@@ -219,13 +219,20 @@ def _code(run: RunDir) -> str:
 
 
 def _data(source: Source, facts: StageFacts) -> list[Fact]:
-    data, store = source.plan.data, source.store
+    store = source.store
     if store is None:
         return [("real data", "no longer there")]
     rows = [(f"split {row['split']}", f"{row['patients']} patients, {row['slices']} slices, with a lesion: {row['positive']}") for row in words.split_table(store)]
-    window = data["window"]
-    told = f"{window['fixed'][0]:g} to {window['fixed'][1]:g}" if window["fixed"] else f"percentiles {window['percentiles'][0]:g} to {window['percentiles'][1]:g} of each volume"
+    told = _window(DataSpec.model_validate(source.plan.data).window)
     return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", store.fingerprint)]
+
+
+def _window(window: Window) -> str:
+    if window.percentiles is None:
+        assert window.fixed is not None, "the spec wants one of the two"
+        return f"{window.fixed[0]:g} to {window.fixed[1]:g}"
+    told = f"percentiles {window.percentiles[0]:g} to {window.percentiles[1]:g} of each volume"
+    return told if window.joint is None else f"{told}; {' and '.join(window.joint)} of a patient share the widest"
 
 
 def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
