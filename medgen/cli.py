@@ -98,6 +98,18 @@ def check(
     raise typer.Exit(told.exit)
 
 
+@app.command("find-lr", rich_help_panel="Jobs")
+def find_lr(
+    spec: SpecPath, override: Override = None, stage: StageName = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=20, max=10_000, help="how many rates are tried; default: as the configuration says, else 100", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", help="the folder to make; it must not exist")] = Path("find_lr"),
+) -> None:
+    """Look for the learning rate of a train stage: a sweep over a model that is thrown away, its curve, a suggestion. No run is made."""
+    from medgen import find_lr as finding
+
+    print(names.printable(finding.find_lr(spec, override or [], stage, steps, out)))
+
+
 @app.command(rich_help_panel="Jobs")
 def watch(
     run: RunName, as_json: AsJson = False,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
-from medgen import checkpoint, commits, dist, fault, planning, rng, spec
+from medgen import checkpoint, commits, dist, fault, lr_search, planning, spec
 from medgen.activity import Stragglers
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
@@ -73,10 +73,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
         while clock.step < phase_end:
             context.step, context.phase = clock.step, number
             context.phase_progress = (clock.step - clock.phase_start_step) * phase.batch_size / (phase.epochs * samples)
-            positions = _my_positions(clock.step - clock.phase_start_step, phase.batch_size, ranks)
-            rows = training.rows[rng.sample_order(positions, samples, work.plan.seed, f"{work.stage.name}/order/{clock.phase}")]
             activity.now("reading data")
-            batch = training.batch(rows, positions, f"train/{clock.phase}")
+            batch = training.batch_of_step(clock.step - clock.phase_start_step)
             activity.now("computing a step")
             report = model.step(batch, context)
             activity.now("computing a step")
@@ -129,9 +127,38 @@ def _tell_stragglers(work: Work, stragglers: Stragglers, own_seconds: list[float
     return max(own_seconds) / max(median(own_seconds), 1e-9)
 
 
+@dataclass(frozen=True)
+class Slices:
+    """What is trained on: the store at full size, and the rows of it. `repeated`: the stage whose choice is trained again."""
+
+    data: DataSpec
+    store: SliceStore
+    rows: np.ndarray
+    val_rows: np.ndarray
+    repeated: str | None
+
+
 def _prepare(work: Work, ranks: Ranks) -> Training:
-    """Data, model and context, the same on every rank."""
+    """Data, model and context, the same on every rank; the learning rate is searched if that is asked for and was not done yet."""
     config: FamilyConfig = spec.family_config(work.stage.settings["config"])
+    slices, found = _slices(work, config), None
+    if config.find_lr is not None:
+        found = lr_search.found_once(work, ranks, lambda: _assemble(work, ranks, config, slices))
+        config = lr_search.with_lr(config, found)
+    training = _assemble(work, ranks, config, slices)
+    training.found_lr = found
+    work.say(f"{len(slices.rows):,} training and {len(slices.val_rows):,} validation slices of {slices.store.size} px, {ranks.world_size} x {ranks.device_name}, "
+             f"{'bf16 autocast' if training.context.use_bf16 else 'float32'}")
+    return training
+
+
+def prepare_search(work: Work, ranks: Ranks) -> Training:
+    """A training whose model is there to be spoilt by `lr_search.search`."""
+    config: FamilyConfig = spec.family_config(work.stage.settings["config"])
+    return _assemble(work, ranks, config, _slices(work, config))
+
+
+def _slices(work: Work, config: FamilyConfig) -> Slices:
     data = DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     positive_only = config.trains_positive_only(data)
@@ -141,9 +168,14 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
         rows, val_rows = np.sort(np.concatenate([rows, val_rows])), val_rows[:0]
     elif len(val_rows) == 0:
         work.say("no validation slices: best-val will not exist; give the data a val split to have it")
-    val_rows = evenly(val_rows, config.loop.validate_samples)
+    return Slices(data, store, rows, evenly(val_rows, config.loop.validate_samples), repeated)
+
+
+def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) -> Training:
+    """A fresh model for these slices. Raises InputError if the ranks cannot share its batches."""
+    data, store = slices.data, slices.store
     model = build_model(work.stage.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, work.stage.name)
-    phases = model.phases() if repeated is None else _repeated_phases(work, repeated, model)
+    phases = model.phases() if slices.repeated is None else _repeated_phases(work, slices.repeated, model)
     stores = {store.size: store, **{phase.size: of_size(work, data, phase.size, store) for phase in phases if phase.size != store.size}}
     for module in model.modules().values():
         module.to(ranks.device)
@@ -154,10 +186,8 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     problem = planning.uneven_batch((phase.batch_size for phase in phases), ranks.world_size)
     if problem is not None:
         raise InputError(f"{work.stage.name}: a batch of {problem}")
-    context.total_steps = sum(steps_in(phase, len(rows)) for phase in phases)
-    work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
-             f"{'bf16 autocast' if context.use_bf16 else 'float32'}")
-    return Training(work, ranks, config, stores, rows, val_rows, model, phases, context)
+    context.total_steps = sum(steps_in(phase, len(slices.rows)) for phase in phases)
+    return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, phases, context)
 
 
 def _repeated_phases(work: Work, repeated: str, model: Model) -> list[Phase]:
@@ -187,13 +217,6 @@ def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch
     if validate_epochs is not None:
         return max(1, round(validate_epochs * steps_per_epoch))
     return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))
-
-
-def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
-    """Positions in the run of this rank's share of the global batch at `step`."""
-    share = batch_size // ranks.world_size
-    first = step * batch_size + ranks.rank * share
-    return list(range(first, first + share))
 
 
 def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:
@@ -231,7 +254,8 @@ def _finish(training: Training) -> Done:
         "data": training.store.fingerprint,
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
         "best_epochs": best_epochs(training),
+        **({"found_lr": training.found_lr} if training.found_lr is not None else {}),
     }
     folders = {found.folder: found for found in chosen.values()}
     produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]
-    return Done([*produced, run.training_log(stage)] if training.ranks.is_main else [], facts)
+    return Done([*produced, *lr_search.files_of(run, stage), run.training_log(stage)] if training.ranks.is_main else [], facts)
