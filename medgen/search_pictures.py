@@ -1,4 +1,4 @@
-"""The picture of find-lr: one panel, PNG. Used by lr_search.py."""
+"""The pictures of find-lr and find-steps: one panel each, PNG. Used by lr_search.py and find_steps.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from medgen.step_measure import Measured
+
 WIDTH, HEIGHT = 7.2, 3.8  # inches
 DOTS_PER_INCH = 110
+TICK_FACTOR = 1.12
+SAMPLER_COLOURS = ("#2f6f9f", "#2c7a4b", "#7a5a9e", "#9a7b1f")
 INK, SOFT, LINE, POINT, CHOSEN = "#1d2126", "#5d666f", "#e2dfd8", "#2f6f9f", "#c8552b"
 
 
@@ -59,3 +63,33 @@ def _save(figure: Figure, axes: Axes, path: Path) -> None:
     packed = io.BytesIO()
     figure.savefig(packed, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})  # no version in it: equal pictures are equal files
     files.write_bytes(path, packed.getvalue())
+
+
+def draw_steps(path: Path, measured: list[Measured], best: Measured, chosen: Measured, words: str) -> None:
+    """How much higher the KID is than the best one, with the interval of the paired difference, against evaluations of the network; a line per sampler."""
+    figure, axes = _panel(f"{chosen.sampler}, {chosen.steps} steps", words)
+    axes.axhline(0, color=INK, linewidth=1, zorder=1)
+    for number, sampler in enumerate(dict.fromkeys(item.sampler for item in measured)):
+        items = sorted((item for item in measured if item.sampler == sampler), key=lambda item: item.evaluations)
+        colour, places = SAMPLER_COLOURS[number % len(SAMPLER_COLOURS)], [item.evaluations for item in items]
+        above = [item.above(best) for item in items]
+        axes.vlines(places, [ends[0] for _, ends in above], [ends[1] for _, ends in above], color=colour, linewidth=1.4, alpha=0.55)
+        axes.plot(places, [value for value, _ in above], color=colour, marker="o", markersize=4, linewidth=1.6, label=f"{sampler}, 95 % of the difference")
+    axes.scatter([best.evaluations], [0], s=110, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4, label=f"best, KID {best.kid:.4g}")
+    axes.scatter([chosen.evaluations], [chosen.above(best)[0]], s=60, color=CHOSEN, zorder=5, label="fewest that are as good")
+    axes.set_xscale("log")
+    ticks = sorted({item.evaluations for item in measured})
+    axes.set_xticks(_apart(ticks), [str(tick) for tick in _apart(ticks)])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("evaluations of the network per image", fontsize=9, color=INK)
+    axes.set_ylabel("KID above the best", fontsize=9, color=INK)
+    _save(figure, axes, path)
+
+
+def _apart(ticks: list[int]) -> list[int]:
+    """Those that leave room for each other's numbers on a logarithmic axis."""
+    kept: list[int] = []
+    for tick in ticks:
+        if not kept or tick / kept[-1] >= TICK_FACTOR:
+            kept.append(tick)
+    return kept
