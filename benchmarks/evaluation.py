@@ -24,11 +24,12 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from medgen import rng
-from medgen.evaluate import distances, extractors, features, lpips_distance, torchvision_operators
+from medgen.evaluate import distances, extractors, features, lpips_distance
 from medgen.evaluate.extractors import Extractor
 from medgen.evaluate.features import Bench, Pictures
 from medgen.evaluate.lpips_distance import Lpips
 from medgen.files import sha256_file
+from medgen.pretrained import torchvision_operators
 
 PIXELS = 128
 COUNT = 200  # images a side

@@ -45,7 +45,7 @@ for step in range(steps):
     torch.nn.utils.clip_grad_norm_(model.network.parameters(), 1.0)
     model.optimizer.step()
     model.optimizer.zero_grad(set_to_none=True)
-    model.ema.update()
+    [average.update() for average in model.averages.values()]
     loss.item()
     times.append(time.perf_counter() - start)
 print(json.dumps(times))

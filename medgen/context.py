@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from medgen import dist
 from medgen.activity import Activity
+from medgen.device import capability_of, uses_bf16
 from medgen.dist import Ranks
-from medgen.errors import InputError
 from medgen.models.base import Batch
 
 MEASURED_FORWARDS = 64  # of a logging window, on a GPU
@@ -33,8 +33,9 @@ class Context:
         self.steps_per_epoch = 1.0
         self.phase = 0
         self.phase_progress = 0.0
-        self.use_bf16 = _use_bf16(ranks.device, precision)
-        self._micro_batch, self._divisor = micro_batch, micro_batch_divisor
+        self.rehearsing = False
+        self.use_bf16 = uses_bf16(precision, ranks.device.type, capability_of(ranks.device))
+        self.micro_batch, self._divisor = micro_batch, micro_batch_divisor
         self._wrapped: dict[int, nn.Module] = {}
         self._forward_began = 0.0
         self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # begin and end
@@ -60,8 +61,12 @@ class Context:
             )
         return self._wrapped[id(module)]
 
+    def part_size(self, samples: int) -> int:
+        """Of so many samples of a rank, how many are in one backward pass."""
+        return max(1, -(-(self.micro_batch or samples) // self._divisor))
+
     def micro_batches(self, batch: Batch, module: nn.Module) -> Iterator[tuple[Batch, float]]:
-        size = max(1, -(-(self._micro_batch or len(batch)) // self._divisor))
+        size = self.part_size(len(batch))
         last_start = (len(batch) - 1) // size
         for number, part in enumerate(batch.split(size)):
             silent = isinstance(module, DistributedDataParallel) and number < last_start
@@ -105,11 +110,3 @@ def _recorded() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def _use_bf16(device: torch.device, precision: str) -> bool:
-    """bf16 only where the hardware has it: emulated, it is three times slower than float32."""
-    has_units = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "bf16" and not has_units:
-        raise InputError(f"loop.precision: bf16: this device ({device.type}) has no bf16 units; write auto or fp32")
-    return has_units and precision != "fp32"

@@ -20,23 +20,26 @@ from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted
 from medgen.lr_curve import Curve, Smoothed
 from medgen.models.settings import FamilyConfig, LrSearch
+from medgen.rehearsal import prepare_phase
 from medgen.resume import take_over
 from medgen.rundir import RunDir
 from medgen.task import Work
 from medgen.training import Training
 
 
-def found_once(work: Work, ranks: Ranks, assemble: Callable[[], Training]) -> float:
+def swept(config: FamilyConfig) -> FamilyConfig:
+    """The configuration of the model that is swept: no step is skipped, as the sweep is to see what happens, and nothing is compiled for so few."""
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"spike_factor": None, "compile": False})})
+
+
+def found_once(work: Work, ranks: Ranks, settings: LrSearch, assemble: Callable[[], Training]) -> float:
     """The learning rate of a stage: the one in its record, or searched now with a training that is made for it alone. The same on every rank."""
     known = dist.on_main(lambda: _known(work), ranks)
     if known is not None:
         work.say(f"find_lr: lr {known:.2e}, as found before")
         return known
-    training = assemble()
-    settings = training.config.find_lr
-    assert settings is not None, "only called if it is asked for"
     work.say(f"find_lr: trying {settings.steps} learning rates from {lr_curve.LOWEST_RATE:g} to {lr_curve.HIGHEST_RATE:g}, on a model of its own")
-    curve = search(training, settings)
+    curve = search(assemble(), settings)
     dist.on_main(lambda: write(work.run.lr_search(work.stage.name), curve, {"task_hash": work.task.hash, "device": ranks.device_name}), ranks)
     work.say(f"find_lr: lr {curve.suggestion:.2e}, {curve.in_words}; {work.run.lr_search(work.stage.name).relative_to(work.run.root)}")
     return curve.suggestion
@@ -94,6 +97,7 @@ def search(training: Training, settings: LrSearch) -> Curve:
     training.clock.phase = next(number for number, phase in enumerate(training.phases) if phase.epochs > 0)
     context.phase, context.phase_progress = training.clock.phase, 0.0
     context.steps_per_epoch = len(training.rows) / training.phase.batch_size
+    prepare_phase(training)
     rates, losses, smoothed = lr_curve.rates(settings.steps), list[float](), Smoothed()
     for number, rate in enumerate(rates):
         context.step = number

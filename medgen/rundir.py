@@ -62,6 +62,7 @@ class Heartbeat:
 
     `advanced`: unix seconds of the last progress; None in those that an older medgen wrote. `doing`: a word of activity.py.
     `slow`: ranks that keep the others waiting, and how many times slower they are.
+    `skipped`: where too many steps of a training are: how many `steps` `of` the last.
     `heard`: when it came, for whoever asks how old it is; `time` and `advanced` are by the clock of its node, which may be wrong."""
 
     stage: str
@@ -77,6 +78,7 @@ class Heartbeat:
     advanced: float | None = None
     doing: str = ""
     slow: list[tuple[int, float]] = field(default_factory=list)
+    skipped: dict[str, int] | None = None
     heard: float = 0.0  # set by reading, not written
 
     @property
@@ -364,6 +366,7 @@ class RunDir:
             return None
         numbers = (beat.step, beat.total, beat.time, beat.attempt, beat.time if beat.advanced is None else beat.advanced)
         sound = all(isinstance(number, int | float) for number in numbers) and isinstance(beat.doing, str) and isinstance(beat.slow, list)
+        sound = sound and (beat.skipped is None or (isinstance(beat.skipped, dict) and all(isinstance(beat.skipped.get(key), int) for key in ("steps", "of"))))
         return beat if sound and all(_is_rank_and_factor(item) for item in beat.slow) else None
 
     def read_rank_beat(self, stage: str, shard: int, rank: int) -> RankBeat | None:
@@ -435,6 +438,7 @@ EVENT_FACTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "checkpoint_lost": {"stage": str},
     "requeue_refused": {"stage": str, "shard": int},
     "rank_lost": {"stage": str, "shard": int, "attempt": int, "cause": str},
+    "steps_skipped": {"stage": str, "shard": int, "cause": str},
     "rank_ended": {"stage": str, "shard": int, "attempt": int, "cause": str},
 }
 

@@ -167,7 +167,7 @@ def _check_config(spec: Spec, spec_document: Document, name: str) -> None:
         checked.check_data(spec.data)
     except ValueError as error:
         raise spec_document.error(path, str(error)) from None
-    checked = _with_start(checked)
+    checked = _with_hashes(_with_start(checked))
     # the resolved form, defaults filled in: a later change of a default cannot reach this run
     resolved = {"model": config["model"], **checked.model_dump(mode="json")}
     spec.stages[name].config.clear()  # type: ignore[union-attr]
@@ -182,6 +182,11 @@ def _with_start(checked: FamilyConfig) -> FamilyConfig:
         return checked.model_copy(update={"start_sha256": commits.read(checked.start_from).sha256})
     except (OSError, ValueError):
         return checked
+
+
+def _with_hashes(checked: FamilyConfig) -> FamilyConfig:
+    """Knowing what its files of weights hold; like `_with_start`, submit asks whether they are there."""
+    return checked.model_copy(update={name: file.with_hash() for name, file in checked.weights_files.items()})
 
 
 def _take_config(spec: Spec, spec_document: Document, name: str, repeated: str, config: dict[str, Any]) -> None:
@@ -305,10 +310,12 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         if giver.count < stage.count:
             raise spec_document.error((*path, "count"), f"{stage.count} images need as many masks, but {stage.condition} makes {giver.count}")
     try:
-        config.sampling(stage.sampling)
+        sampling = config.sampling(stage.sampling)
     except ValueError as error:
         text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()) if hasattr(error, "errors") else str(error)
         raise spec_document.error((*path, "sampling"), text) from None
+    stage.sampling.clear()
+    stage.sampling.update(sampling.model_dump(mode="json"))  # the resolved form, like that of a training
 
 
 def _waits_for(spec: Spec, name: str) -> list[str]:

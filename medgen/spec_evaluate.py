@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from medgen import weights
-from medgen.errors import InputError
-from medgen.names import absolute
+from medgen.pretrained.settings import LpipsBackbone, PublishedWeights, Sha256, WeightsFile
 from medgen.spec_base import Frozen, StageName, StageSpec
-from medgen.weights import INCEPTION_SHA256, Published
+from medgen.weights import INCEPTION_SHA256
 
 USUAL_METRICS = ("mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd")
 FEATURE_METRICS = ("fid", "kid", "prdc", "cmmd")  # compare the features of an extractor
 PERCEPTUAL_METRICS = ("lpips", "lpips_diversity")  # compare images by LPIPS
 MASK_METRICS = ("dice", "iou", "hd95")  # of masks that belong together
 METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, *PERCEPTUAL_METRICS, "ssim_pairs", "auc", *MASK_METRICS)
-LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet"}  # their names in weights.py
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class WeightsFile(Frozen):
-    """Weights that are a file on this machine: nothing is ever downloaded."""
-
-    key: ClassVar[str] = "extractor"  # where in the spec it stands, for messages
-
-    file: Path
-    sha256: Sha256 | None = None
-
-    @field_validator("file")
-    @classmethod
-    def _file_counts_from_here(cls, value: Path) -> Path:
-        return absolute(value)
-
-    @property
-    def published(self) -> Published | None:
-        """What medgen knows of the file that its authors publish; None if it may be anybody's."""
-        return None
-
-    def verified(self) -> str:
-        """The sha256 of the file. Raises InputError if it is missing, or not the one that the spec, its publisher or its record tells."""
-        return weights.verified(self.file, self.sha256, self.published, self.key)
-
-
-class PublishedWeights(WeightsFile):
-    """Weights that lie in $MEDGEN_WEIGHTS under the name of their publisher, unless `file` names another place."""
-
-    @classmethod
-    def published_name(cls, value: dict[str, Any]) -> str:
-        """Which entry of weights.REGISTRY the settings ask for; raises ValueError for a setting that names none."""
-        raise NotImplementedError
-
-    @property
-    def published(self) -> Published:
-        return weights.REGISTRY[self.published_name(self.model_dump())]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_place(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "file" in value:
-            return value
-        try:
-            return {**value, "file": weights.usual_file(weights.REGISTRY[cls.published_name(value)])}
-        except InputError as error:
-            raise ValueError(str(error)) from None
 
 
 class InceptionExtractor(PublishedWeights):
@@ -132,20 +82,6 @@ class EncoderExtractor(Frozen):
     size: int | None = Field(None, ge=16, le=256)  # pixels of a side; None: 64, or those of the data if they have fewer
     steps: int = Field(600, ge=50, le=100_000)
     width: int = Field(32, ge=4, le=256)  # channels of the first layers; the features are eight times as many
-
-
-class LpipsBackbone(PublishedWeights):
-    """The network whose features LPIPS compares, trained on ImageNet; what LPIPS puts on top comes with its package."""
-
-    key: ClassVar[str] = "lpips"
-
-    net: Literal["alex", "vgg", "squeeze"]
-
-    @classmethod
-    def published_name(cls, value: dict[str, Any]) -> str:
-        if "net" not in value or value["net"] not in LPIPS_BACKBONES:
-            raise ValueError(f"net: which network; write one of {', '.join(LPIPS_BACKBONES)}")
-        return LPIPS_BACKBONES[value["net"]]
 
 
 def _extractor_by_name(value: Any) -> Any:

@@ -61,6 +61,7 @@ class Work:
     world_size: int = 1
     activity: Activity = field(default_factory=Activity)
     slow: list[tuple[int, float]] = field(default_factory=list)  # ranks and how many times slower than the others they are
+    skipped: dict[str, int] | None = None  # that too many steps were skipped: `steps` of the last `of`
     ended_rank: int | None = None  # another rank whose process has ended before the work
     ended_rank_known: threading.Event = field(default_factory=threading.Event)
     _progress: dict[str, Any] = field(default_factory=lambda: {"step": 0, "total": 0, "unit": "", "loss": None, "advanced": time.time()})
@@ -108,7 +109,7 @@ class Work:
         """Raises OSError if it cannot be written."""
         now, host, pid, progress, doing = time.time(), socket.gethostname(), os.getpid(), self._progress, self.activity.doing
         if self.is_main:
-            beat = Heartbeat(self.stage.name, self.task.shard, self.attempt, **progress, time=now, host=host, pid=pid, doing=doing, slow=self.slow)
+            beat = Heartbeat(self.stage.name, self.task.shard, self.attempt, **progress, time=now, host=host, pid=pid, doing=doing, slow=self.slow, skipped=self.skipped)
             self.run.write_heartbeat(beat)
         else:
             rank_beat = RankBeat(self.rank, self.attempt, progress["step"], progress["advanced"], doing, now, host, pid)

@@ -12,15 +12,21 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
+import torch
 
-from medgen import checkpoint, commits, dist, fault, lr_search, planning, spec
+from medgen import checkpoint, commits, dist, fault, health, lr_search, planning, spec
+from medgen.acceleration import recompute_activations
 from medgen.activity import Stragglers
+from medgen.ahead import Batches
+from medgen.ahead import batches as batches_of
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
+from medgen.device import capability_of, reads_ahead, set_tf32, uses_tf32
 from medgen.dist import Ranks
-from medgen.errors import InputError, Interrupted, MedgenError
+from medgen.errors import InputError, Interrupted
 from medgen.models.base import Model, Phase
 from medgen.models.settings import FamilyConfig
+from medgen.rehearsal import prepare_phase
 from medgen.resume import go_back_to_best, resume, save
 from medgen.spec_data import DataSpec
 from medgen.task import Done, Work
@@ -28,6 +34,7 @@ from medgen.train_log import Averages, TrainingLog
 from medgen.training import Training, build_model, of_size, shape_of, steps_in
 from medgen.validation import best_epochs, evenly, validate_and_show
 
+CPU = torch.device("cpu")
 MIN_VALIDATE_STEPS = 50  # by default: a validation with its pictures costs as much as several steps
 CONTINUE, SAVE, STOP = 0, 1, 2  # what ranks agree on after every step
 
@@ -44,7 +51,9 @@ def train(work: Work) -> Done:
         resume(training)
         log = _open_log(training) if ranks.is_main else None
         try:
-            _run(training, log)
+            ahead = reads_ahead(training.config.loop.read_ahead, ranks.device.type)
+            with batches_of(lambda step: training.batch_of_step(step - training.clock.phase_start_step, CPU), ranks.device, ahead) as batches:
+                _run(training, batches, log)
         finally:
             if log:
                 log.close()
@@ -52,7 +61,7 @@ def train(work: Work) -> Done:
         return _finish(training)
 
 
-def _run(training: Training, log: TrainingLog | None) -> None:
+def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
     """The training loop."""
     work, ranks, model, clock, context = training.work, training.ranks, training.model, training.clock, training.context
     loop = training.config.loop
@@ -69,14 +78,18 @@ def _run(training: Training, log: TrainingLog | None) -> None:
         context.steps_per_epoch = samples / phase.batch_size
         phase_end = clock.phase_start_step + steps_in(phase, samples)
         validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
+        activity.now("computing a step")
+        prepare_phase(training)
+        window_start = time.monotonic()
 
         while clock.step < phase_end:
             context.step, context.phase = clock.step, number
             context.phase_progress = (clock.step - clock.phase_start_step) * phase.batch_size / (phase.epochs * samples)
             activity.now("reading data")
-            batch = training.batch_of_step(clock.step - clock.phase_start_step)
+            batch = batches.of(clock.step, clock.step + 1 if clock.step + 1 < phase_end else None)
             activity.now("computing a step")
             report = model.step(batch, context)
+            batches.learn(batch)
             activity.now("computing a step")
             clock.step += 1
             if fault.ARMED and fault.at("step", step=clock.step) == "nan":
@@ -90,7 +103,8 @@ def _run(training: Training, log: TrainingLog | None) -> None:
             if step_in_phase % loop.log_steps == 0 or clock.step == phase_end:
                 activity.now("waiting for the others")
                 values, own_seconds = averages.means_and_all(ranks, lambda: context.take_own_seconds() / window_steps)  # noqa: B023  called at once
-                _stop_if_diverged(training, values["loss"], window_steps)
+                health.stop_if_hopeless(training, values, window_steps)
+                health.tell_of_skipped(training, values, window_steps)
                 values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
                 last_loss = values["loss"]
                 if ranks.world_size > 1:
@@ -143,19 +157,19 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
     config: FamilyConfig = spec.family_config(work.stage.settings["config"])
     slices, found = _slices(work, config), None
     if config.find_lr is not None:
-        found = lr_search.found_once(work, ranks, lambda: _assemble(work, ranks, config, slices))
+        found = lr_search.found_once(work, ranks, config.find_lr, lambda: _assemble(work, ranks, lr_search.swept(config), slices))
         config = lr_search.with_lr(config, found)
     training = _assemble(work, ranks, config, slices)
     training.found_lr = found
     work.say(f"{len(slices.rows):,} training and {len(slices.val_rows):,} validation slices of {slices.store.size} px, {ranks.world_size} x {ranks.device_name}, "
-             f"{'bf16 autocast' if training.context.use_bf16 else 'float32'}")
+             f"{'bf16 autocast' if training.context.use_bf16 else 'float32'}{', TF32' if uses_tf32(config.loop.precision, capability_of(ranks.device)) else ''}")
     return training
 
 
 def prepare_search(work: Work, ranks: Ranks) -> Training:
     """A training whose model is there to be spoilt by `lr_search.search`."""
     config: FamilyConfig = spec.family_config(work.stage.settings["config"])
-    return _assemble(work, ranks, config, _slices(work, config))
+    return _assemble(work, ranks, lr_search.swept(config), _slices(work, config))
 
 
 def _slices(work: Work, config: FamilyConfig) -> Slices:
@@ -182,11 +196,15 @@ def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) ->
     relief = work.run.read_relief(work.stage.name, work.task.shard)
     if relief.micro_batch_divisor > 1:
         work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
-    context = Context(ranks, config.loop.precision, config.loop.micro_batch, relief.micro_batch_divisor, work.activity)
+    asked = config.loop.micro_batch
+    context = Context(ranks, config.loop.precision, asked if isinstance(asked, int) else None, relief.micro_batch_divisor, work.activity)
+    set_tf32(uses_tf32(config.loop.precision, capability_of(ranks.device)))
     problem = planning.uneven_batch((phase.batch_size for phase in phases), ranks.world_size)
     if problem is not None:
         raise InputError(f"{work.stage.name}: a batch of {problem}")
     context.total_steps = sum(steps_in(phase, len(slices.rows)) for phase in phases)
+    if config.loop.checkpoint_activations:
+        recompute_activations(model.blocks())
     return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, phases, context)
 
 
@@ -219,23 +237,6 @@ def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch
     return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))
 
 
-def _stop_if_diverged(training: Training, loss: float, steps: int) -> None:
-    """Raise MedgenError if the loss is not finite, or has stayed far above its best for too long."""
-    clock, loop = training.clock, training.config.loop
-    advice = "lower lr, lengthen the warm-up or lower clip_norm; the last good checkpoint is kept"
-    if not math.isfinite(loss):
-        raise MedgenError(f"the loss became {loss} between steps {clock.step - steps + 1} and {clock.step}; {advice}")
-    if not training.config.loss_falls:
-        return
-    clock.best_loss = min(clock.best_loss, loss)
-    clock.steps_above = clock.steps_above + steps if loss > loop.divergence_factor * clock.best_loss else 0
-    if clock.steps_above >= loop.divergence_steps:
-        raise MedgenError(
-            f"diverged: the loss ({loss:.4g}) has been more than {loop.divergence_factor:g} times its best ({clock.best_loss:.4g}) "
-            f"for {clock.steps_above} steps, now step {clock.step}; {advice}"
-        )
-
-
 def _open_log(training: Training) -> TrainingLog:
     run, stage = training.work.run, training.work.stage.name
     return TrainingLog(
@@ -255,6 +256,7 @@ def _finish(training: Training) -> Done:
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
         "best_epochs": best_epochs(training),
         **({"found_lr": training.found_lr} if training.found_lr is not None else {}),
+        "accelerated": training.accelerated,
     }
     folders = {found.folder: found for found in chosen.values()}
     produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]

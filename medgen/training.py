@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from medgen import models, rng
+from medgen.acceleration import CompiledForward
 from medgen.checkpoint import Checkpoint
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
@@ -34,6 +36,9 @@ class Clock:
     phase_start_step: int = 0
     best_loss: float = math.inf  # of the logged windows; for the divergence stop
     steps_above: int = 0
+    steps_constant: int = 0  # running, whose loss is that of a constant
+    skipped: int = 0  # of the last skip_steps, for the alarm
+    skip_steps: int = 0
 
 
 @dataclass
@@ -52,6 +57,8 @@ class Training:
     clock: Clock = field(default_factory=Clock)
     grace_looked_at: bool = False
     found_lr: float | None = None  # the learning rate that was searched, where none was written
+    accelerated: dict[str, Any] = field(default_factory=dict)  # how, by phase, for the outcome's facts
+    compiled: list[CompiledForward] | None = None  # None: not tried yet
 
     @property
     def folder(self) -> Path:
@@ -71,20 +78,20 @@ class Training:
         """The slices at full size."""
         return self.stores[max(self.stores)]
 
-    def batch(self, rows: np.ndarray, positions: list[int], stream: str) -> Batch:
-        """Slices by row number, of the phase's size, as one batch on the device; noise will be drawn by position and stream."""
-        store, device = self.stores[self.phase.size], self.ranks.device
+    def batch(self, rows: np.ndarray, positions: list[int], stream: str, device: torch.device | None = None) -> Batch:
+        """Slices by row number, of the phase's size, as one batch; noise will be drawn by position and stream. `device`: the training's by default."""
+        store, device = self.stores[self.phase.size], device or self.ranks.device
         channels = {name: load_channel(store, name, rows, device) for name in self.config.input_channels}
         labels = torch.from_numpy(store.labels(rows)).to(device) if self.config.uses_labels else None
         return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", labels)
 
-    def batch_of_step(self, step: int) -> Batch:
-        """This rank's share of the global batch at a step of the phase, counted from 0."""
+    def batch_of_step(self, step: int, device: torch.device | None = None) -> Batch:
+        """This rank's share of the global batch at a step of the phase, counted from 0. `device`: as of `batch`."""
         share = self.phase.batch_size // self.ranks.world_size
         first = step * self.phase.batch_size + self.ranks.rank * share
         positions = list(range(first, first + share))  # in the order of the whole phase
         rows = self.rows[rng.sample_order(positions, len(self.rows), self.work.plan.seed, f"{self.work.stage.name}/order/{self.clock.phase}")]
-        return self.batch(rows, positions, f"train/{self.clock.phase}")
+        return self.batch(rows, positions, f"train/{self.clock.phase}", device)
 
     def given(self, rows: np.ndarray) -> Given:
         """What images like these slices are made from, of the phase's size."""

@@ -5,9 +5,12 @@ found, for files whose publisher gives none or only its first digits. A file tha
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
+import pickletools
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -27,6 +30,7 @@ PAGE = "docs/weights.md"
 WITHOUT = "what needs no weights: extractor: encoder or random_conv, and the metrics swd, ssim_pairs and ms_ssim_diversity"
 SHOWN_DIGITS = 8  # of a hash, as many as publishers put into a file's name
 SHOWN_COLUMNS = 120  # where there is no terminal
+LEGACY_PICKLES = 4  # at the start of a file that torch saved before 1.6: two marks, the system, the object
 COLOURS = {"there": "green", "not recorded": "yellow", "missing": "dim", "changed": "bold red"}
 
 
@@ -86,18 +90,18 @@ _ENTRIES = (
         holds={"module.layer4.2.conv3.weight": (2048, 512, 1, 1), "module.prototypes.weight": (3000, 128)},
     ),
     Published(
-        name="radimagenet", purpose="extractor: radimagenet", file_name="ResNet50.pt",
+        name="radimagenet", purpose="extractor, perceptual", file_name="ResNet50.pt",
         source="RadImageNet_pytorch/ResNet50.pt in https://drive.google.com/file/d/1RHt2GnuOYlc_gcoTETtBDSW73mFyRAtR",
         licence="MIT", citation="Mei et al. 2022, doi:10.1148/ryai.210315",
         holds={"backbone.7.2.conv3.weight": (2048, 512, 1, 1)},
     ),
     _torchvision("resnet50", "extractor: resnet50", "resnet50-11ad3fa6.pth", "11ad3fa6", "He et al. 2015, arXiv:1512.03385",
                  {"layer4.2.conv3.weight": (2048, 512, 1, 1), "fc.weight": (1000, 2048)}),
-    _torchvision("alexnet", "lpips: alex", "alexnet-owt-7be5be79.pth", "7be5be79", "Krizhevsky 2014, arXiv:1404.5997",
+    _torchvision("alexnet", "lpips, perceptual", "alexnet-owt-7be5be79.pth", "7be5be79", "Krizhevsky 2014, arXiv:1404.5997",
                  {"features.10.weight": (256, 256, 3, 3), "classifier.6.weight": (1000, 4096)}),
-    _torchvision("vgg16", "lpips: vgg", "vgg16-397923af.pth", "397923af", "Simonyan and Zisserman 2014, arXiv:1409.1556",
+    _torchvision("vgg16", "lpips, perceptual", "vgg16-397923af.pth", "397923af", "Simonyan and Zisserman 2014, arXiv:1409.1556",
                  {"features.28.weight": (512, 512, 3, 3), "classifier.6.weight": (1000, 4096)}),
-    _torchvision("squeezenet", "lpips: squeeze", "squeezenet1_1-b8a52dc0.pth", "b8a52dc0", "Iandola et al. 2016, arXiv:1602.07360",
+    _torchvision("squeezenet", "lpips, perceptual", "squeezenet1_1-b8a52dc0.pth", "b8a52dc0", "Iandola et al. 2016, arXiv:1602.07360",
                  {"features.12.expand3x3.weight": (256, 64, 3, 3), "classifier.1.weight": (1000, 512, 1, 1)}),
 )  # fmt: skip
 REGISTRY = {entry.name: entry for entry in _ENTRIES}
@@ -111,28 +115,61 @@ def folder() -> Path:
     return absolute(Path(named))
 
 
-def usual_file(entry: Published) -> Path:
-    """Where this file lies. Raises InputError, with what to fetch, if there is no folder for weights."""
+def usual_file(entry: Published, without: str) -> Path:
+    """Where this file lies. Raises InputError, with what to fetch and what can be done `without` it, if there is no folder for weights."""
     try:
         return folder() / entry.file_name
     except InputError as error:
-        raise InputError(f"{entry.name} needs its weights, and there is {error}, and put there {_fetch(entry)}; or write file: <path>; {WITHOUT}") from None
+        raise InputError(f"{entry.name} needs its weights, and there is {error}, and put there {_fetch(entry)}; or write file: <path>; {without}") from None
 
 
-def verified(file: Path, expected: str | None, entry: Published | None, key: str) -> str:
+def verified(file: Path, expected: str | None, entry: Published | None, key: str, without: str) -> str:
     """The sha256 of a file that a spec names under `key`.
 
-    It must be `expected` if that is given, else what the publisher says, and what was recorded of this file. Raises InputError if not,
-    or if it is missing: with what to fetch, where to put it, and what can be computed without."""
+    It must be `expected` if that is given, else what the publisher says, and what was recorded of this file; and hold the tensor by
+    which its network is known. Raises InputError if not, or if it is missing: with what to fetch, where to put it, and what can be done `without`."""
     try:
-        found = files.sha256_file(file)
+        facts = file.stat()
+        found = _sha256(file, facts.st_size, facts.st_mtime_ns)
     except OSError as error:
         fetch = f"put there {_fetch(entry)}, then `medgen weights add` records it" if entry is not None else "name a file that jobs can read"
-        raise InputError(f"{key}: {file}: {error.strerror or error}; weights are never downloaded ({PAGE}): {fetch}; {WITHOUT}") from None
+        raise InputError(f"{key}: {file}: {error.strerror or error}; weights are never downloaded ({PAGE}): {fetch}; {without}") from None
     wrong = _not_what_it_should_be(file, found, expected, entry)
     if wrong is not None:
-        raise InputError(f"{key}: {file} has the sha256 {found}, {wrong}")
+        raise InputError(f"{key}: {file} has the sha256 {found}, {wrong}{f'; published as {_fetch(entry)}' if entry is not None else ''}")
+    if entry is not None:
+        _require_its_tensor(file, entry, key)
     return found
+
+
+@functools.cache
+def _sha256(file: Path, size_bytes: int, changed_ns: int) -> str:
+    """Read once for all points of a sweep, as long as the file does not change."""
+    return files.sha256_file(file)
+
+
+def _require_its_tensor(file: Path, entry: Published, key: str) -> None:
+    """What can be told of the network without torch, and so before anything is queued. Raises InputError."""
+    wanted = next(iter(entry.holds))
+    try:
+        names = _strings(file)
+    except (ValueError, StopIteration, zipfile.BadZipFile, OSError):
+        raise InputError(f"{key}: {file} is no file of tensors; it was cut short, or is something else. Fetch again {_fetch(entry)}") from None
+    if wanted not in names:
+        raise InputError(f"{key}: {file} does not hold the weights of {entry.name}: there is no {wanted} in it. Fetch {_fetch(entry)}")
+
+
+def _strings(file: Path) -> set[str]:
+    """All strings in what torch pickled, the names of tensors among them; nothing in the file is run. Raises ValueError if it is no such file."""
+    with open(file, "rb") as handle:
+        if not zipfile.is_zipfile(handle):
+            handle.seek(0)
+            found = [value for _ in range(LEGACY_PICKLES) for _, value, _ in pickletools.genops(handle)]
+        else:
+            with zipfile.ZipFile(handle) as archive:
+                pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                found = [value for _, value, _ in pickletools.genops(archive.read(pickled))]
+    return {value for value in found if isinstance(value, str)}
 
 
 def _not_what_it_should_be(file: Path, found: str, expected: str | None, entry: Published | None) -> str | None:

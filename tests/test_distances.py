@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from medgen.evaluate import distances, extractors, feature_scores, manifold, torchvision_operators
+from medgen.evaluate import distances, extractors, feature_scores, manifold
+from medgen.pretrained import torchvision_operators
 
 
 def gaussian(count: int, width: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:

@@ -14,8 +14,9 @@ from passing import features_of
 from scipy.ndimage import gaussian_filter
 
 from medgen.errors import InputError
-from medgen.evaluate import distances, extractors, torchvision_operators
+from medgen.evaluate import distances, extractors
 from medgen.files import sha256_file
+from medgen.pretrained import torchvision_operators
 from medgen.spec_evaluate import INCEPTION_SHA256, RandomConvExtractor
 
 GENERATOR = np.random.default_rng(5)

@@ -11,9 +11,10 @@ import torch
 from passing import features_of
 
 from medgen.errors import InputError
-from medgen.evaluate import extractors, torchvision_operators, vision_transformer
-from medgen.evaluate.folding import folded
+from medgen.evaluate import extractors, vision_transformer
 from medgen.files import sha256_file
+from medgen.pretrained import torchvision_operators
+from medgen.pretrained.folding import folded
 
 ROWS = np.arange(224)
 WAVES = (np.sin(ROWS[:, None] / 9) * np.cos(ROWS[None] / 7) + 1) / 2

@@ -110,6 +110,14 @@ def test_overrides_reach_configs_and_are_checked(tmp_path: Path) -> None:
         load(tmp_path, GOOD, "size")
 
 
+def test_how_images_are_sampled_is_resolved(tmp_path: Path) -> None:
+    """A later change of a default cannot reach this run, and what was chosen for the user can be read."""
+    (sampling,) = (stage.sampling for stage in load(tmp_path, GOOD).stages.values() if stage.kind == "generate")
+    assert sampling == {"sampler": "ddpm", "steps": 1000, "eta": 0.0, "time_shift": 1.0, "guidance": 1.0, "guidance_interval": [0.0, 1.0], "weights": "ema"}
+    shorter = load(tmp_path, GOOD.replace("count: 8", "count: 8, sampling: {sampler: ddim, weights: raw}"))
+    assert {"steps": 50, "weights": "raw"}.items() <= shorter.stages["images"].sampling.items()
+
+
 def test_a_config_file_is_found_and_its_mistakes_name_it(tmp_path: Path) -> None:
     (tmp_path / "net.yaml").write_text("model: diffusion\nmode: bravo\nepohs: 3\n")
     text = GOOD.replace("{model: diffusion, mode: bravo}", "net.yaml")

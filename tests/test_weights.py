@@ -15,7 +15,7 @@ from made_weights import made, saved
 from medgen import weights
 from medgen.errors import InputError
 from medgen.files import sha256_file
-from medgen.spec_evaluate import Dinov2Extractor, InceptionExtractor
+from medgen.spec_evaluate import Dinov2Extractor, InceptionExtractor, ResNet50Extractor
 
 Medgen = Callable[..., Any]
 
@@ -138,3 +138,18 @@ def test_other_weights_of_a_known_layout_need_their_own_hash(tmp_path: Path) -> 
     with pytest.raises(InputError, match=f"expected {weights.INCEPTION_SHA256}; copy the file again, or write its own sha256"):
         InceptionExtractor.model_validate({"kind": "inception", "file": str(file)}).verified()
     assert InceptionExtractor.model_validate({"kind": "inception", "file": str(file), "sha256": sha256_file(file)}).verified() == sha256_file(file)
+
+
+def test_another_network_is_told_by_its_tensors_and_no_code_of_the_file_is_run(tmp_path: Path) -> None:
+    file = tmp_path / "ResNet50.pt"
+    asked = {"kind": "radimagenet", "file": str(file)}
+    for form in (True, False):  # of torch since 1.6, and before
+        torch.save({"backbone.7.2.conv3.weight": torch.zeros(1)}, file, _use_new_zipfile_serialization=form)
+        assert ResNet50Extractor.model_validate(asked).verified() == sha256_file(file)
+        torch.save({"layer4.2.conv3.weight": torch.zeros(1), "code": Path("x")}, file, _use_new_zipfile_serialization=form)
+        with pytest.raises(InputError, match=r"does not hold the weights of radimagenet: there is no backbone\.7\.2\.conv3\.weight in it\. Fetch ResNet50\.pt from"):
+            ResNet50Extractor.model_validate(asked).verified()
+    for content in (b"", b"<html>Not found</html>", file.read_bytes()[:60]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="is no file of tensors; it was cut short, or is something else"):
+            ResNet50Extractor.model_validate(asked).verified()

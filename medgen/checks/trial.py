@@ -305,7 +305,9 @@ def _with_gpu_memory(trial: Trial, size: Size, facts: dict[str, Any], text: str)
         return Finding(trial.label, "fine", text, facts)
     loop = trial.config.loop
     share = max(-(-phase.batch_size // trial.ranks) for phase in _build(trial, "meta").phases())
-    samples = min(share, loop.micro_batch or share)
+    if loop.micro_batch == "auto":
+        share = min(share, trial.config.micro_batch_multiple)  # the least it can choose
+    samples = min(share, loop.micro_batch) if isinstance(loop.micro_batch, int) else share
     activations = samples * size.activations * (1.0 if loop.precision == "fp32" else BF16_SHARE)
     needed = (size.trained + activations) * HEADROOM + CONTEXT_BYTES
     have = gpu_memory_bytes(trial.item, trial.name)

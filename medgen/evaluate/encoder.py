@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from medgen import files
 from medgen.errors import InputError, MedgenError
-from medgen.evaluate.folding import folded
+from medgen.pretrained.folding import folded
 
 if TYPE_CHECKING:
     import torch

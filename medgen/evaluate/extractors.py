@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,8 @@ from medgen.data.resize import resize_images
 from medgen.errors import InputError
 from medgen.evaluate import encoder
 from medgen.evaluate.encoder import TrainingImages
-from medgen.evaluate.folding import folded
+from medgen.pretrained.folding import folded
+from medgen.pretrained.layout import fill, other_layout
 from medgen.spec_evaluate import (
     INCEPTION_SHA256,
     Dinov2Extractor,
@@ -43,8 +42,6 @@ RANDOM_CONV_GAIN = 2.6  # features of brain slices then have a root mean square 
 RANDOM_CONV_GRID = 4
 RANDOM_CONV_SEED = b"medgen random_conv 1"
 SHOWN_DIGITS = 12  # of a sha256, in names
-
-Tensors = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def _inception(asked: InceptionExtractor) -> Extractor:
     """The blocks of torch-fidelity's network one after the other: its own forward takes only 8-bit images, and resizes them itself."""
     import torch
 
-    from medgen.evaluate import torchvision_operators
+    from medgen.pretrained import torchvision_operators
 
     digest = asked.verified()
     torchvision_operators.make_importable()
@@ -108,7 +105,7 @@ def _inception(asked: InceptionExtractor) -> Extractor:
     try:
         whole = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
     except RuntimeError as error:
-        raise _other_layout(asked.file, "torch-fidelity's InceptionV3", error) from None
+        raise other_layout(asked.file, "torch-fidelity's InceptionV3", asked.key, str(error)) from None
     blocks = [block for name, block in whole.named_children() if name != "fc"]
     network = folded(torch.nn.Sequential(*blocks, torch.nn.Flatten()))
     # the graph computes (x - 128) / 128 of 0..255
@@ -125,56 +122,24 @@ def _dinov2(asked: Dinov2Extractor) -> Extractor:
     shape = SHAPES[asked.arch]
     network = VisionTransformer(shape)
     found = {name: value for name, value in weights.tensors(asked.file, "extractor").items() if name != "mask_token"}  # of training only
-    _fill(network, found, asked.file, f"the ViT {asked.arch} of DINOv2")
+    fill(network, found, asked.file, f"the ViT {asked.arch} of DINOv2", asked.key)
     name = f"DINOv2 {asked.arch}, {shape.width} features (normalised class token), {_file_words(digest, PHOTOGRAPH_PIXELS)}, mean and spread of ImageNet"
     return Extractor(name, PHOTOGRAPH_PIXELS, (0.0, 1.0), torch.nn.Sequential(_standardised(), folded(network)).eval())
 
 
 def _resnet50(asked: ResNet50Extractor) -> Extractor:
-    """Three trainings of one network, each with the names that its authors gave the weights and the input that they used."""
+    """Three trainings of one network, each with the input that its authors used."""
     import torch
 
-    from medgen.evaluate import torchvision_operators
+    from medgen.pretrained import resnet50
 
     digest = asked.verified()
-    torchvision_operators.make_importable()
-    from torchvision.models import resnet50
-
-    network = resnet50(weights=None)
-    network.fc = torch.nn.Identity()
-    words, renamed = RESNET50_LAYOUTS[asked.kind]
-    _fill(network, renamed(weights.tensors(asked.file, "extractor")), asked.file, words)
-    name = f"{words}, 2048 pooled features, {_file_words(digest, PHOTOGRAPH_PIXELS)}"
+    maps = resnet50.feature_maps(asked.kind, asked.file, asked.key)
+    network = torch.nn.Sequential(maps, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    name = f"{resnet50.LAYOUTS[asked.kind][0]}, 2048 pooled features, {_file_words(digest, PHOTOGRAPH_PIXELS)}"
     if asked.kind == "radimagenet":  # (image - 127.5) * 2 / 255 in pytorch_example.ipynb of its authors
-        return Extractor(f"{name} in [-1, 1]", PHOTOGRAPH_PIXELS, (-1.0, 1.0), folded(network))
-    return Extractor(f"{name}, mean and spread of ImageNet", PHOTOGRAPH_PIXELS, (0.0, 1.0), torch.nn.Sequential(_standardised(), folded(network)).eval())
-
-
-def _from_swav(found: Tensors) -> Tensors:
-    """Saved from a parallel training, with the head and the prototypes that the features were compared by. (Its padding before the
-    first convolution is a layer of its own, of the same pixels.)"""
-    return {name.removeprefix("module."): value for name, value in found.items() if not name.startswith(("module.projection_head.", "module.prototypes."))}
-
-
-def _from_torchvision(found: Tensors) -> Tensors:
-    return {name: value for name, value in found.items() if not name.startswith("fc.")}
-
-
-def _from_radimagenet(found: Tensors) -> Tensors:
-    """Saved from a Sequential of torchvision's parts, by their numbers; 2, 3 and 8 have no weights."""
-    parts = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-    renamed = {}
-    for name, value in found.items():
-        number, _, rest = name.removeprefix("backbone.").partition(".")
-        renamed[f"{parts[number]}.{rest}" if number in parts else name] = value
-    return renamed
-
-
-RESNET50_LAYOUTS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
-    "swav": ("ResNet-50 of SwAV", _from_swav),
-    "resnet50": ("ResNet-50 of torchvision", _from_torchvision),
-    "radimagenet": ("ResNet-50 of RadImageNet", _from_radimagenet),
-}
+        return Extractor(f"{name} in [-1, 1]", PHOTOGRAPH_PIXELS, (-1.0, 1.0), network)
+    return Extractor(f"{name}, mean and spread of ImageNet", PHOTOGRAPH_PIXELS, (0.0, 1.0), torch.nn.Sequential(_standardised(), network).eval())
 
 
 def _standardised() -> torch.nn.Module:
@@ -195,19 +160,6 @@ def _standardised() -> torch.nn.Module:
             return (images - self.mean) / self.spread
 
     return Standardised()
-
-
-def _fill(network: torch.nn.Module, found: Tensors, file: Path, words: str) -> None:
-    """Every tensor in its place and none left over."""
-    try:
-        network.load_state_dict(found)
-    except RuntimeError as error:
-        raise _other_layout(file, words, error) from None
-
-
-def _other_layout(file: Path, words: str, error: RuntimeError) -> InputError:
-    told = [line.strip() for line in str(error).splitlines()]
-    return InputError(f"extractor: {file} does not hold the weights of {words}: {' '.join(told[1:2] or told[:1])[:300]}")
 
 
 def _file_words(digest: str, size: int) -> str:

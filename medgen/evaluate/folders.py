@@ -100,7 +100,7 @@ def measures_of(request: Request) -> Measures:
 
 
 def _has_weights(name: str) -> bool:
-    return weights.WEIGHTS_VARIABLE in os.environ and weights.usual_file(weights.REGISTRY[name]).is_file()
+    return weights.WEIGHTS_VARIABLE in os.environ and weights.usual_file(weights.REGISTRY[name], weights.WITHOUT).is_file()
 
 
 def sides_of_folders(request: Request, measures: Measures) -> Matched:

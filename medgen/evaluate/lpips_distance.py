@@ -1,11 +1,9 @@
 """LPIPS between images: the distance of a network's features that people were asked about. Used by the metrics lpips and lpips_diversity.
 
-Zhang et al. 2018, arXiv:1801.03924, version 0.1 of their package, which brings the weights on top of the network. The network itself
-comes from a local file; the package would download it."""
+The network is in pretrained/perceptual.py; here is what sees each image once however many pairs it is in."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,81 +11,46 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medgen import weights
 from medgen.errors import InputError
-from medgen.evaluate.folding import folded
-from medgen.spec_evaluate import LPIPS_BACKBONES, LpipsBackbone
+from medgen.pretrained.settings import LPIPS_BACKBONES, SMALLEST_PIXELS, LpipsBackbone
 
 if TYPE_CHECKING:
     import torch
 
 BATCH = 32  # images the network sees at once
 MOST_KEPT_BYTES = 512 * 2**20  # features of images that wait for their pairs
-SMALLEST_PIXELS = {"alex": 31, "vgg": 16, "squeeze": 17}  # in smaller images the last layers have nothing to see
 SHOWN_DIGITS = 12
-TINY = 1e-10  # added to a norm, as in the package
 
 
 @dataclass(frozen=True)
 class Lpips:
-    """`name` is part of the protocol of every score made with it. `model` is that of the package, for evaluation."""
+    """`name` is part of the protocol of every score made with it."""
 
     name: str
     net: str
-    model: Any
+    network: torch.nn.Module
 
     def embedded(self, images: np.ndarray) -> torch.Tensor:
-        """Gray images [k, H, W] or colour images [k, 3, H, W] in [0, 1] as vectors [k, d], float32: LPIPS of two images is the squared distance of theirs.
-
-        It is the sum over layers of the mean over places of w (a - b)^2, where a and b are features of norm 1 and w the weights
-        on top: so each layer is multiplied by the root of w over the number of places."""
+        """Gray images [k, H, W] or colour images [k, 3, H, W] in [0, 1] as vectors [k, d], float32: LPIPS of two images is the squared distance of theirs."""
         import torch
 
-        weight = next(self.model.parameters())
+        weight = next(self.network.parameters())
         given = torch.from_numpy(2 * images.astype(np.float32, copy=False) - 1).to(weight.device)
-        colours = given.reshape(len(images), -1, *images.shape[-2:]).expand(-1, 3, -1, -1)
-        colours = self.model.scaling_layer(colours)
-        vectors = []
-        for maps, top in zip(self.model.net(colours), self.model.lins, strict=True):
-            root = (top.model[-1].weight / (maps.shape[2] * maps.shape[3])).sqrt()
-            vectors.append((maps / (maps.square().sum(dim=1, keepdim=True).sqrt() + TINY) * root).flatten(1))
-        return torch.cat(vectors, dim=1)
+        vectors: torch.Tensor = self.network(given.reshape(len(images), -1, *images.shape[-2:]))
+        return vectors
 
 
 def load(asked: dict[str, Any]) -> Lpips:
     """From the settings in the plan. Raises InputError for weights that are missing, or not those of the network."""
     import torch
 
+    from medgen.pretrained.perceptual import lpips_of
+
     backbone = LpipsBackbone.model_validate(asked)
     digest = backbone.verified()
-    found = weights.tensors(backbone.file, backbone.key)
-    model = _untrained(backbone.net)
-    # slice2.3.weight in the package is features.3.weight in torchvision
-    wanted = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
-    missing = [name for name in wanted.values() if name not in found]
-    try:
-        if missing:
-            raise RuntimeError(f"there is no {missing[0]}")
-        model.net.load_state_dict({name: found[theirs] for name, theirs in wanted.items()})
-    except RuntimeError as error:
-        told = str(error).splitlines()
-        raise InputError(f"lpips: {backbone.file} does not hold the weights of torchvision's {LPIPS_BACKBONES[backbone.net]}: {told[-1].strip()[:300]}") from None
+    network = lpips_of(backbone.net, backbone.file, backbone.key).to("cuda" if torch.cuda.is_available() else "cpu")
     name = f"LPIPS 0.1 of {backbone.net} (package lpips), sha256 of the network {digest[:SHOWN_DIGITS]}, gray repeated to three channels in [-1, 1], not resized"
-    return Lpips(name, backbone.net, folded(model).to("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _untrained(net: str) -> Any:
-    """The model of the package with its own weights on top; it neither prints, downloads, nor draws from the global generator."""
-    import torch
-
-    from medgen.evaluate import torchvision_operators
-
-    torchvision_operators.make_importable()
-    import lpips
-
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message="(The parameter 'pretrained'|Arguments other than a weight enum)")
-        return lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    return Lpips(name, backbone.net, network)
 
 
 def row_distances(lpips: Lpips, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -127,7 +90,7 @@ def pair_distances(lpips: Lpips, first: np.ndarray, second: np.ndarray, pairs: n
 def _require_size(lpips: Lpips, images: np.ndarray) -> None:
     smallest = SMALLEST_PIXELS[lpips.net]
     if min(images.shape[-2:]) < smallest:
-        fitting = [net for net, pixels in SMALLEST_PIXELS.items() if pixels <= min(images.shape[-2:])]
+        fitting = [net for net in LPIPS_BACKBONES if SMALLEST_PIXELS[net] <= min(images.shape[-2:])]
         advice = f"write lpips: {' or '.join(fitting)}, or leave the metric out" if fitting else "leave the metric out"
         raise InputError(f"lpips: {lpips.net} needs images of at least {smallest} px, these have {images.shape[-2]}x{images.shape[-1]}; {advice}")
 

@@ -105,7 +105,9 @@ def check_data(checked: spec.Spec) -> str:
 
     for name, stage in checked.stages.items():
         if isinstance(stage, TrainStage):
-            _check_start(name, stage.config["model"], spec.family_config(stage.config))
+            config = spec.family_config(stage.config)
+            _check_start(name, stage.config["model"], config)
+            _check_weights(name, config)
         for needed in stage.weights_files() if isinstance(stage, EvaluateStage) else ():
             needed.verified()
     if checked.data is None:
@@ -144,6 +146,15 @@ def _check_start(name: str, model: str, config: FamilyConfig) -> None:
     different = [f"{key} {_plain(theirs[key])} there, {_plain(value)} here" for key, value in config.form.items() if theirs[key] != value]
     if different:
         raise InputError(f"{where} is of a network of another shape: {'; '.join(different)}; give the same")
+
+
+def _check_weights(name: str, config: FamilyConfig) -> None:
+    """Not after days in the queue."""
+    for needed in config.weights_files.values():
+        try:
+            needed.verified()
+        except InputError as error:
+            raise InputError(f"stages.{name}.config.{error}") from None
 
 
 def _plain(value: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from medgen import rng
 from medgen.models.settings import Settings
 
+Draw = tuple[str, tuple[int, ...]]  # noise by name and shape of one sample
 BINS = 10  # of every binned quantity in a StepReport: deciles of the diffusion time, say
 
 
@@ -53,6 +54,8 @@ class Batch:
     seed: int
     stream: str = "train"
     labels: Tensor | None = None
+    drawn: dict[Draw, Tensor] = field(default_factory=dict)  # noise that was drawn ahead, [B, *shape]
+    asked: set[Draw] = field(default_factory=set)  # what noise the model wanted; shared with the parts
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +66,9 @@ class Batch:
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, *shape]; the same for a sample whatever the number of ranks or interruptions."""
+        self.asked.add((name, shape))
+        if (name, shape) in self.drawn:
+            return self.drawn[name, shape].to(self.device, non_blocking=True)
         indices = [(position,) for position in self.positions]
         return rng.normal_per_sample(shape, self.seed, f"{self.stream}/{name}", indices).to(self.device)
 
@@ -76,14 +82,16 @@ class Batch:
             part = slice(start, start + size)
             channels = {name: tensor[part] for name, tensor in self.channels.items()}
             labels = self.labels[part] if self.labels is not None else None
-            yield Batch(channels, self.positions[part], self.seed, self.stream, labels)
+            drawn = {draw: tensor[part] for draw, tensor in self.drawn.items()}
+            yield Batch(channels, self.positions[part], self.seed, self.stream, labels, drawn, self.asked)
 
 
 @dataclass
 class StepReport:
     """What a step or a validation tells the loop. Tensors stay on the device: reading them is the loop's choice.
 
-    scalars: 0-dim tensors; must have "loss".
+    scalars: 0-dim tensors; must have "loss". Two more mean something to the loop: "skipped", 1 if the step was skipped (see guard.py),
+    and "constant_loss", what the loss would be if the network predicted the best constant; it is left out in the warm-up.
     binned: name -> (bin number of each sample [B] int64 in range(BINS), value of each sample [B]); averaged per bin.
     samples: of a validation: name -> a row per sample [B, ...]; brought together over the whole split for `Model.scores`."""
 
@@ -95,13 +103,15 @@ class StepReport:
 class StepContext(Protocol):
     """What the loop offers a model's `step`. `step` counts finished optimizer updates of the main network.
 
-    `phase`: its number; `phase_progress`: the share of it that is finished, in [0, 1)."""
+    `phase`: its number; `phase_progress`: the share of it that is finished, in [0, 1).
+    `rehearsing`: the step leaves no trace and shows what steps take; where that depends on chance, it must take the most."""
 
     step: int
     total_steps: int
     steps_per_epoch: float
     phase: int
     phase_progress: float
+    rehearsing: bool
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for a forward pass; second derivatives belong outside of it."""
@@ -173,6 +183,16 @@ class Model(ABC):
 
     @abstractmethod
     def phases(self) -> list[Phase]: ...
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts of the trained network, in order, whose activations may be computed twice instead of being kept.
+
+        Only of families whose config offers "blocks". A block is a function of its arguments and weights alone."""
+        raise NotImplementedError
+
+    def compiled_networks(self) -> list[nn.Module]:
+        """The networks whose forward passes are worth compiling. Only of families whose config offers "compile"."""
+        raise NotImplementedError
 
     def check_start(self) -> None:
         """Raise InputError if weights of another training, which were loaded now, are not what this one can go on from."""

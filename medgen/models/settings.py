@@ -5,7 +5,7 @@ A family's config.py defines `Config(FamilyConfig)`; medgen/spec.py checks it an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from medgen.names import absolute
+from medgen.pretrained.settings import WeightsFile
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -45,7 +46,11 @@ class LoopSettings(Settings):
     """What the training loop does around the model's steps; the same for every family."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs with bf16 units, else fp32
-    micro_batch: int | None = Field(None, ge=1)  # samples per backward pass on one rank; default: the whole share
+    # samples per backward pass on one rank; default: the whole share; auto: as many as fit into the GPU, found by one trial per phase
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    checkpoint_activations: bool = False  # compute them twice instead of keeping them: less memory, about a third more work
+    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on GPUs, where minutes of compiling pay
+    read_ahead: Literal["auto"] | bool = "auto"  # a thread reads the next batch and draws its noise; auto: on GPUs, which leave the CPU idle
     validate_epochs: float | None = Field(None, gt=0)  # epochs between validations; default: 50 times per run, at least 50 steps apart
     validate_samples: int = Field(512, ge=1)  # validation slices used, spread evenly over the split
     checkpoint_minutes: float = Field(10.0, ge=0)  # also after every validation and at the end
@@ -56,6 +61,29 @@ class LoopSettings(Settings):
     # stop when the loss stays this many times above its best ... (of no effect where players work against each other)
     divergence_factor: float = Field(5.0, gt=1)
     divergence_steps: int = Field(500, ge=1)  # ... for so many steps in a row
+    spike_factor: float | None = Field(10.0, gt=1)  # skip a step whose gradient is so many times longer than their running mean; null: none
+    spike_after_steps: int = Field(100, ge=1)  # steps whose gradients make the mean before the first is skipped
+    collapse_steps: int | None = Field(2000, ge=1)  # stop when the network has predicted no more than a constant for so many steps; null: never
+
+    @model_validator(mode="after")
+    def _no_wait_for_what_is_off(self) -> LoopSettings:
+        if self.spike_factor is None and self.spike_after_steps != type(self).model_fields["spike_after_steps"].default:
+            raise ValueError("spike_after_steps has no effect with spike_factor: null, which skips nothing; remove it")
+        return self
+
+
+Offer = Literal["blocks", "compile", "spike_guard", "constant_loss"]
+# what of the loop works only if the family's model takes part in it, and what it must offer for that
+NEEDED_OFFERS: dict[str, Offer] = {
+    "checkpoint_activations": "blocks", "compile": "compile", "spike_factor": "spike_guard", "spike_after_steps": "spike_guard", "collapse_steps": "constant_loss",
+}  # fmt: skip
+WITHOUT_OFFER: dict[Offer, str] = {
+    "blocks": "this family names no blocks whose activations could be computed twice; write micro_batch: auto, or a smaller number, for less memory",
+    "compile": "this family's networks are not compiled",
+    "spike_guard": "this family skips no steps",
+    "constant_loss": "this family does not say what predicting a constant would cost",
+}
+
 
 
 class LrSearch(Settings):
@@ -74,6 +102,8 @@ def _true_is_the_default(value: Any) -> Any:
 
 class FamilyConfig(Settings):
     """Base of every family's Config. Properties tell the planner what the model eats and makes."""
+
+    offers: ClassVar[frozenset[Offer]] = frozenset()  # which parts of the loop its model takes part in, see models/base.py
 
     loop: LoopSettings = LoopSettings()
     find_lr: Annotated[LrSearch | None, BeforeValidator(_true_is_the_default)] = None  # search `lr` before training instead of writing it
@@ -116,6 +146,23 @@ class FamilyConfig(Settings):
             if not self.loss_falls and getattr(self.loop, name) != LoopSettings.model_fields[name].default:
                 raise ValueError(f"loop.{name} has no effect: the losses of players against each other rise and fall; remove it")
         return self
+
+    @model_validator(mode="after")
+    def _no_option_without_an_offer(self) -> FamilyConfig:
+        for name, offer in NEEDED_OFFERS.items():
+            if offer not in self.offers and getattr(self.loop, name) != LoopSettings.model_fields[name].default:
+                raise ValueError(f"loop.{name} has no effect: {WITHOUT_OFFER[offer]}; remove it")
+        return self
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Samples that must stay together in a backward pass."""
+        return 1
+
+    @property
+    def weights_files(self) -> dict[str, WeightsFile]:
+        """The files of other networks' weights that training needs, by key."""
+        return {name: value for name, value in self if isinstance(value, WeightsFile)}
 
     @property
     def output_kind(self) -> Literal["image", "mask"]:

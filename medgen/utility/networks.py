@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import nn
 
-from medgen.evaluate import torchvision_operators
+from medgen.pretrained import torchvision_operators
 
 PRIOR_LOGIT = -4.0  # lesions are a few pixels in a hundred: begun at a half, the first hundreds of steps only learn that (Lin et al., ICCV 2017)
 

@@ -102,7 +102,8 @@ def _host_memory(case: Case) -> list[str]:
 def _gpu_memory(case: Case) -> list[str]:
     lines = ["On a GPU with more memory the run stays the same and goes on:", _with(case, "resources.gpu.memory", "80G")] if case.on_slurm else []
     config = case.stage.settings.get("config", {})
-    at_once = config.get("loop", {}).get("micro_batch") or config.get("batch_size", 1) // case.stage.ranks
+    asked = config.get("loop", {}).get("micro_batch")
+    at_once = asked if isinstance(asked, int) else config.get("batch_size", 1) // case.stage.ranks
     if case.stage.kind == "train" and at_once > 1:
         lines += ["Fewer samples in one backward pass train the same way with less memory, as another run:", _with(case, "config.loop.micro_batch", at_once // 2)]
     if case.stage.kind == "generate" and case.stage.settings.get("chunk", 1) > 1:

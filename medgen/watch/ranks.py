@@ -40,6 +40,12 @@ def guilty_in_words(ranks: Sequence[RankBeat]) -> str | None:
     return f"{_names(behind)} {'stands' if len(behind) == 1 else 'stand'} at {places}, and the others wait for it"
 
 
+def unwell_in_words(beat: Heartbeat, ranks: Sequence[RankBeat]) -> str | None:
+    """What is not well though it runs: slow ranks, skipped steps; None if nothing is."""
+    skipped = f"{beat.skipped['steps']} of the last {beat.skipped['of']} steps were skipped; `medgen why` says more" if beat.skipped else None
+    return "; ".join(part for part in (slow_in_words(beat, ranks), skipped) if part) or None
+
+
 def slow_in_words(beat: Heartbeat, ranks: Sequence[RankBeat]) -> str | None:
     """`rank 3 on n2 is 2.4 times slower than the others`; None if none is."""
     hosts = {item.rank: item.name for item in ranks}

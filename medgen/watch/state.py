@@ -24,8 +24,8 @@ from medgen.watch.judge import Facts, Word, on_this_machine
 from medgen.watch.outcomes import Left, Outcomes
 from medgen.watch.poll import Patient, Source
 from medgen.watch.queue_view import QueueView, read_queue_view
-from medgen.watch.ranks import slow_in_words
 from medgen.watch.ranks import to_json as ranks_to_json
+from medgen.watch.ranks import unwell_in_words
 
 LAST_LINES = 12
 LOGS_READ = 100  # of a stage's failed tasks
@@ -339,7 +339,7 @@ def _task(reading: _Reading, stage: PlannedStage, shard: int, task_hash: str, st
         cause=cause,
         log=log,
         last_lines=lines,
-        note=slow_in_words(beat, facts.ranks) if beat is not None and word == "running" else None,
+        note=unwell_in_words(beat, facts.ranks) if beat is not None and word == "running" else None,
         ranks=ranks_to_json(facts.ranks, beat, reading.now) if word in ON_DEVICES else [],
         **job,
     )

@@ -70,7 +70,7 @@ class Finding:
 class Diagnosis:
     """`again`: what an earlier attempt of a task that goes on has met. `alive`: something of the run is queued or running.
 
-    `notes`: records that could not be had."""
+    `notes`: records that could not be had, and what is not well though it goes on."""
 
     run_id: str
     path: str
@@ -201,6 +201,7 @@ def diagnose(run: RunDir) -> Diagnosis:
                 again.append((stage, ended, _finding(inquiry, stage, task, classify(inquiry.records(stage, ended)), ended)))
         stuck |= {stage.name} if any(finding.stage == stage.name and finding.cause.kind != "STALLED" for _, _, finding in found) else set()
     notes = [inquiry.queue_problem] if inquiry.queue_problem else []
+    notes += _skipped_steps(inquiry)
     if inquiry.on_slurm and "accounting" in vars(inquiry) and inquiry.accounting.problem:  # it was needed
         notes.append(f"without the accounting: {inquiry.accounting.problem}")
     findings = tuple(_completed(inquiry, stage, item, finding) for stage, item, finding in _grouped(found))
@@ -231,6 +232,13 @@ def _trouble(inquiry: Inquiry, stage: PlannedStage, task: Task, stuck: set[str])
     if last.status == "done":
         return _damage(inquiry.run, task), last
     return classify(inquiry.records(stage, last)), last
+
+
+def _skipped_steps(inquiry: Inquiry) -> list[str]:
+    """The last word of each training that is not done and skips too many of its steps."""
+    open_stages = {stage.name for stage in inquiry.plan.stages for task in stage.tasks if not inquiry.run.is_done(task.stage, task.shard, task.hash)}
+    last = {event["stage"]: event for event in inquiry.events if event["event"] == "steps_skipped" and event["stage"] in open_stages}
+    return [f"{name}, step {event.get('step')}: {event['cause']}" for name, event in last.items()]
 
 
 def _damage(run: RunDir, task: Task) -> Cause:

@@ -1,1 +1,1 @@
-"""Diffusion U-Nets: Strategy (ddpm, rflow, your own) x Mode (seg, bravo, dual, your own)."""
+"""Diffusion models: Strategy (ddpm, rflow, your own) x Mode (seg, bravo, dual, your own)."""

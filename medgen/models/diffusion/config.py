@@ -4,13 +4,22 @@ Defaults reproduce the reference U-Net study; the reason stands beside each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from medgen.models import plugin
 from medgen.models.diffusion.modes import MODES, Mode, find_mode
-from medgen.models.settings import FamilyConfig, Settings, SteppedSampling
+from medgen.models.diffusion.network_settings import (
+    MAX_LEVELS,
+    DiTSettings,
+    check_unet,
+    check_unet_size,
+    refuse_unet_keys,
+    with_unet_defaults,
+)
+from medgen.models.diffusion.perceptual_settings import Perceptual
+from medgen.models.settings import FamilyConfig, Offer, Settings, SteppedSampling
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -28,6 +37,8 @@ WHY_NOT = {
     "min_snr_gamma": "where weights by the signal-to-noise ratio have no theory: its weighting is the choice of times",
     "times": "whose steps are drawn uniformly",
 }
+
+AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class EmaSettings(Settings):
@@ -84,17 +95,22 @@ class SamplingSettings(SteppedSampling):
 
 
 class Config(FamilyConfig):
-    """Strategy (how) x mode (what), the U-Net, and the optimizer."""
+    """Strategy (how) x mode (what), the network, and the optimizer."""
+
+    offers: ClassVar[frozenset[Offer]] = frozenset({"blocks", "compile", "spike_guard", "constant_loss"})
 
     strategy: str = "ddpm"  # ddpm | rflow | package.module:Name
     mode: str = "bravo"  # seg | bravo | dual | package.module:Name
     epochs: float = Field(500, gt=0)
     batch_size: int = Field(16, ge=1)  # global: over all GPUs and accumulation steps
 
-    channels: tuple[int, ...] = (128, 256, 256)
-    attention: tuple[bool, ...] = (False, True, True)  # full resolution attends too slowly to pay
-    res_blocks: int = Field(1, ge=1)
-    head_channels: int = Field(256, ge=1)  # one head at the default widths
+    network: Literal["unet", "dit"] = "unet"
+    # of the U-Net, one per level; where one number is given it stands for all levels. Defaults: network_settings.py
+    channels: tuple[AtLeastOne, ...] | None = Field(None, min_length=1, max_length=MAX_LEVELS)
+    attention: tuple[bool, ...] | None = None
+    res_blocks: tuple[AtLeastOne, ...] | None = None
+    head_channels: tuple[AtLeastOne | None, ...] | None = None  # null at a level without attention
+    dit: DiTSettings | None = None  # S/2, B/4, ... of the paper, or {depth, width, heads, patch, qk_norm}
 
     lr: float = Field(1e-4, gt=0)
     lr_min: float = Field(1e-6, gt=0)
@@ -103,6 +119,7 @@ class Config(FamilyConfig):
     clip_norm: float = Field(1.0, gt=0)
     ema: EmaSettings | None = EmaSettings()  # null: none, the weights themselves are sampled
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
+    perceptual: Perceptual | None = None  # radimagenet | alex | vgg | squeeze: a loss on the predicted clean image, beside the squared error
 
     timesteps: int | None = Field(None, ge=2)  # ddpm; default 1000
     prediction: Literal["epsilon", "v"] | None = None  # ddpm; default epsilon
@@ -128,13 +145,28 @@ class Config(FamilyConfig):
         find_mode(value)
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_the_network(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("network", "unet") == "unet":
+            return with_unet_defaults(value)
+        refuse_unet_keys(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Config:
+        if self.network == "unet":
+            if self.dit is not None:
+                raise ValueError("dit has no effect with network: unet; write network: dit, or remove it")
+            check_unet(*self.unet_levels)
+        elif self.dit is None:
+            raise ValueError("network: dit needs its size: dit: S/2, or dit: {depth: 12, width: 384, heads: 6, patch: 2}")
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if len(self.attention) != len(self.channels):
-            raise ValueError(f"attention has {len(self.attention)} levels, channels has {len(self.channels)}; give one per level")
-        for width, attends in zip(self.channels, self.attention, strict=True):
-            if attends and width % self.head_channels:
-                raise ValueError(f"head_channels: {self.head_channels} does not divide the {width} channels of an attention level")
         self._refuse_keys_of_the_other_strategy()
         if self.condition_dropout and not self.mode_class.conditions:
             raise ValueError(f"condition_dropout has no effect in mode {self.mode}, which has no condition; remove it")
@@ -142,6 +174,21 @@ class Config(FamilyConfig):
             raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _perceptual_can_be_had(self) -> Config:
+        if self.perceptual is None:
+            return self
+        if set(self.mode_class.targets) == {"seg"}:
+            raise ValueError(f"perceptual: mode {self.mode} makes masks, and the networks know images; remove it")
+        if plugin.is_plugin(self.strategy):
+            from medgen.models.diffusion.perceptual import why_not
+            from medgen.models.diffusion.strategies import make_strategy
+
+            problem = why_not(make_strategy(self))
+            if problem is not None:
+                raise ValueError(f"perceptual: {problem}")
         return self
 
     def _refuse_keys_of_the_other_strategy(self) -> None:
@@ -164,11 +211,25 @@ class Config(FamilyConfig):
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
         ema = {"beta": 0.9, "update_after_step": 1, "update_every": 1}
-        tiny = {"epochs": 2, "batch_size": 4, "channels": [8, 16], "attention": [False, True], "head_channels": 8, "warmup_epochs": 1, "ema": ema}
+        shared = {"epochs": 2, "batch_size": 4, "warmup_epochs": 1, "ema": ema}
+        tiny = {**shared, "channels": [8, 16], "attention": [False, True], "head_channels": 8}
         everything = {f"{strategy}_{mode}": {"strategy": strategy, "mode": mode, **tiny} for strategy in SAMPLERS for mode in MODES}
         v = {"prediction": "v", "min_snr_gamma": 5.0, "schedule": "linear", "condition_dropout": 0.2}
         averages = {"ema": {**ema, "more": [0.5]}}
-        return {**everything, "ddpm_bravo_v": {**everything["ddpm_bravo"], **v, **averages}, "rflow_bravo_raw": {**everything["rflow_bravo"], "ema": None}}
+        transformer = {**shared, "network": "dit", "dit": {"depth": 2, "width": 16, "heads": 2, "patch": 4, "qk_norm": True}}
+        return {
+            **everything,
+            "ddpm_bravo_v": {**everything["ddpm_bravo"], **v, **averages},
+            "rflow_bravo_raw": {**everything["rflow_bravo"], "ema": None},
+            "rflow_dual_dit": {"strategy": "rflow", "mode": "dual", **transformer},
+            "ddpm_bravo_v_dit": {"strategy": "ddpm", "mode": "bravo", **v, **transformer},
+        }
+
+    @property
+    def unet_levels(self) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...], tuple[int | None, ...]]:
+        """channels, attention, res_blocks and head_channels, one per level. Only of a U-Net."""
+        assert self.channels and self.attention is not None and self.res_blocks and self.head_channels
+        return self.channels, self.attention, self.res_blocks, self.head_channels
 
     @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
@@ -199,9 +260,12 @@ class Config(FamilyConfig):
 
     def check_data(self, data: DataSpec) -> None:
         super().check_data(data)
-        factor = 2 ** (len(self.channels) - 1)
-        if data.size % factor:
-            raise ValueError(f"a U-Net of {len(self.channels)} levels needs data.size divisible by {factor}, got {data.size}")
+        if self.dit is not None:
+            self.dit.check_size(data.size)
+        else:
+            check_unet_size(self.unet_levels[0], data.size)
+        if self.perceptual is not None:
+            self.perceptual.check_size(data.size)
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -75,6 +75,8 @@ class Config(FamilyConfig):
                 raise ValueError(f"factors: {factor:g} x in_channels {self.in_channels} is {width:g} channels at {size} px; it must be a whole number")
         if self.std_group is not None:
             self._check_groups(self.std_group)
+        elif self.loop.micro_batch == "auto":
+            raise ValueError("loop.micro_batch: auto would make the training depend on the GPU, because std_group: null compares all images of a part; give std_group a number")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if not self.select and self.select_from != type(self).model_fields["select_from"].default:
@@ -94,8 +96,12 @@ class Config(FamilyConfig):
         for size, batch_size in zip(self.sizes, self.batch_sizes, strict=True):
             if batch_size % group:
                 raise ValueError(f"batch_sizes: {batch_size} at {size} px is no multiple of std_group: {group}")
-        if self.loop.micro_batch is not None and self.loop.micro_batch % group:
+        if isinstance(self.loop.micro_batch, int) and self.loop.micro_batch % group:
             raise ValueError(f"loop.micro_batch: {self.loop.micro_batch} is no multiple of std_group: {group}")
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        return self.std_group or 1
 
     @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Networks as they are run: norms folded into the convolutions before them, channels last. Used by extractors.py and encoder.py."""
+"""Networks as they are run: norms folded into the convolutions before them, channels last. Used by pretrained/ and evaluate/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes `import torchvision` work beside a torch it was not built for. Called by extractors.py before it imports torch_fidelity.
+"""Makes `import torchvision` work beside a torch it was not built for. Called before anything imports it, or torch_fidelity or lpips.
 
 PyPI has torchvision for CUDA only. Beside a CPU build of torch (or another CUDA) its compiled operators do not load, and its import
 stops at `operator torchvision::nms does not exist`, while describing them. Declared first, without an implementation, they can be
