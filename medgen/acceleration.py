@@ -68,7 +68,7 @@ def try_compiled(compiled: list[CompiledForward], rehearse: Callable[[], object]
     try:
         rehearse()
     except Exception as error:  # the compiler may fail in any way; a fault of the network itself comes again without it
-        problem = f"{type(error).__name__}: {(str(error).strip() or 'no words').splitlines()[0][:200]}"
+        problem = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])[:300]  # PyTorch's first line says who, the second why
     if agree(problem is None):
         return f"compiled in {time.monotonic() - started:.0f} s"
     for forward in compiled:

@@ -72,7 +72,7 @@ def test_losses_in_mixed_precision_are_float32_and_near_those_without(family: st
         where = context(len(model.phases()))
         where.use_bf16 = bf16
         curve = []
-        for where.step in range(3):
+        for where.step in range(2):
             scalars = model.step(batch_of(config, where.step), where).scalars
             assert all(value.dtype in (torch.float32, torch.float64) for value in scalars.values()), "a loss rounded to bf16 is too low"
             curve.append(float(scalars["loss"]))
@@ -125,11 +125,19 @@ class SavedBytes:
         return sum(self.storages.values())
 
 
-BLOCKS = [(family, name) for family, name in VARIANTS if "blocks" in models.config_class(family).offers]
+def test_activations_computed_twice_change_nothing_but_memory() -> None:
+    kinds: set[str] = set()
+    for family, name in VARIANTS:
+        if "blocks" not in models.config_class(family).offers:
+            continue
+        kind = type(make(family, name)[1].blocks()[0]).__name__
+        if kind not in kinds:
+            _compare_kept_and_computed_twice(family, name)
+        kinds.add(kind)
+    assert kinds
 
 
-@pytest.mark.parametrize(("family", "name"), BLOCKS)
-def test_activations_computed_twice_change_nothing_but_memory(family: str, name: str) -> None:
+def _compare_kept_and_computed_twice(family: str, name: str) -> None:
     states, kept = [], []
     for twice in (False, True):
         config, model = make(family, name)
@@ -141,7 +149,7 @@ def test_activations_computed_twice_change_nothing_but_memory(family: str, name:
         states.append(state_of(model))
         kept.append(saved.total)
     assert_same(*states)
-    assert kept[1] < 0.6 * kept[0], kept
+    assert kept[1] < 0.6 * kept[0], (family, name, kept)
 
 
 # compiling
@@ -313,9 +321,10 @@ def test_parts_are_even() -> None:
             assert part <= max(most, 1) and -(-share // part) == -(-share // min(most, share)), (share, most, part)
 
 
-@pytest.mark.parametrize(("family", "name"), VARIANTS)
+@pytest.mark.parametrize("family", models.families())
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_rehearsal_leaves_no_trace_even_if_memory_runs_out(family: str, name: str, begun: bool) -> None:
+def test_a_rehearsal_leaves_no_trace_even_if_memory_runs_out(family: str, begun: bool) -> None:
+    name = next(iter(models.config_class(family).examples()))
     config, model = make(family, name)
     if begun:
         train(model, config, range(2))
