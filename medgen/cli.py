@@ -98,6 +98,35 @@ def check(
     raise typer.Exit(told.exit)
 
 
+@app.command("find-lr", rich_help_panel="Jobs")
+def find_lr(
+    spec: SpecPath, override: Override = None, stage: StageName = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=20, max=10_000, help="how many rates are tried; default: as the configuration says, else 100", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", help="the folder to make; it must not exist")] = Path("find_lr"),
+) -> None:
+    """Look for the learning rate of a train stage: a sweep over a model that is thrown away, its curve, a suggestion. No run is made."""
+    from medgen import find_lr as finding
+
+    print(names.printable(finding.find_lr(spec, override or [], stage, steps, out)))
+
+
+@app.command("find-steps", rich_help_panel="Jobs")
+def find_steps(
+    run: RunName, stage: StageName = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", metavar="A,B", help="which samplers are compared; default: that of the stage", show_default=False)] = None,
+    low: Annotated[int, typer.Option("--low", min=1, help="fewest steps")] = 5,
+    high: Annotated[int, typer.Option("--high", min=1, help="most steps")] = 100,
+    images: Annotated[int, typer.Option("--images", min=16, max=2048, help="drawn at every number of steps")] = 256,
+    against: Annotated[Literal["train", "val", "test"], typer.Option("--against", help="the split of the real images; test is refused")] = "val",
+    extractor: Annotated[str | None, typer.Option("--extractor", help="whose features are compared; default: that of the run's evaluation, else encoder", show_default=False)] = None,
+) -> None:
+    """Look for the number of sampling steps of a trained model: the fewest whose images cannot be told from the best by KID to held-out ones."""
+    from medgen import find_steps as finding
+
+    samplers = None if sampler is None else [name.strip() for name in sampler.split(",")]
+    print(names.printable(finding.find_steps(run, finding.Asked(stage, samplers, low, high, images, against, extractor))))
+
+
 @app.command(rich_help_panel="Jobs")
 def watch(
     run: RunName, as_json: AsJson = False,

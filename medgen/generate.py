@@ -108,7 +108,7 @@ def generate(work: Work) -> Done:
     with dist.joined_ranks(work.stage.threads) as ranks:
         work.device_name = ranks.device_name
         torch.use_deterministic_algorithms(True, warn_only=True)
-        generation = _prepare(work, settings, ranks.device)
+        generation = prepare(work, settings, ranks.device)
         try:
             with files.folder_in_one_move(target) as folder:
                 entries, shown = _draw_shard(generation, folder)
@@ -122,7 +122,8 @@ def generate(work: Work) -> Done:
     return _done(target)
 
 
-def _prepare(work: Work, settings: GenerateStage, device: torch.device) -> Generation:
+def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Generation:
+    """The parts for the images of `work.task`. Raises InputError for other data, MedgenError if the checkpoint is lost."""
     stage = work.stage
     source = work.plan.stage(settings.source)
     config: FamilyConfig = spec.family_config(source.settings["config"])
@@ -262,7 +263,7 @@ def _draw_chunk(generation: Generation, indices: list[int]) -> tuple[list[Drawn]
         pending = [index for index in indices if index not in accepted]
         if not pending:
             break
-        images = _sample(generation, pending, attempt)
+        images = sample(generation, pending, attempt)
         for index, channels, verdict in zip(pending, images, _judged(generation, pending, images), strict=True):
             generation.counts.add(verdict.rules)
             drawn = Drawn(index, attempt, channels, verdict)
@@ -310,7 +311,8 @@ def _gate(generation: Generation, accept: AcceptImages, size: int) -> Gate:
     return generation.gates[size]
 
 
-def _sample(generation: Generation, indices: list[int], attempt: int) -> list[dict[str, np.ndarray]]:
+def sample(generation: Generation, indices: list[int], attempt: int) -> list[dict[str, np.ndarray]]:
+    """Channel name -> [H, W] of every image; noise depends on an image's number and the attempt alone. Raises MedgenError for NaN."""
     noise = SampleNoise(generation.work.plan.seed, generation.stage.name, [(index, attempt) for index in indices], generation.device)
     condition = {}
     for name in generation.config.condition_channels:

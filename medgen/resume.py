@@ -35,6 +35,13 @@ def resume(training: Training) -> None:
 
 def _start_from(training: Training, folder: Path) -> None:
     """Take over the weights of another training, and save them here: from now on nothing depends on that folder."""
+    found = take_over(training, folder)
+    training.work.say(f"starting from {folder} (its step {found.step})" + ("" if _has_optimizers(found) else "; it has no optimizers, which begin anew"))
+    save(training, {})
+
+
+def take_over(training: Training, folder: Path) -> Checkpoint:
+    """Load the weights of another training, and what its optimizers remember. Raises InputError if they do not fit, or are others than at submit."""
     found = dist.on_main(lambda: checkpoint.open_verified(folder), training.ranks)
     if found.sha256 != training.config.start_sha256:
         raise InputError(f"start_from: {folder} holds other weights than when this was submitted; submit it anew, as another run")
@@ -48,8 +55,7 @@ def _start_from(training: Training, folder: Path) -> None:
         for group, own in zip(optimizer.param_groups, groups, strict=True):
             group.update(own)
     training.model.check_start()
-    training.work.say(f"starting from {folder} (its step {found.step})" + ("" if _has_optimizers(found) else "; it has no optimizers, which begin anew"))
-    save(training, {})
+    return found
 
 
 def _has_optimizers(found: Checkpoint) -> bool:
@@ -102,6 +108,8 @@ def identity(training: Training) -> dict[str, Any]:
     """What must be equal for a checkpoint to continue this training."""
     work = training.work
     config = {key: value for key, value in work.stage.settings["config"].items() if key != "loop"}
+    if training.found_lr is not None:  # as if it had been written
+        config |= {"find_lr": None, "lr": training.found_lr}
     epochs = {phase.name: phase.epochs for phase in training.phases}  # a stage that repeats another one has that one's
     return {"config": config, "seed": work.plan.seed, "data": training.store.fingerprint, "size": training.store.size, "epochs": epochs}
 

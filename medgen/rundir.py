@@ -242,6 +242,14 @@ class RunDir:
         """One JSON line per logged step: the source of every curve."""
         return self.root / stage / "log.jsonl"
 
+    def lr_search(self, stage: str) -> Path:
+        """The learning rate that was found before a training, and the curve it was read from; a picture of it beside it."""
+        return self.root / stage / "find_lr.json"
+
+    def step_search(self, stage: str) -> Path:
+        """What `find-steps` has measured of a generate stage; a picture of it beside it."""
+        return self.root / stage / "find_steps.json"
+
     def slowest_step_seconds(self, stage: str) -> float:
         """The slowest pace among the last lines of the training log, of all attempts; 0 if none is logged."""
         try:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 import torch
 
-from medgen import checkpoint, commits, dist, fault, health, planning, rng, spec
+from medgen import checkpoint, commits, dist, fault, health, lr_search, planning, spec
 from medgen.acceleration import recompute_activations
 from medgen.activity import Stragglers
 from medgen.ahead import Batches
@@ -24,7 +24,7 @@ from medgen.data.store import SliceStore, open_store
 from medgen.device import capability_of, reads_ahead, set_tf32, uses_tf32
 from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted
-from medgen.models.base import Batch, Model, Phase
+from medgen.models.base import Model, Phase
 from medgen.models.settings import FamilyConfig
 from medgen.rehearsal import prepare_phase
 from medgen.resume import go_back_to_best, resume, save
@@ -52,7 +52,7 @@ def train(work: Work) -> Done:
         log = _open_log(training) if ranks.is_main else None
         try:
             ahead = reads_ahead(training.config.loop.read_ahead, ranks.device.type)
-            with batches_of(lambda step: _my_batch(training, step), ranks.device, ahead) as batches:
+            with batches_of(lambda step: training.batch_of_step(step - training.clock.phase_start_step, CPU), ranks.device, ahead) as batches:
                 _run(training, batches, log)
         finally:
             if log:
@@ -78,7 +78,7 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
         context.steps_per_epoch = samples / phase.batch_size
         phase_end = clock.phase_start_step + steps_in(phase, samples)
         validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
-        activity.now("computing a step")
+        activity.now("working")
         prepare_phase(training)
         window_start = time.monotonic()
 
@@ -141,9 +141,38 @@ def _tell_stragglers(work: Work, stragglers: Stragglers, own_seconds: list[float
     return max(own_seconds) / max(median(own_seconds), 1e-9)
 
 
+@dataclass(frozen=True)
+class Slices:
+    """What is trained on: the store at full size, and the rows of it. `repeated`: the stage whose choice is trained again."""
+
+    data: DataSpec
+    store: SliceStore
+    rows: np.ndarray
+    val_rows: np.ndarray
+    repeated: str | None
+
+
 def _prepare(work: Work, ranks: Ranks) -> Training:
-    """Data, model and context, the same on every rank."""
+    """Data, model and context, the same on every rank; the learning rate is searched if that is asked for and was not done yet."""
     config: FamilyConfig = spec.family_config(work.stage.settings["config"])
+    slices, found = _slices(work, config), None
+    if config.find_lr is not None:
+        found = lr_search.found_once(work, ranks, config.find_lr, lambda: _assemble(work, ranks, lr_search.swept(config), slices))
+        config = lr_search.with_lr(config, found)
+    training = _assemble(work, ranks, config, slices)
+    training.found_lr = found
+    work.say(f"{len(slices.rows):,} training and {len(slices.val_rows):,} validation slices of {slices.store.size} px, {ranks.world_size} x {ranks.device_name}, "
+             f"{'bf16 autocast' if training.context.use_bf16 else 'float32'}{', TF32' if uses_tf32(config.loop.precision, capability_of(ranks.device)) else ''}")
+    return training
+
+
+def prepare_search(work: Work, ranks: Ranks) -> Training:
+    """A training whose model is there to be spoilt by `lr_search.search`."""
+    config: FamilyConfig = spec.family_config(work.stage.settings["config"])
+    return _assemble(work, ranks, lr_search.swept(config), _slices(work, config))
+
+
+def _slices(work: Work, config: FamilyConfig) -> Slices:
     data = DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     positive_only = config.trains_positive_only(data)
@@ -153,9 +182,14 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
         rows, val_rows = np.sort(np.concatenate([rows, val_rows])), val_rows[:0]
     elif len(val_rows) == 0:
         work.say("no validation slices: best-val will not exist; give the data a val split to have it")
-    val_rows = evenly(val_rows, config.loop.validate_samples)
+    return Slices(data, store, rows, evenly(val_rows, config.loop.validate_samples), repeated)
+
+
+def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) -> Training:
+    """A fresh model for these slices. Raises InputError if the ranks cannot share its batches."""
+    data, store = slices.data, slices.store
     model = build_model(work.stage.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, work.stage.name)
-    phases = model.phases() if repeated is None else _repeated_phases(work, repeated, model)
+    phases = model.phases() if slices.repeated is None else _repeated_phases(work, slices.repeated, model)
     stores = {store.size: store, **{phase.size: of_size(work, data, phase.size, store) for phase in phases if phase.size != store.size}}
     for module in model.modules().values():
         module.to(ranks.device)
@@ -164,16 +198,14 @@ def _prepare(work: Work, ranks: Ranks) -> Training:
         work.say(f"micro-batches {relief.micro_batch_divisor} times smaller than asked for: an earlier attempt had too little memory; the global batch is the same")
     asked = config.loop.micro_batch
     context = Context(ranks, config.loop.precision, asked if isinstance(asked, int) else None, relief.micro_batch_divisor, work.activity)
-    set_tf32(tf32 := uses_tf32(config.loop.precision, capability_of(ranks.device)))
+    set_tf32(uses_tf32(config.loop.precision, capability_of(ranks.device)))
     problem = planning.uneven_batch((phase.batch_size for phase in phases), ranks.world_size)
     if problem is not None:
         raise InputError(f"{work.stage.name}: a batch of {problem}")
-    context.total_steps = sum(steps_in(phase, len(rows)) for phase in phases)
-    work.say(f"{len(rows):,} training and {len(val_rows):,} validation slices of {store.size} px, {ranks.world_size} x {ranks.device_name}, "
-             f"{'bf16 autocast' if context.use_bf16 else 'float32'}{', TF32' if tf32 else ''}")
+    context.total_steps = sum(steps_in(phase, len(slices.rows)) for phase in phases)
     if config.loop.checkpoint_activations:
         recompute_activations(model.blocks())
-    return Training(work, ranks, config, stores, rows, val_rows, model, phases, context)
+    return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, phases, context)
 
 
 def _repeated_phases(work: Work, repeated: str, model: Model) -> list[Phase]:
@@ -205,21 +237,6 @@ def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch
     return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))
 
 
-def _my_batch(training: Training, step: int) -> Batch:
-    """This rank's share of the batch of a step of the phase, on the CPU."""
-    clock, work = training.clock, training.work
-    positions = _my_positions(step - clock.phase_start_step, training.phase.batch_size, training.ranks)
-    order = rng.sample_order(positions, len(training.rows), work.plan.seed, f"{work.stage.name}/order/{clock.phase}")
-    return training.batch(training.rows[order], positions, f"train/{clock.phase}", CPU)
-
-
-def _my_positions(step: int, batch_size: int, ranks: Ranks) -> list[int]:
-    """Positions in the run of this rank's share of the global batch at `step`."""
-    share = batch_size // ranks.world_size
-    first = step * batch_size + ranks.rank * share
-    return list(range(first, first + share))
-
-
 def _open_log(training: Training) -> TrainingLog:
     run, stage = training.work.run, training.work.stage.name
     return TrainingLog(
@@ -238,8 +255,9 @@ def _finish(training: Training) -> Done:
         "data": training.store.fingerprint,
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
         "best_epochs": best_epochs(training),
+        **({"found_lr": training.found_lr} if training.found_lr is not None else {}),
         "accelerated": training.accelerated,
     }
     folders = {found.folder: found for found in chosen.values()}
     produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]
-    return Done([*produced, run.training_log(stage)] if training.ranks.is_main else [], facts)
+    return Done([*produced, *lr_search.files_of(run, stage), run.training_log(stage)] if training.ranks.is_main else [], facts)

@@ -56,6 +56,7 @@ class Training:
     context: Context
     clock: Clock = field(default_factory=Clock)
     grace_looked_at: bool = False
+    found_lr: float | None = None  # the learning rate that was searched, where none was written
     accelerated: dict[str, Any] = field(default_factory=dict)  # how, by phase, for the outcome's facts
     compiled: list[CompiledForward] | None = None  # None: not tried yet
 
@@ -83,6 +84,14 @@ class Training:
         channels = {name: load_channel(store, name, rows, device) for name in self.config.input_channels}
         labels = torch.from_numpy(store.labels(rows)).to(device) if self.config.uses_labels else None
         return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", labels)
+
+    def batch_of_step(self, step: int, device: torch.device | None = None) -> Batch:
+        """This rank's share of the global batch at a step of the phase, counted from 0. `device`: as of `batch`."""
+        share = self.phase.batch_size // self.ranks.world_size
+        first = step * self.phase.batch_size + self.ranks.rank * share
+        positions = list(range(first, first + share))  # in the order of the whole phase
+        rows = self.rows[rng.sample_order(positions, len(self.rows), self.work.plan.seed, f"{self.work.stage.name}/order/{self.clock.phase}")]
+        return self.batch(rows, positions, f"train/{self.clock.phase}", device)
 
     def given(self, rows: np.ndarray) -> Given:
         """What images like these slices are made from, of the phase's size."""

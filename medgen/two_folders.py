@@ -34,7 +34,7 @@ def evaluate(
 ) -> str:
     """Compare two folders and write the new folder `out`; returns the scores in words. `masks`: of the synthetic, real and training images. Raises InputError naming the option that is wrong."""
     if "extractor" in measures:
-        measures = {**measures, "extractor": _extractor(measures["extractor"])}
+        measures = {**measures, "extractor": extractor_asked(measures["extractor"])}
     reading = Reading(size, None if window is None else _window(window), gray, None if patient is None else _pattern(patient))
     cache = rundir.cache_root(rundir.runs_root())
     files.require_new(out)
@@ -67,7 +67,7 @@ def _write(out: Path, compared: Compared) -> None:
         files.write_text(folder / CARD_FILE, folder_page.folder_card(compared.record, compared.sides))
 
 
-def _extractor(text: str) -> Any:
+def extractor_asked(text: str) -> Any:
     """A name, or a mapping in YAML."""
     known = [str(get_args(item.model_fields["kind"].annotation)[0]) for item in get_args(AnyExtractor)]
     try:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import fake_run
 import numpy as np
 import pytest
 import torch
 
 from medgen.context import Context
+from medgen.data.store import open_store
 from medgen.dist import Ranks
+from medgen.evaluate import registration
+from medgen.evaluate.run import evaluate_run
 from medgen.models.base import Batch, DataShape, Given, Model, SampleNoise
 from medgen.models.diffusion.config import Config
+from medgen.spec_data import DataSpec
 from medgen.training import build_model
 
 CPU = torch.device("cpu")
@@ -90,3 +97,44 @@ def test_generated_pairs_lie_as_the_training_pairs_do(shift: int, network: dict[
     assert (found == [0, shift]).all(axis=1).mean() >= 0.9
     strangers = displacements(real["t1_pre"], real["t1_gd"].roll(1, dims=0))
     assert (strangers == [0, shift]).all(axis=1).mean() < 0.3, "pairs of different anatomies must not pass"
+
+
+# --- the metric that asks it of any dataset ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 0, 1, 2])
+def test_shifts_are_those_found_by_trying_all(shift: int) -> None:
+    pair = anatomies(3, 40, shift)
+    first, second = pair["t1_pre"][:, 0].numpy(), pair["t1_gd"][:, 0].numpy()
+    found = registration.shifts(first, second)
+    assert (found == [0, shift]).all() and (found == displacements(pair["t1_pre"], pair["t1_gd"])).all()
+    assert (registration.shifts(first.transpose(0, 2, 1), second.transpose(0, 2, 1)) == [shift, 0]).all()
+    assert registration.distances_mm(first, second, np.tile([1.0, 2.5], (40, 1))) == pytest.approx(abs(shift) * 2.5)
+    assert np.isnan(registration.shifts(first[:1] * 0, second[:1])).all()
+
+
+def test_an_evaluation_tells_pairs_that_are_not_registered(tmp_path: Path, cache: Path) -> None:
+    """Drawn slices are the real ones, as they are and with one channel 3 pixels (of 1 mm, says their index) further down."""
+    data = DataSpec(format="phantom", patients=8, size=32, images={"t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"}, mask="seg.nii.gz")
+    store = open_store(data, fake_run.SEED, cache, fake_run.quiet)
+    settings = {"of": "dual", "against": "test", "metrics": ["registration"], "extractor": None}
+    config = {"model": "diffusion", "strategy": "rflow", "mode": "dual"}
+    stages = [
+        fake_run.planned("train", "train", [], {"config": config, "repeat": None}),
+        fake_run.planned("dual", "generate", [], {"from": "train", "count": 20, "condition": "test"}, 20),
+        fake_run.planned("evaluate", "evaluate", [], settings),
+    ]
+    rows = store.select("test", positive_only=True)[:20]
+    found = {}
+    for moved in (0, 3):
+        run = fake_run.make_run(tmp_path / str(moved), data, stages)
+        (run.root / "fingerprint").write_text(store.fingerprint)
+        images = {"t1_pre": store.images("t1_pre", rows), "t1_gd": np.roll(store.images("t1_gd", rows), moved, axis=1), "seg": store.masks(rows)}
+        fake_run.write_dataset(run, "dual", images, [str(store.aliases[row]) for row in rows], "real")
+        evaluate_run(run, "evaluate", cache, fake_run.quiet, lambda *_: None)
+        record = json.loads(run.metrics("evaluate").read_text())
+        assert "registration" not in record["skipped"]
+        (found[moved],) = (item for item in record["scores"] if item["metric"] == "registration")
+    assert found[0]["channel"] == "t1_pre to t1_gd" and found[0]["unit"] == "mm" and found[0]["n"] == len(rows)
+    assert found[0]["value"] == found[0]["floor"] == 0
+    assert found[3]["value"] == pytest.approx(3) and found[3]["floor"] == 0

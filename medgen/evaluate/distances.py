@@ -52,8 +52,13 @@ def frechet(first: Moments, second: Moments) -> float:
 
 @dataclass(frozen=True)
 class KernelDistance:
+    """`replicates` [r]: the distance of sets drawn anew, of which `interval` is the middle; None and None for few groups.
+
+    Sets of as many groups, with one seed and stream, are drawn alike: the difference of their replicates is that of pairs."""
+
     value: float
     interval: tuple[float, float] | None
+    replicates: np.ndarray | None
 
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -90,12 +95,12 @@ def discrepancy(
     every = (within[0], within[1], _by_group(of(*sides), *codes))
     value = float(_estimate(every, codes, ones)[0])
     if min(counts) < intervals.FEWEST_GROUPS:
-        return KernelDistance(value, None)
+        return KernelDistance(value, None, None)
     weights = [intervals.draw_weights(count, REPLICATES, seed, f"{stream}_{side}").astype(float) for side, count in enumerate(counts)]
     with np.errstate(invalid="ignore", divide="ignore"):  # of few groups, one may be all that is drawn: it has no pairs
         replicates = _estimate(every, codes, weights)
     low, high = np.percentile(replicates[np.isfinite(replicates)], intervals.COVERAGE_PERCENTILES)
-    return KernelDistance(value, (float(low), float(high)))
+    return KernelDistance(value, (float(low), float(high)), replicates)
 
 
 def _by_group(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -7,7 +7,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from medgen.names import absolute
 from medgen.pretrained.settings import WeightsFile
@@ -20,6 +29,17 @@ class Settings(BaseModel):
     """Frozen, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SteppedSampling(Settings):
+    """Of families that sample in steps, as many as one likes: what `medgen find-steps` chooses."""
+
+    steps: int = Field(ge=1)
+
+    @property
+    def evaluations(self) -> int:
+        """How many times an image asks the network."""
+        return self.steps
 
 
 class LoopSettings(Settings):
@@ -66,12 +86,27 @@ WITHOUT_OFFER: dict[Offer, str] = {
 
 
 
+class LrSearch(Settings):
+    """How the learning rate is searched before training; `find_lr: true` has these defaults. See lr_search.py."""
+
+    steps: int = Field(100, ge=20, le=10_000)  # from 1e-7 to 1e-1
+
+
+def _true_is_the_default(value: Any) -> Any:
+    if isinstance(value, bool):
+        return LrSearch() if value else None
+    if value is None or isinstance(value, dict | LrSearch):
+        return value
+    raise ValueError(f"write find_lr: true, or how many learning rates it tries: find_lr: {{steps: 200}}; got {value!r}")
+
+
 class FamilyConfig(Settings):
     """Base of every family's Config. Properties tell the planner what the model eats and makes."""
 
     offers: ClassVar[frozenset[Offer]] = frozenset()  # which parts of the loop its model takes part in, see models/base.py
 
     loop: LoopSettings = LoopSettings()
+    find_lr: Annotated[LrSearch | None, BeforeValidator(_true_is_the_default)] = None  # search `lr` before training instead of writing it
     start_from: Path | None = None  # a checkpoint's folder, step-...: its weights (and optimizers, if it has them) instead of fresh ones
 
     start_sha256: str | None = None  # of what start_from holds; filled in at submit, so that other weights are another run
@@ -81,6 +116,29 @@ class FamilyConfig(Settings):
     def _start_counts_from_here(cls, value: Path | None) -> Path | None:
         """Absolute, so that the run goes on from any folder."""
         return absolute(value) if value is not None else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lr_is_written_or_found(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("find_lr") in (None, False):
+            return value
+        if value.get("lr") is not None:
+            raise ValueError(f"lr: {value['lr']} and find_lr contradict each other: find_lr searches the lr that is used; remove one of them (from the command line: lr=null)")
+        return {key: given for key, given in value.items() if key != "lr"}
+
+    @model_validator(mode="after")
+    def _lr_can_be_found(self) -> FamilyConfig:
+        if self.find_lr is not None and not self.loss_falls:
+            raise ValueError("find_lr has no effect: the losses of players against each other rise and fall, so that no curve tells a good lr; remove it and write lr")
+        if self.find_lr is not None and "lr" not in type(self).model_fields:
+            raise ValueError("find_lr has no effect: this family has no single lr; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_an_lr_to_be_found(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that the resolved form reads back: what nobody wrote is no default either."""
+        record: dict[str, Any] = fields(self)
+        return record if self.find_lr is None else {key: value for key, value in record.items() if key != "lr"}
 
     @model_validator(mode="after")
     def _no_stop_where_none_is_possible(self) -> FamilyConfig:

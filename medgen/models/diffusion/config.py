@@ -19,7 +19,7 @@ from medgen.models.diffusion.network_settings import (
     with_unet_defaults,
 )
 from medgen.models.diffusion.perceptual_settings import Perceptual
-from medgen.models.settings import FamilyConfig, Offer, Settings
+from medgen.models.settings import FamilyConfig, Offer, Settings, SteppedSampling
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -61,14 +61,13 @@ class EmaSettings(Settings):
     @property
     def betas(self) -> dict[str, float]:
         """Name of each average, as in `weights` and in checkpoints -> its beta."""
-        return {"ema": self.beta, **{f"ema_{beta:g}": beta for beta in self.more}}
+        return {"ema": self.beta, **{f"ema_{beta}": beta for beta in self.more}}
 
 
-class SamplingSettings(Settings):
+class SamplingSettings(SteppedSampling):
     """How a generate stage samples. Times are shares of the way from clean (0) to noise (1)."""
 
     sampler: str
-    steps: int = Field(ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim: 0 deterministic, 1 as noisy as ddpm
     time_shift: float = Field(1.0, gt=0)  # rflow: above 1 more steps near the noise
     guidance: float = Field(1.0, ge=0)  # classifier-free: 1 as trained, above 1 more of what the condition asks for
@@ -171,7 +170,7 @@ class Config(FamilyConfig):
         self._refuse_keys_of_the_other_strategy()
         if self.condition_dropout and not self.mode_class.conditions:
             raise ValueError(f"condition_dropout has no effect in mode {self.mode}, which has no condition; remove it")
-        if self.lr_min > self.lr:
+        if self.find_lr is None and self.lr_min > self.lr:
             raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
