@@ -10,12 +10,24 @@ from datetime import date, datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import cache, checkpoint_sharded, evaluation, loop, pacgan, planning, startup, submit_scale, watch_scale
+from benchmarks import (
+    cache,
+    checkpoint_sharded,
+    diffusion,
+    evaluation,
+    gate,
+    loop,
+    pacgan,
+    planning,
+    startup,
+    submit_scale,
+    watch_scale,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {"startup": startup.run, "planning": planning.run, "cache": cache.run, "loop": loop.run,
               "submit": submit_scale.run, "watch": watch_scale.run, "checkpoint": checkpoint_sharded.run,
-              "pacgan": pacgan.run, "evaluation": evaluation.run}
+              "pacgan": pacgan.run, "diffusion": diffusion.run, "evaluation": evaluation.run, "gate": gate.run}
 
 
 def machine() -> dict[str, object]:

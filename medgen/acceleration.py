@@ -35,7 +35,7 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class CompiledForward:
     """Stands in for a module's `forward`; `off` brings the module's own back. Hooks and DDP stay outside of what is compiled."""
 
-    def __init__(self, module: nn.Module, backend: str):
+    def __init__(self, module: nn.Module, backend: str | Callable[..., Any]):
         self._module, self._eager = module, module.forward
         self._compiled = torch.compile(module.forward, backend=backend, dynamic=False)
         module.forward = self
@@ -48,7 +48,7 @@ class CompiledForward:
         self._module.forward = self._eager
 
 
-def compile_networks(networks: Iterable[nn.Module], cache: Path, backend: str = "inductor") -> list[CompiledForward]:
+def compile_networks(networks: Iterable[nn.Module], cache: Path, backend: str | Callable[..., Any] = "inductor") -> list[CompiledForward]:
     """Compiled when they are first called, see rehearsal.py; what the compiler made is kept in the cache, for later attempts and runs."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         files.private_folder(cache / COMPILED)
@@ -60,7 +60,7 @@ def compile_networks(networks: Iterable[nn.Module], cache: Path, backend: str = 
     return [CompiledForward(network, backend) for network in networks]
 
 
-def try_compiled(compiled: list[CompiledForward], rehearse: Callable[[], None], agree: Callable[[bool], bool]) -> str:
+def try_compiled(compiled: list[CompiledForward], rehearse: Callable[[], object], agree: Callable[[bool], bool]) -> str:
     """One step that leaves no trace, which compiles forward and backward passes; if it fails on any rank, all go on without. Returns what to say.
 
     agree: of each rank's success whether all have it."""
@@ -68,7 +68,7 @@ def try_compiled(compiled: list[CompiledForward], rehearse: Callable[[], None], 
     try:
         rehearse()
     except Exception as error:  # the compiler may fail in any way; a fault of the network itself comes again without it
-        problem = f"{type(error).__name__}: {(str(error).strip() or 'no words').splitlines()[0][:200]}"
+        problem = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])[:300]  # PyTorch's first line says who, the second why
     if agree(problem is None):
         return f"compiled in {time.monotonic() - started:.0f} s"
     for forward in compiled:

@@ -18,6 +18,7 @@ from medgen.collected import INDEX, MANIFEST, SHA_SUFFIX
 from medgen.data import csv_files
 from medgen.data.image_files import read_slice
 from medgen.errors import MedgenError
+from medgen.gate import accounts
 from medgen.plan import PlannedStage
 from medgen.shards import read_manifest, set_aside, shard_problem
 from medgen.task import Done, Work
@@ -64,7 +65,21 @@ def _collect_images(work: Work, source: PlannedStage) -> Done:
         stacked = _write_stack(folder, table) if source.settings["stack"] else []
         files.write_json(folder / MANIFEST, _dataset_manifest(work, source, table, manifests, files.sha256_file(folder / INDEX), stacked))
     work.say(f"{work.stage.name}: {len(table)} images in {target}")
+    _tell_rejected(work, source, manifests)
     return _done(target, table, manifests)
+
+
+def _tell_rejected(work: Work, source: PlannedStage, manifests: list[dict[str, Any]]) -> None:
+    """How many were rejected; an event if they are too many to trust the rest."""
+    counts = _counts(manifests)
+    if not counts["rejected"]:
+        return
+    gate = manifests[0]["gate"]
+    work.say(f"{work.stage.name}: {accounts.in_words(counts)}" + (f"; {accounts.held_out_in_words(gate)}" if gate is not None else ""))
+    alarm = accounts.alarm(counts)
+    if alarm is not None:
+        work.run.event("many_rejected", stage=source.name, cause=alarm)
+        work.say(f"{work.stage.name}: warning: {alarm}")
 
 
 def _verified_manifests(work: Work, source: PlannedStage) -> list[dict[str, Any]]:
@@ -83,6 +98,9 @@ def _verified_manifests(work: Work, source: PlannedStage) -> list[dict[str, Any]
     checkpoints = {manifest["checkpoint_sha256"] for manifest in manifests}
     if len(checkpoints) > 1:
         raise MedgenError(f"{source.name}: its shards come from {len(checkpoints)} different checkpoints; remove {work.run.stage(source.name) / 'shards'} and submit again")
+    gates = {manifest["gate"]["sha256"] for manifest in manifests if manifest["gate"] is not None}
+    if len(gates) > 1:
+        raise MedgenError(f"{source.name}: its shards were judged by {len(gates)} different sets of thresholds; remove {work.run.stage(source.name) / 'shards'} and submit again")
     return manifests
 
 
@@ -142,6 +160,8 @@ def _dataset_manifest(work: Work, source: PlannedStage, table: pd.DataFrame, man
         "data_fingerprint": manifests[0]["data_fingerprint"],
         "made_on": manifests[0]["made_on"],
         "counts": _counts(manifests),
+        "counts_by_class": accounts.by_class([entry for manifest in manifests for entry in manifest["images"]]),
+        "gate": manifests[0]["gate"],
         "index_sha256": index_sha256,
         "stack_sha256": {path.name: files.sha256_file(path) for path in stacked},
     }

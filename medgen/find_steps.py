@@ -72,7 +72,7 @@ def find_steps(which: str, asked: Asked) -> str:
         store = open_store(DataSpec.model_validate(plan.data), plan.seed, run.cache, work.say)
         judge = Judge(made_by, samplings.first, store, asked.against, measures, Bench(run.cache, work.say, lambda *_: None), lambda done, of: bar.update(shown, completed=done, total=of))
         protocol = {
-            "stage": stage.name, "checkpoint": made_by.checkpoint.sha256, "data": made_by.data_fingerprint, "images": asked.images, "against": asked.against,
+            "stage": stage.name, "checkpoint": made_by.checkpoint.sha256, "data": made_by.store.fingerprint, "images": asked.images, "against": asked.against,
             "reference": len(judge.sides.reference), "extractor": judge.extractor, "seed": plan.seed, "other_sampling": samplings.others, "noise": judge.units,
         }  # fmt: skip
         search = _Search(run, stage.name, protocol, judge, samplings, asked)

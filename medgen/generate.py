@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,22 @@ from medgen.checkpoint import Checkpoint
 from medgen.data.image_files import read_slice, write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError, Interrupted, MedgenError
+from medgen.gate import accounts, fit
+from medgen.gate.judge import OF_ALL_CLASSES, Gate, Verdict, judge_mask
 from medgen.models.base import Given, Model, SampleNoise
 from medgen.models.settings import FamilyConfig, Settings
 from medgen.plan import PlannedStage
 from medgen.resume import check_identity
 from medgen.shards import MANIFEST, MANIFEST_VERSION, Counts, read_manifest, set_aside, shard_problem
+from medgen.spec_accept import AcceptImages, AcceptMasks
 from medgen.spec_data import SPLITS, DataSpec
-from medgen.spec_stages import Accept, GenerateStage
+from medgen.spec_stages import GenerateStage
 from medgen.task import Done, Work
-from medgen.training import load_channel, shape_of, trained_model
+from medgen.training import load_channel, of_size, shape_of, trained_model
 
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
+MOST_SHOWN = 8  # rejected images of a shard that are kept, for the report
+Channels = dict[str, np.ndarray]  # channel -> [H, W] of one image
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,25 @@ class Generation:
     model: Model
     sampling: Settings
     checkpoint: Checkpoint
-    accept: Accept | None
+    accept: AcceptMasks | AcceptImages | None
     conditions: dict[int, Condition]
     classes: Classes | None
     affine: np.ndarray  # of images without a condition, at the full size
     full_size: int  # pixels
     device: torch.device
-    data_fingerprint: str
+    store: SliceStore
     counts: Counts
+    gates: dict[int, Gate] = field(default_factory=dict)  # by pixels per side: known when the first image is there
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawing of an image; `attempt` counts from 0."""
+
+    index: int
+    attempt: int
+    channels: Channels
+    verdict: Verdict
 
 
 def generate(work: Work) -> Done:
@@ -95,8 +111,8 @@ def generate(work: Work) -> Done:
         generation = prepare(work, settings, ranks.device)
         try:
             with files.folder_in_one_move(target) as folder:
-                entries = _draw_shard(generation, folder)
-                files.write_json(folder / MANIFEST, files.with_own_hash(_manifest(generation, entries)))
+                entries, shown = _draw_shard(generation, folder)
+                files.write_json(folder / MANIFEST, files.with_own_hash(_manifest(generation, entries, shown)))
                 if fault.ARMED:
                     fault.at("shard.commit")
         except OSError:  # where locks do not hold, another process may have published it meanwhile
@@ -116,14 +132,20 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     chosen = _promised_checkpoint(work, source.name, settings.checkpoint)
     check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
     model = trained_model(chosen, source.settings["config"]["model"], config, shape_of(config, store), device)
-    accept = (settings.accept or Accept()) if config.output_kind == "mask" else None
+    accept = settings.accept or (AcceptMasks() if config.output_kind == "mask" else None)
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
     conditions = _conditions(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     classes = _classes(settings, store) if config.uses_labels else None
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
-                      _plain_affine(store), store.size, device, store.fingerprint, Counts())
+                      _plain_affine(store), store.size, device, store, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
+
+
+def _rules(accept: AcceptMasks | AcceptImages | None, config: FamilyConfig) -> tuple[str, ...]:
+    if isinstance(accept, AcceptImages):
+        return accept.rules_of(len(config.output_channels))
+    return accept.rules if accept is not None else ()
 
 
 def _classes(settings: GenerateStage, store: SliceStore) -> Classes:
@@ -202,20 +224,26 @@ def _collected_mask(dataset: Path, row: pd.Series) -> Condition:
     return Condition(row["id"], "synthetic", {"seg": (found.array > 0.5).astype(np.float32)}, affine)
 
 
-def _draw_shard(generation: Generation, folder: Path) -> list[dict[str, Any]]:
-    """Draw and write all chunks; returns the manifest's entry of every image."""
+def _draw_shard(generation: Generation, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Draw and write all chunks; returns the manifest's entry of every image, and of the first rejected ones."""
     work, entries = generation.work, []
+    shown: list[dict[str, Any]] = []
     assert work.task.images is not None
     total = work.task.images.stop - work.task.images.first
     for indices in chunks_of(work.task.images, generation.stage.settings["chunk"]):
-        for index, tries, channels in _draw_chunk(generation, indices):
-            entries.append(_write_image(generation, folder, index, tries, channels))
+        accepted, rejected = _draw_chunk(generation, indices)
+        for drawn in accepted:
+            earlier = [other.verdict.rules for other in rejected if other.index == drawn.index]
+            entries.append(_write_image(generation, folder, drawn, earlier))
             if fault.ARMED:
                 fault.at("shard.write", folder / next(iter(entries[-1]["files"].values()))["path"])
+        shown += [_write_rejected(generation, folder, drawn) for drawn in rejected[: MOST_SHOWN - len(shown)]]
         work.progress(len(entries), total, "images")
         if work.stop.is_set and len(entries) < total:
             raise Interrupted(f"stopped by {work.stop.signal_name}; this shard starts again next time")
-    return entries
+    if generation.counts.rejected:
+        work.say(f"{work.stage.name}: {accounts.in_words(generation.counts.facts)}")
+    return entries, shown
 
 
 def chunks_of(images: planning.Shard, chunk: int) -> Iterator[list[int]]:
@@ -224,25 +252,63 @@ def chunks_of(images: planning.Shard, chunk: int) -> Iterator[list[int]]:
         yield list(range(first, min(first + chunk, images.stop)))
 
 
-def _draw_chunk(generation: Generation, indices: list[int]) -> list[tuple[int, int, dict[str, np.ndarray]]]:
-    """(index, tries, channel name -> [H, W]) of every image; masks that are not acceptable are drawn again."""
-    accepted: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+def _draw_chunk(generation: Generation, indices: list[int]) -> tuple[list[Drawn], list[Drawn]]:
+    """An acceptable drawing of every image, and those that were rejected before, by image and attempt.
+
+    A new attempt is a new noise for the same image: its condition and its class stay."""
+    accepted: dict[int, Drawn] = {}
+    rejected: list[Drawn] = []
     limit = generation.accept.tries if generation.accept else 1
     for attempt in range(limit):
         pending = [index for index in indices if index not in accepted]
         if not pending:
             break
-        for index, channels in zip(pending, sample(generation, pending, attempt), strict=True):
-            if _is_acceptable(generation, channels):
-                accepted[index] = (attempt + 1, channels)
+        images = sample(generation, pending, attempt)
+        for index, channels, verdict in zip(pending, images, _judged(generation, pending, images), strict=True):
+            generation.counts.add(verdict.rules)
+            drawn = Drawn(index, attempt, channels, verdict)
+            if verdict.rules:
+                rejected.append(drawn)
+            else:
+                accepted[index] = drawn
     missing = [index for index in indices if index not in accepted]
     if missing:
-        counts = generation.counts
-        raise InputError(  # the same noise would give the same masks: trying again is useless
-            f"image {missing[0]}: no acceptable mask in {limit} tries (so far {counts.rejected_empty} empty, {counts.rejected_large} too large, "
-            f"{counts.accepted} accepted); train the mask model longer, or relax accept"
-        )
-    return [(index, *accepted[index]) for index in indices]
+        raise InputError(_hopeless(generation, missing[0], limit))  # the same noise would give the same images: trying again is useless
+    return [accepted[index] for index in indices], sorted(rejected, key=lambda drawn: (drawn.index, drawn.attempt))
+
+
+def _hopeless(generation: Generation, index: int, limit: int) -> str:
+    """What to say when no try was good: which rule was against it most, and what to do."""
+    told = accounts.in_words(generation.counts.facts)
+    if isinstance(generation.accept, AcceptMasks):
+        return f"image {index}: no acceptable mask in {limit} tries (so far {told}); train the mask model longer, or relax accept"
+    worst = max(generation.counts.by_rule, key=lambda rule: generation.counts.by_rule[rule])
+    condition = generation.conditions.get(index)
+    of = f" (condition {condition.id})" if condition else ""
+    return (f"image {index}{of}: no acceptable image in {limit} tries (so far {told}); {worst} rejects most: train longer or look at what the model draws without accept; "
+            f"if those images are good, leave {worst} out of accept.rules or write a larger accept.margin")  # fmt: skip
+
+
+def _judged(generation: Generation, indices: list[int], images: list[Channels]) -> list[Verdict]:
+    if isinstance(generation.accept, AcceptMasks):
+        return [judge_mask(generation.accept, channels["seg"] > 0.5) for channels in images]
+    if generation.accept is None:
+        return [Verdict(())] * len(images)
+    classes = generation.classes
+    labels = [classes.names[classes.of(index)] if classes is not None else OF_ALL_CLASSES for index in indices]
+    drawn = {name: np.stack([channels[name] for channels in images]) for name in generation.config.output_channels}
+    return _gate(generation, generation.accept, images[0][generation.config.output_channels[0]].shape[0]).judge(drawn, labels)
+
+
+def _gate(generation: Generation, accept: AcceptImages, size: int) -> Gate:
+    """Of images of this size: a model that grows may draw smaller ones than the data have."""
+    if size not in generation.gates:
+        work, config = generation.work, generation.config
+        data = DataSpec.model_validate(work.plan.data)
+        store = generation.store if size == generation.store.size else of_size(work, data, size, generation.store)
+        sources = fit.sources_of(store, config.output_channels, config.trains_positive_only(data), work.plan.trained_on(work.stage.name), config.uses_labels)
+        generation.gates[size] = fit.open_gate(sources, accept, work.run.cache, work.say)
+    return generation.gates[size]
 
 
 def sample(generation: Generation, indices: list[int], attempt: int) -> list[dict[str, np.ndarray]]:
@@ -262,46 +328,53 @@ def sample(generation: Generation, indices: list[int], attempt: int) -> list[dic
     return [{name: array[place] for name, array in arrays.items()} for place in range(len(indices))]
 
 
-def _is_acceptable(generation: Generation, channels: dict[str, np.ndarray]) -> bool:
-    if generation.accept is None:
-        generation.counts.accepted += 1
-        return True
-    mask = channels["seg"] > 0.5
-    if mask.sum() < generation.accept.min_pixels:
-        generation.counts.rejected_empty += 1
-        return False
-    if mask.mean() > generation.accept.max_fraction:
-        generation.counts.rejected_large += 1
-        return False
-    generation.counts.accepted += 1
-    return True
-
-
-def _write_image(generation: Generation, folder: Path, index: int, tries: int, channels: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Write one image's channels (and the mask it was made from) and return its manifest entry."""
-    name = f"{index:06d}"
+def _write_image(generation: Generation, folder: Path, drawn: Drawn, earlier: list[tuple[str, ...]]) -> dict[str, Any]:
+    """Write one image's channels (and the mask it was made from) and return its manifest entry. `earlier`: the rules that each try before broke."""
+    index, name = drawn.index, f"{drawn.index:06d}"
     condition = generation.conditions.get(index)
-    affine = condition.affine if condition else _of_pixels(generation.affine, generation.full_size, next(iter(channels.values())).shape[0])
+    affine = _affine_of(generation, drawn)
     mask = {"seg": condition.channels["seg"]} if condition and "seg" in condition.channels else {}
-    written = {}
-    for channel, array in {**channels, **mask}.items():
-        relative = Path("images") / name / f"{channel}{SUFFIX[generation.stage.settings['format']]}"
-        write_slice(folder / relative, array, "mask" if channel == "seg" else "image", affine)
-        written[channel] = {"path": str(relative), "sha256": files.sha256_file(folder / relative)}
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return {
         "id": name,
         "index": index,
-        "seed": rng.derive_seed(generation.work.plan.seed, generation.stage.name, index, tries - 1),
-        "tries": tries,
+        "seed": rng.derive_seed(generation.work.plan.seed, generation.stage.name, index, drawn.attempt),
+        "tries": drawn.attempt + 1,
+        **({"rejected_for": "; ".join("+".join(rules) for rules in earlier)} if generation.accept is not None else {}),
         "condition": condition.id if condition else "",
         "condition_kind": condition.kind if condition else "none",
         **(_label(generation.classes, index) if generation.classes is not None else {}),
         "spacing_x_mm": round(float(spacing[1]), 6),  # between columns
         "spacing_y_mm": round(float(spacing[0]), 6),  # between rows
         "thickness_mm": round(float(spacing[2]), 6),
-        "files": written,
+        "files": _write_channels(generation, folder, Path("images") / name, {**drawn.channels, **mask}, affine),
     }
+
+
+def _write_rejected(generation: Generation, folder: Path, drawn: Drawn) -> dict[str, Any]:
+    """One that does not count, kept to be looked at, and why."""
+    name = f"{drawn.index:06d}.{drawn.attempt}"
+    return {
+        "index": drawn.index,
+        "attempt": drawn.attempt,
+        "rules": list(drawn.verdict.rules),
+        "reasons": list(drawn.verdict.reasons),
+        "files": _write_channels(generation, folder, Path("rejected") / name, drawn.channels, _affine_of(generation, drawn)),
+    }
+
+
+def _write_channels(generation: Generation, folder: Path, below: Path, channels: Channels, affine: np.ndarray) -> dict[str, dict[str, str]]:
+    written = {}
+    for channel, array in channels.items():
+        relative = below / f"{channel}{SUFFIX[generation.stage.settings['format']]}"
+        write_slice(folder / relative, array, "mask" if channel == "seg" else "image", affine)
+        written[channel] = {"path": str(relative), "sha256": files.sha256_file(folder / relative)}
+    return written
+
+
+def _affine_of(generation: Generation, drawn: Drawn) -> np.ndarray:
+    condition = generation.conditions.get(drawn.index)
+    return condition.affine if condition else _of_pixels(generation.affine, generation.full_size, next(iter(drawn.channels.values())).shape[0])
 
 
 def _of_pixels(affine: np.ndarray, full_size: int, size: int) -> np.ndarray:
@@ -309,7 +382,7 @@ def _of_pixels(affine: np.ndarray, full_size: int, size: int) -> np.ndarray:
     return affine @ np.diag([full_size / size, full_size / size, 1.0, 1.0])
 
 
-def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(generation: Generation, entries: list[dict[str, Any]], shown: list[dict[str, Any]]) -> dict[str, Any]:
     work = generation.work
     return {
         "version": MANIFEST_VERSION,
@@ -317,14 +390,16 @@ def _manifest(generation: Generation, entries: list[dict[str, Any]]) -> dict[str
         "stage": work.stage.name,
         "task_hash": work.task.hash,
         "checkpoint_sha256": generation.checkpoint.sha256,
-        "data_fingerprint": generation.data_fingerprint,
+        "data_fingerprint": generation.store.fingerprint,
         "made_on": {"device": work.device_name, "threads": work.stage.threads, "chunk": generation.stage.settings["chunk"], "torch": torch.__version__},
-        "counts": asdict(generation.counts),
+        "gate": next((gate.record for gate in generation.gates.values()), None),
+        "counts": generation.counts.facts,
+        "rejected_shown": shown,
         "images": entries,
     }
 
 
 def _done(target: Path) -> Done:
     manifest = read_manifest(target)
-    produced = [target / facts["path"] for entry in manifest["images"] for facts in entry["files"].values()]
+    produced = [target / facts["path"] for entry in [*manifest["images"], *manifest["rejected_shown"]] for facts in entry["files"].values()]
     return Done([target / MANIFEST, *produced], {"images": len(manifest["images"]), **manifest["counts"]})

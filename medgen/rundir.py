@@ -436,6 +436,7 @@ EVENT_FACTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "shard_set_aside": {"stage": str, "shard": int},
     "dataset_damaged": {"stage": str},
     "checkpoint_lost": {"stage": str},
+    "many_rejected": {"stage": str, "cause": str},
     "requeue_refused": {"stage": str, "shard": int},
     "rank_lost": {"stage": str, "shard": int, "attempt": int, "cause": str},
     "steps_skipped": {"stage": str, "shard": int, "cause": str},

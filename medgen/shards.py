@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,28 @@ from medgen.plan import Task
 from medgen.rundir import RunDir
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 
 
 @dataclass
 class Counts:
-    """How the drawn masks were judged."""
+    """How the drawn images (or masks) were judged. by_rule: how many broke each rule; an image may break several."""
 
     accepted: int = 0
-    rejected_empty: int = 0
-    rejected_large: int = 0
+    rejected: int = 0
+    by_rule: dict[str, int] = field(default_factory=dict)
+
+    def add(self, broken: Sequence[str]) -> None:
+        """One drawn image, and the rules that it breaks."""
+        self.accepted += not broken
+        self.rejected += bool(broken)
+        for rule in broken:
+            self.by_rule[rule] += 1
+
+    @property
+    def facts(self) -> dict[str, int]:
+        return {"drawn": self.accepted + self.rejected, "accepted": self.accepted, "rejected": self.rejected,
+                **{f"rejected_{rule}": count for rule, count in self.by_rule.items()}}  # fmt: skip
 
 
 def read_manifest(shard_folder: Path) -> dict[str, Any]:
@@ -40,8 +53,8 @@ def shard_problem(folder: Path, task: Task) -> str | None:
             return "it was made for another plan"
         if [entry["index"] for entry in manifest["images"]] != list(range(task.images.first, task.images.stop)):
             return f"it does not hold exactly images {task.images.first} to {task.images.stop - 1}"
-        written = [(str(facts["path"]), facts["sha256"]) for entry in manifest["images"] for facts in entry["files"].values()]
-        complete = written and manifest["counts"].keys() == asdict(Counts()).keys() and manifest["data_fingerprint"]
+        written = [(str(facts["path"]), facts["sha256"]) for entry in [*manifest["images"], *manifest["rejected_shown"]] for facts in entry["files"].values()]
+        complete = written and manifest["counts"]["accepted"] == len(manifest["images"]) and manifest["data_fingerprint"]
     except FileNotFoundError:
         return "manifest.json is missing" if folder.exists() else "the shard is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medgen import commits, document, models
+from medgen import commits, document, models, spec_accept
 from medgen.document import Document
 from medgen.errors import InputError
 from medgen.models.settings import FamilyConfig
@@ -295,8 +295,9 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
     if stage.stack and not config.uses_labels:
         raise spec_document.error((*path, "stack"), f"a stack is sorted by class, and the model of {stage.source} knows no classes; remove it")
-    if stage.accept is not None and config.output_kind != "mask":
-        raise spec_document.error((*path, "accept"), f"accept judges masks; the model of {stage.source} makes images")
+    unfit = spec_accept.problem(stage.accept, config.output_kind, config.output_channels, stage.source) if stage.accept is not None else None
+    if unfit is not None:
+        raise spec_document.error((*path, "accept"), unfit)
     if stage.condition in spec.stages:
         giver = spec.stages[stage.condition]
         if not isinstance(giver, GenerateStage):

@@ -18,6 +18,17 @@ class Window(Frozen):
 
     percentiles: tuple[float, float] | None = None
     fixed: tuple[float, float] | None = None
+    joint: tuple[ChannelName, ...] | None = None  # channels that share one window per patient, so that they can be compared with each other
+
+    @model_validator(mode="after")
+    def _joint_has_an_effect(self) -> Window:
+        if self.joint is None:
+            return self
+        if self.fixed is not None:
+            raise ValueError("joint has no effect with fixed, which is the same window for every channel; remove it")
+        if len(set(self.joint)) != len(self.joint) or len(self.joint) < 2:
+            raise ValueError(f"joint names two or more different channels of images that share a window, got {list(self.joint)}")
+        return self
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Window:
@@ -74,6 +85,13 @@ class DataSpec(Frozen):
             places = {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
             return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": places}
         return value
+
+    @model_validator(mode="after")
+    def _joint_channels_are_there(self) -> DataSpec:
+        for name in self.window.joint or ():
+            if name not in self.images:
+                raise ValueError(f"window.joint: there is no image {name!r}; the images are: {', '.join(self.images) or 'none'}")
+        return self
 
     @model_validator(mode="after")
     def _complete_for_its_format(self) -> DataSpec:

@@ -15,7 +15,7 @@ USUAL_METRICS = ("mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd")
 FEATURE_METRICS = ("fid", "kid", "prdc", "cmmd")  # compare the features of an extractor
 PERCEPTUAL_METRICS = ("lpips", "lpips_diversity")  # compare images by LPIPS
 MASK_METRICS = ("dice", "iou", "hd95")  # of masks that belong together
-METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, *PERCEPTUAL_METRICS, "ssim_pairs", "auc", *MASK_METRICS)
+METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, *PERCEPTUAL_METRICS, "ssim_pairs", "registration", "auc", *MASK_METRICS)
 
 
 class InceptionExtractor(PublishedWeights):

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from medgen.spec_base import Frozen, StageName, StageSpec, VariableName
+from medgen.spec_accept import Accept
+from medgen.spec_base import StageName, StageSpec, VariableName
 from medgen.spec_data import SPLITS
 from medgen.spec_evaluate import EvaluateStage, FeaturesStage
 from medgen.spec_utility import StructureStage, UtilityStage
@@ -41,14 +42,6 @@ class TrainStage(StageSpec):
         return [*self.needs, *([self.repeat] if self.repeat is not None else [])]
 
 
-class Accept(Frozen):
-    """Which generated masks count: others are drawn again, counted and reported."""
-
-    min_pixels: int = Field(1, ge=0)
-    max_fraction: float = Field(0.25, gt=0, le=1)
-    tries: int = Field(20, ge=1)
-
-
 class GenerateStage(StageSpec):
     kind: Literal["generate"]
     source: StageName = Field(alias="from")
@@ -62,7 +55,7 @@ class GenerateStage(StageSpec):
     parallel: int | None = Field(None, ge=1)
     format: Literal["nifti", "png", "npy"] = "nifti"
     stack: bool = False  # also all images in one file, sorted by class, and labels_syn.csv, as `format: stack` data are kept
-    accept: Accept | None = None
+    accept: Accept | None = None  # masks: default by size; images: default all of them
 
     @field_validator("checkpoint")
     @classmethod

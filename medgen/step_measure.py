@@ -47,7 +47,7 @@ class Drawn:
         self.outputs = self.files = list(made_by.config.output_channels)
         self.fingerprint = f"drawn by {made_by.checkpoint.sha256}"
         self._key = files.sha256_json([
-            made_by.checkpoint.sha256, made_by.data_fingerprint, sampling.model_dump(mode="json"), made_by.work.plan.seed, made_by.stage.name,
+            made_by.checkpoint.sha256, made_by.store.fingerprint, sampling.model_dump(mode="json"), made_by.work.plan.seed, made_by.stage.name,
             made_by.stage.settings["chunk"], str(made_by.device), torch.__version__,
         ])  # fmt: skip
 

@@ -78,7 +78,7 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
         context.steps_per_epoch = samples / phase.batch_size
         phase_end = clock.phase_start_step + steps_in(phase, samples)
         validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
-        activity.now("computing a step")
+        activity.now("working")
         prepare_phase(training)
         window_start = time.monotonic()
 

@@ -79,6 +79,81 @@ def test_rows_images_masks_and_windows(root: Path, tmp_path: Path) -> None:
     assert first["label"] is None and first["caption"] is None
 
 
+TWO = {"t1": "t1.nii.gz", "gd": "gd.nii.gz"}
+
+
+def with_contrast(root: Path, factor: float = 1.5) -> Path:
+    """Beside every t1 a gd that is so many times as bright everywhere, and in the mask again as much."""
+    import nibabel
+
+    for path in root.glob("*/*/t1.nii.gz"):
+        image, mask = nibabel.load(path), nibabel.load(path.with_name("seg.nii.gz"))
+        brighter = np.asarray(image.dataobj) * factor * np.where(np.asarray(mask.dataobj) > 0, factor, 1)
+        write_volume(path.with_name("gd.nii.gz"), brighter.astype(np.float32), image.affine)
+    return root
+
+
+def test_joint_channels_keep_what_one_is_brighter_than_the_other(root: Path, tmp_path: Path) -> None:
+    """The slices have the voxels of the files (20 px), so the window can be undone and the factors must come back."""
+    with_contrast(root)
+    ratios = {}
+    for joint in (None, ["t1", "gd"]):
+        store, _ = opened(spec(root, images=TWO, size=20, window={"percentiles": [0, 99.5], "joint": joint}), tmp_path / "cache")
+        every = np.arange(len(store.rows))
+        t1, gd, masks = store.images("t1", every), store.images("gd", every), store.masks(every)
+        inside = (t1 > 0.05) & (t1 < 1) & (gd > 0) & (gd < 1)
+        low, high = (store.rows[f"window_{end}_t1"].to_numpy()[:, None, None] if joint else np.float64(end == "high") for end in ("low", "high"))
+        before, after = t1 * (high - low) + low, gd * (high - low) + low
+        ratios[bool(joint)] = [after[where] / before[where] for where in (inside & (masks == 0), inside & (masks == 1))]
+        assert min(map(len, ratios[bool(joint)])) > 20
+        if joint:
+            for end in ("low", "high"):
+                assert (store.rows[f"window_{end}_t1"] == store.rows[f"window_{end}_gd"]).all()
+            per_patient = store.rows.drop_duplicates("patient")
+            assert per_patient["window_high_t1"].is_unique, "each patient has a window of its own"
+            voxels = [read_volume(root / "train/a" / name) for name in TWO.values()]
+            assert per_patient["window_high_t1"].iloc[0] == pytest.approx(max(np.percentile(volume[volume > 0], 99.5) for volume in voxels))
+            assert per_patient["window_low_t1"].iloc[0] == min(volume[volume > 0].min() for volume in voxels)
+    np.testing.assert_allclose(ratios[True][0], 1.5, rtol=1e-4)
+    np.testing.assert_allclose(ratios[True][1], 2.25, rtol=1e-4)
+    assert np.median(ratios[False][0]) < 1.1, "each by its own percentiles, both look alike"
+
+
+def test_a_joint_window_is_another_cache_and_the_old_ones_stay_valid(root: Path, tmp_path: Path) -> None:
+    with_contrast(root)
+    apart, _ = opened(spec(root, images=TWO), tmp_path / "cache")
+    joint, said = opened(spec(root, images=TWO, window={"percentiles": [0, 99.5], "joint": ["t1", "gd"]}), tmp_path / "cache")
+    assert joint.fingerprint != apart.fingerprint and any("building" in line for line in said)
+    # as caches were named before a window could be joint
+    how = {"size": 16, "window": {"percentiles": [0.0, 99.5], "fixed": None}, "mask_labels": None, "axis": 2, "content": 0.05, "positive_only": False, "every": 1}
+    what = [
+        [name, name, split, None, None, {role: files.sha256_file(root / split / name / file) for role, file in {**TWO, "seg": "seg.nii.gz"}.items()}]
+        for name, split in (("a", "train"), ("b", "train"), ("c", "val"), ("d", "test"))
+    ]
+    assert apart.fingerprint == files.sha256_json([1, ["t1", "gd"], how, what])
+
+
+def test_volumes_of_other_units_share_no_window(root: Path, tmp_path: Path) -> None:
+    with_contrast(root, factor=25.0)
+    with pytest.raises(InputError, match=r"patient a: window.joint: t1 would fill less than 10% .*t1 102 to 995.605, gd 2550 to 563125.; these volumes are in other units: remove joint"):
+        opened(spec(root, images=TWO, window={"percentiles": [0, 99.5], "joint": ["t1", "gd"]}), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("window", "told"), [
+    ({"fixed": [0, 1], "joint": ["t1", "gd"]}, "joint has no effect with fixed"),
+    ({"percentiles": [0, 99], "joint": ["t1"]}, r"joint names two or more different channels .* got \['t1'\]"),
+    ({"percentiles": [0, 99], "joint": ["t1", "t1"]}, "two or more different channels"),
+    ({"percentiles": [0, 99], "joint": ["t1", "flair"]}, "window.joint: there is no image 'flair'; the images are: t1, gd"),
+    ({"percentiles": [0, 99], "joint": ["t1", "seg"]}, "window.joint: there is no image 'seg'"),
+    ({"joint": ["t1", "gd"]}, "give percentiles"),
+])  # fmt: skip
+def test_a_joint_window_without_effect_is_refused(tmp_path: Path, window: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        spec(tmp_path, images=TWO, window=window)
+    with pytest.raises(ValueError, match="window"):
+        DataSpec.model_validate({"format": "stack", "root": tmp_path, "window": window})
+
+
 def test_filters(root: Path, tmp_path: Path) -> None:
     def slices(**changes: object) -> list[int]:
         store, _ = opened(spec(root, **changes), tmp_path / "cache")
@@ -233,7 +308,7 @@ def test_what_we_generate_can_be_read_as_data(root: Path, tmp_path: Path) -> Non
 def test_phantom_format_and_pictures(tmp_path: Path) -> None:
     from rich.console import Console
 
-    data = DataSpec(format="phantom", patients=3, size=32, every=4)
+    data = DataSpec(format="phantom", patients=3, size=32, every=4, window={"percentiles": (0, 99.5), "joint": ("t1_pre", "t1_gd")})
     report = check_headers(data, 1)
     store, _ = opened(data, tmp_path / "cache")
     assert report.patients == {"train": 1, "val": 1, "test": 1} and "3 patients" in report.text()
@@ -244,7 +319,10 @@ def test_phantom_format_and_pictures(tmp_path: Path) -> None:
     assert summary["splits"]["train"]["patients"] == 1 and summary["splits"]["train"]["positive_slices"] > 0
     console = Console(record=True, width=100)
     print_summary(store, console)
-    assert "t1_gd" in console.export_text()
+    printed = console.export_text()
+    assert "t1_gd" in printed and "the same window in each patient: t1_pre, t1_gd" in printed and summary["joint_windows"] == [["t1_pre", "t1_gd"]]
+    high = [float(store.rows["window_high_bravo"].min()), float(store.rows["window_high_bravo"].max())]
+    assert summary["windows"]["bravo"]["high"] == high and f"{high[0]:.5g} to {high[1]:.5g}" in printed
     contact_sheet(store, tmp_path / "sheet.png")
     histogram(store, tmp_path / "histogram.png")
     first = (tmp_path / "sheet.png").read_bytes()
@@ -266,3 +344,24 @@ def test_real_glioma_volumes(tmp_path: Path, glioma: Path) -> None:
     images, masks = store.images("bravo", train), store.masks(train)
     assert 0.1 < images[images > 0].mean() < 0.7
     assert images[masks > 0].mean() > 0.1  # the tumour lies inside the brain, not beside it
+
+
+def test_the_uptake_of_contrast_survives_in_real_volumes(tmp_path: Path, glioma: Path) -> None:
+    """Brightness after contrast over before, outside the tumour: as in the files with a joint window, lost with one each."""
+    for patient in ("train/TCIA01_201_1", "val/TCIA02_606_1", "test/TCIA03_265_1"):
+        (tmp_path / "set" / patient).parent.mkdir(parents=True)
+        (tmp_path / "set" / patient).symlink_to(glioma / patient)
+    shared = {"root": tmp_path / "set", "images": {"t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"}, "mask": "seg.nii.gz", "size": 64, "every": 15}
+    found = {}
+    for joint in (None, ["t1_pre", "t1_gd"]):
+        store, _ = opened(DataSpec.model_validate({**shared, "window": {"percentiles": [0, 99.5], "joint": joint}}), tmp_path / "cache")
+        for patient, rows in store.rows.groupby("patient").groups.items():
+            pre, gd = (store.images(channel, np.asarray(rows)) for channel in shared["images"])
+            healthy = (pre > 0.05) & (gd > 0.05) & (store.masks(np.asarray(rows)) == 0)
+            found[patient, bool(joint)] = gd[healthy].mean() / pre[healthy].mean()
+    for folder in sorted(tmp_path.glob("set/*/*")):
+        pre, gd, seg = (read_volume(folder / f"{name}.nii.gz")[:, :, ::15] for name in ("t1_pre", "t1_gd", "seg"))
+        healthy = (pre > 0) & (gd > 0) & (seg == 0)
+        raw = gd[healthy].mean() / pre[healthy].mean()
+        assert found[folder.name, True] == pytest.approx(raw, rel=0.05)
+        assert not 0.8 < found[folder.name, False] / raw < 1.2

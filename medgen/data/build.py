@@ -23,6 +23,7 @@ CACHE_VERSION = 1  # raise it when the same data and spec would give other slice
 ROWS = "rows.json"
 AFFINES = "affines"
 HASHES = "hashes.json"
+SMALLEST_SHARE = 0.1  # of a joint window that each of its channels must fill
 LABEL_TOLERANCE = 1e-3  # float label files hold 2.9999998 for 3
 
 Hashes = dict[Path, str]
@@ -92,6 +93,8 @@ def _sha256(path: Path) -> str:
 def fingerprint(data: DataSpec, sources: list[Source], hashes: Hashes) -> str:
     """sha256 of everything that decides the slices: contents, splits and how slices are made; not where files lie."""
     how = data.model_dump(mode="json", exclude={"format", "root", "splits", "patients", "images", "mask"})
+    if data.window.joint is None:
+        del how["window"]["joint"]  # as it was before there was such a key: caches stay valid
     what = [
         [source.id, source.patient, source.split, source.label, source.caption,
          {role: hashes[path] for role, path in source.files.items()}]
@@ -254,9 +257,10 @@ def _scaled_channels(
     slices: dict[str, np.ndarray] = {}
     windows: dict[str, float] = {}
     not_empty: np.ndarray | None = None
+    joint = _joint_window(source, data.window)
     for channel in data.channels:
         volume = read_volume(source.files[channel])
-        low, high = _window(source, source.files[channel], volume, data.window)
+        low, high = joint[channel] if channel in joint else _window(source, source.files[channel], volume, data.window)
         windows[f"window_low_{channel}"], windows[f"window_high_{channel}"] = low, high
         scaled = np.clip((display_slices(volume, axis)[wanted] - low) / (high - low), 0, 1)
         not_empty = scaled > 0 if not_empty is None else not_empty | (scaled > 0)
@@ -285,6 +289,25 @@ def _window(source: Source, path: Path, volume: np.ndarray, window: Window) -> t
             "is it a mask? give window: {fixed: [low, high]} if it is meant"
         )
     return low, high
+
+
+def _joint_window(source: Source, window: Window) -> dict[str, tuple[float, float]]:
+    """The window of each joint channel: from the lowest end of their own windows to the highest, so that none is clipped more than alone.
+
+    (Percentiles of all their voxels together would clip twice as much of the channel that enhances.) Volumes are read here once more than
+    without: holding those of a patient together would take the memory of all. Raises InputError if they cannot be of one unit."""
+    own = {channel: _window(source, source.files[channel], read_volume(source.files[channel]), window) for channel in window.joint or ()}
+    if not own:
+        return {}
+    low, high = min(ends[0] for ends in own.values()), max(ends[1] for ends in own.values())
+    for channel, ends in own.items():
+        if ends[1] - ends[0] < SMALLEST_SHARE * (high - low):
+            told = ", ".join(f"{name} {first:g} to {last:g}" for name, (first, last) in own.items())
+            raise InputError(
+                f"patient {source.patient}: window.joint: {channel} would fill less than {SMALLEST_SHARE:.0%} of the window that it shares ({told}); "
+                "these volumes are in other units: remove joint, or the patient"
+            )
+    return dict.fromkeys(own, (low, high))
 
 
 def _foreground(source: Source, mask: np.ndarray, wanted: list[int] | None, tally: Tally) -> np.ndarray:

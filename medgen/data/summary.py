@@ -35,8 +35,25 @@ def summarise(store: SliceStore) -> dict[str, Any]:
             name: [float(store.rows[column].min()), float(store.rows[column].max())]
             for name, column in (("x", "spacing_x_mm"), ("y", "spacing_y_mm"), ("thickness", "thickness_mm"))
         },
+        "windows": {channel: _windows(store, channel) for channel in store.channels},
+        "joint_windows": joint_windows(store),
         "notes": list(store.notes),
     }
+
+
+def _windows(store: SliceStore, channel: str) -> dict[str, list[float]]:
+    """What becomes 0 (low) and 1 (high), in the file's units: the least and the most over all slices."""
+    columns = {end: store.rows[f"window_{end}_{channel}"] for end in ("low", "high")}
+    return {end: [float(values.min()), float(values.max())] for end, values in columns.items()}
+
+
+def joint_windows(store: SliceStore) -> list[list[str]]:
+    """Groups of channels that have the same window in every slice, so that their grey values can be compared with each other."""
+    groups: dict[bytes, list[str]] = {}
+    for channel in store.channels:
+        ends = store.rows[[f"window_low_{channel}", f"window_high_{channel}"]].to_numpy(dtype=float)
+        groups.setdefault(ends.tobytes(), []).append(channel)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _count(store: SliceStore, split: str) -> dict[str, int | None]:
@@ -72,17 +89,24 @@ def print_summary(store: SliceStore, console: Console) -> None:
         splits.add_row(split, str(counts["patients"]), str(counts["slices"]), "-" if positive is None else str(positive))
     console.print(splits)
     spacing = summary["spacing_mm"]
-    ranges = ", ".join(f"{name} {_range(*values)}" for name, values in spacing.items())
+    ranges = ", ".join(f"{name} {_range(values, 3)}" for name, values in spacing.items())
     console.print(f"{store.size} x {store.size} pixels; mm: {ranges}")
     if store.channels:
         intensities = Table("channel", *(f"p{percent}" for percent in PERCENTILES), title="intensity above 0, after the window")
         for channel, values in summary["channels"].items():
             intensities.add_row(channel, *(f"{value:.2f}" for value in values.values()))
         console.print(intensities)
+        windows = Table("channel", "black", "white", title="window, in the units of the files")
+        for channel, ends in summary["windows"].items():
+            windows.add_row(channel, _range(ends["low"], 5), _range(ends["high"], 5))
+        console.print(windows)
+    for group in summary["joint_windows"]:
+        console.print(f"the same window in each patient: {', '.join(group)}")
 
 
-def _range(low: float, high: float) -> str:
-    return f"{low:.3g}" if abs(high - low) < 1e-3 else f"{low:.3g} to {high:.3g}"
+def _range(ends: list[float], digits: int) -> str:
+    low, high = ends
+    return f"{low:.{digits}g}" if abs(high - low) < 1e-3 else f"{low:.{digits}g} to {high:.{digits}g}"
 
 
 def contact_sheet(store: SliceStore, path: Path) -> None:

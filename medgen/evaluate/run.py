@@ -24,6 +24,7 @@ from medgen.evaluate import (
     paired,
     perceptual,
     privacy,
+    registration,
     scores,
 )
 from medgen.evaluate.features import Bench, Progress, Say
@@ -122,6 +123,7 @@ def _all_scores(
         "swd": partial(distributions.sliced_scores, sides, images, details["swd_levels"]),
         "psd": partial(distributions.spectrum_scores, sides, images),
         "ssim_pairs": partial(by_class.pair_scores, sides, images),
+        "registration": partial(registration.registration_scores, sides, images),
         "ms_ssim_diversity": partial(distributions.diversity_scores, sides, images),
     }
     for number, name in enumerate(names):

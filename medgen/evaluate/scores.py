@@ -192,6 +192,11 @@ MEANINGS: dict[str, Meaning] = {
         "Difference of the radially averaged power spectra of real and synthetic images, root mean square over spatial frequencies. Needs no trained network.",
         "The floor is the difference between two groups of real patients. Above it the texture is wrong: too smooth (missing high frequencies), noisy or striped.",
     ),
+    "registration": Meaning(
+        "Distance between the channels", "mm", "closer to floor",
+        "How far the two images of one slice lie from each other: the shift at which their edges agree best, averaged over the images.",
+        "The floor is that of the real slices, whose edges differ with the contrast as well. Above it: the images of a pair do not show the same anatomy.",
+    ),
     "lpips": Meaning(
         "LPIPS", "", "lower",
         "Distance between the features of a synthetic image and its real partner, weighted as people judge differences between photographs; 0 is identical.",

@@ -47,7 +47,7 @@ class RadImageNet(nn.Module):
     """Images like those of Lpips as vectors [n, d], by the last maps of the ResNet-50 of RadImageNet.
 
     The squared distance is the mean over places of |a - b|^2, where a and b are features of norm 1: as in RadImageNetPerceptualSimilarity
-    of MONAI 1.5, which feeds weights converted from Keras with BGR less a mean. These are the published ones of PyTorch, and their own input."""
+    of MONAI, whose copy of the weights is fed BGR less a mean. These are the published ones of PyTorch, and fed as their authors do."""
 
     def __init__(self, maps: nn.Module):
         super().__init__()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import yaml
 from markupsafe import Markup
 
-from medgen import __version__, files, redact
+from medgen import __version__, collected, files, redact
 from medgen import plan as plans
 from medgen.errors import MedgenError
 from medgen.evaluate import scores
@@ -24,9 +24,10 @@ from medgen.report.charts import Series, bar_chart, line_chart
 from medgen.report.evaluations import Evaluation
 from medgen.report.gallery import Painter, StagePictures, stage_pictures
 from medgen.report.gather import StageFacts
+from medgen.report.selection import Selection, selection, sentences
 from medgen.report.summary import ImageSet, Measurement
 from medgen.rundir import RunDir
-from medgen.spec_data import DataSpec
+from medgen.spec_data import DataSpec, Window
 
 if TYPE_CHECKING:
     from medgen.data.store import SliceStore
@@ -48,6 +49,7 @@ class GeneratedSection:
     evaluations: list[Evaluation]
     images: ImageSet
     card: str  # empty without a dataset
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,14 @@ def _generated(source: Source, facts: StageFacts) -> GeneratedSection:
         source.say(f"{facts.name}: no pictures: {error}")
         return GeneratedSection(facts, facts.name, None, str(error), None, shown, images, "")
     title, text = words.dataset_title(dataset), _card(source, facts, dataset, images)
+    painter = Painter(dataset, source.store)
     try:
-        pictures = stage_pictures(Painter(dataset, source.store), source.plan.seed, first)
+        pictures = stage_pictures(painter, source.plan.seed, first)
+        selected = selection(source.run, source.plan.stage(facts.name), collected.read(dataset.folder)[1], painter)
     except MedgenError as error:
         source.say(f"{facts.name}: no pictures: {error}")
         return GeneratedSection(facts, title, None, str(error), None, shown, images, text)
-    return GeneratedSection(facts, title, dataset, None, pictures, shown, images, text)
+    return GeneratedSection(facts, title, dataset, None, pictures, shown, images, text, selected)
 
 
 def _measurement(source: Source, stage: StageFacts) -> Measurement:
@@ -186,7 +190,7 @@ def _contents(source: Source, facts: StageFacts, dataset: Dataset) -> list[Fact]
         ("file format", ", ".join(sorted({"".join(Path(name).suffixes) for name in index[dataset.files[0]]}))),
         ("index", f"index.csv, a row for each image with the sha256 of each file; its own sha256 is {dataset.index_sha256}"),
     ]  # fmt: skip
-    return [*found, *((name.replace("_", " "), f"{value:,}") for name, value in facts.facts.items() if name.startswith(("accepted", "rejected")) and isinstance(value, int))]
+    return [*found, *((name.replace("_", " "), f"{value:,}") for name, value in facts.facts.items() if name.startswith(("drawn", "accepted", "rejected")) and isinstance(value, int))]
 
 
 def _counted(values: list[str]) -> str:
@@ -219,13 +223,20 @@ def _code(run: RunDir) -> str:
 
 
 def _data(source: Source, facts: StageFacts) -> list[Fact]:
-    data, store = source.plan.data, source.store
+    store = source.store
     if store is None:
         return [("real data", "no longer there")]
     rows = [(f"split {row['split']}", f"{row['patients']} patients, {row['slices']} slices, with a lesion: {row['positive']}") for row in words.split_table(store)]
-    window = data["window"]
-    told = f"{window['fixed'][0]:g} to {window['fixed'][1]:g}" if window["fixed"] else f"percentiles {window['percentiles'][0]:g} to {window['percentiles'][1]:g} of each volume"
+    told = _window(DataSpec.model_validate(source.plan.data).window)
     return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", store.fingerprint)]
+
+
+def _window(window: Window) -> str:
+    if window.percentiles is None:
+        assert window.fixed is not None, "the spec wants one of the two"
+        return f"{window.fixed[0]:g} to {window.fixed[1]:g}"
+    told = f"percentiles {window.percentiles[0]:g} to {window.percentiles[1]:g} of each volume"
+    return told if window.joint is None else f"{told}; {' and '.join(window.joint)} of a patient share the widest"
 
 
 def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
@@ -237,7 +248,8 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
         told.append(f"The model has seen {source.store.rows['patient'][seen].nunique():,} patients: what they do not show, the images cannot.")
     if MASK in dataset.files and not dataset.image_channels:
         told.append("Masks only.")
-    return told
+    manifest = collected.read(dataset.folder)[1]
+    return [*told, *(sentences(manifest) if manifest.get("gate") else [])]
 
 
 # --- training and provenance -------------------------------------------------------------------------------------------

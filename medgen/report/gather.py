@@ -12,7 +12,7 @@ from medgen import files
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import Outcome, RunDir
 
-TROUBLE = {"rank_failed", "shard_set_aside", "dataset_set_aside", "stage_blocked", "stopping", "stopped", "cancelled"}
+TROUBLE = {"rank_failed", "shard_set_aside", "dataset_set_aside", "stage_blocked", "stopping", "stopped", "cancelled", "many_rejected"}
 MOST_TROUBLES = 40
 GROUPED_BINS = 10
 

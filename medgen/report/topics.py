@@ -20,7 +20,7 @@ TOPICS = (
     Topic("distribution", "As a set, are they like real ones?", ("kid", "fid", "fd", "fd_small_n", "cmmd", "swd", "precision", "density")),
     Topic("texture", "Is the texture right?", ("psd",)),
     Topic("diversity", "Are they as varied?", ("recall", "coverage", "ms_ssim_diversity", "ssim_pairs", "lpips_diversity")),
-    Topic("pairs", "Is each like its real partner?", ("mae", "mae_foreground", "mae_lesion", "mse", "psnr", "ssim", "ms_ssim", "lpips", "dice", "iou", "hd95")),
+    Topic("pairs", "Is each like its real partner?", ("mae", "mae_foreground", "mae_lesion", "mse", "psnr", "ssim", "ms_ssim", "lpips", "registration", "dice", "iou", "hd95")),
     Topic("classes", "Are the classes told apart?", ("auc_real", "auc_synthetic")),
     Topic("copies", "Do they repeat training images?", ("near_train", "near_train_features", "closer_to_train", "authentic", "membership_")),
     Topic("structure", "Do they show what their masks say?", ("structure_",)),

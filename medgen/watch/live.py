@@ -168,7 +168,7 @@ def _in_words(kind: str, event: dict[str, Any]) -> str | None:
         return f"{event['stage']} shard {event['shard']}: {_of_rank(kind, event)}"
     if kind in ("outcome_withdrawn", "shard_set_aside"):
         return f"{event['stage']} shard {event['shard']}: {event['cause']}: it is made again"
-    if kind in ("checkpoint_skipped", "checkpoint_lost", "starts_over", "dataset_set_aside", "dataset_damaged", "steps_skipped"):
+    if kind in ("checkpoint_skipped", "checkpoint_lost", "starts_over", "dataset_set_aside", "dataset_damaged", "steps_skipped", "many_rejected"):
         return f"{event['stage']}: {event['cause']}"
     if kind == "submitted":
         return f"{_tasks(event['tasks'])} to run"
