@@ -136,10 +136,18 @@ class _Samplings:
     def first(self) -> SteppedSampling:
         return self.of(self.names[0], 1)
 
+    def to_write(self, sampler: str, steps: int) -> dict[str, Any]:
+        """The settings in a spec, without what is the default."""
+        chosen = self._chosen(sampler, steps)
+        usual = self._config.sampling(chosen).model_dump(mode="json")
+        return {**chosen, **{key: value for key, value in self.others.items() if value != usual[key]}}
+
+    def _chosen(self, sampler: str, steps: int) -> dict[str, Any]:
+        return {**({"sampler": sampler} if self.has_samplers else {}), "steps": steps}
+
     def of(self, sampler: str, steps: int) -> SteppedSampling:
-        chosen = {"sampler": sampler} if self.has_samplers else {}
         try:
-            found = self._config.sampling({**self.others, **chosen, "steps": steps})
+            found = self._config.sampling({**self.others, **self._chosen(sampler, steps)})
         except ValidationError as error:
             raise InputError(f"--sampler {sampler}, {steps} steps: {lr_search.told_by(error)}") from None
         except ValueError as error:
@@ -240,7 +248,7 @@ class _Search:
         """Write the verdict and the picture; returns the screen."""
         best, chosen = self.best, self.chosen
         path = self.run.step_search(self.stage)
-        sampling = {**self.samplings.others, **({"sampler": chosen.sampler} if self.samplings.has_samplers else {}), "steps": chosen.steps}
+        sampling = self.samplings.to_write(chosen.sampler, chosen.steps)
         self._write(best=_key(best), chosen=_key(chosen), sampling=sampling)
         search_pictures.draw_steps(search_pictures.beside(path), self.in_order, best, chosen, self._subject)
         rows = tuple(

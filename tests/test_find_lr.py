@@ -21,10 +21,12 @@ from launch_stub import create_run
 from test_pipeline import _equal, _last_tensors, outcome
 from test_ranks import free_port
 
-from medgen import files, lr_curve, lr_search, models
+from medgen import files, lr_curve, lr_search, models, task
 from medgen.errors import InputError, MedgenError
 from medgen.find_lr import find_lr
 from medgen.lr_curve import Smoothed, judged
+from medgen.report import words
+from medgen.rundir import RunDir
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
 WriteSpec = Callable[[dict[str, Any]], Path]
@@ -121,7 +123,7 @@ def test_the_resolved_form_holds_no_rate_that_nobody_wrote() -> None:
 def training_of(tmp_path: Path, write_spec: WriteSpec, runs: str, **changes: Any) -> Path:
     """A run with one train stage, not started."""
     stage = {"kind": "train", "config": {**CONFIG, **changes}, "resources": {"cpus": 1}}
-    return create_run(write_spec({**tiny_spec(name="search"), "stages": {"train": stage}}), (), tmp_path / runs)[0].root
+    return create_run(write_spec({**tiny_spec(name="search"), "stages": {"train": stage, "report": {"kind": "report"}}}), (), tmp_path / runs)[0].root
 
 
 def kill_when(run: Path, environment: dict[str, str], reached: Callable[[], bool]) -> None:
@@ -134,7 +136,7 @@ def kill_when(run: Path, environment: dict[str, str], reached: Callable[[], bool
 
 
 def test_a_training_that_searched_and_was_killed_equals_one_whose_rate_was_written(
-    tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str]
+    tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the search: it searches anew. Killed in training, with the record lost: the rate is that of the checkpoint."""
     run = training_of(tmp_path, write_spec, "runs", find_lr={"steps": 60})
@@ -149,6 +151,10 @@ def test_a_training_that_searched_and_was_killed_equals_one_whose_rate_was_writt
     done = medgen("train", run)
     assert f"find_lr: lr {record['lr']:.2e}, as found before" in done.stdout and "resuming from" in done.stdout and "trying" not in done.stdout
     assert outcome(run, "train")["facts"]["found_lr"] == record["lr"]
+
+    monkeypatch.setenv("MEDGEN_CACHE", environment["MEDGEN_CACHE"])
+    assert task.perform(RunDir(run), "report", None, 0, 0) == 0
+    assert f"learning rate found: {words.number(record['lr'])}" in (run / "report" / "index.html").read_text()
 
     written = training_of(tmp_path, write_spec, "written", lr=record["lr"])
     medgen("train", written)

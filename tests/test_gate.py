@@ -223,9 +223,19 @@ def test_classes_have_bounds_of_their_own() -> None:
     columns = [Column("t1", measures.MEASURES[0]), Column("t1", measures.MEASURES[1])]
     values = np.concatenate([generator.normal(size=(120, 2)), generator.normal(size=(120, 2)) + 10, generator.normal(size=(5, 2))])
     classes = np.array(["old"] * 120 + ["young"] * 120 + ["rare"] * 5)
-    found = fit._quantiles(values, values[:, 0], classes, ["old", "young"], columns)
+    table = fit.Table(columns, values, values[:, 0], classes, np.arange(245) % 5, ["old", "young"])
+    found = table.quantiles(np.ones(245, dtype=bool))
     assert set(found) == {"", "old", "young"} and found["old"].high[0, 1] < 5 < found["young"].low[0, 1]
     assert found[""].low[0, 1] < 0 < 10 < found[""].high[-1, 1], "a class with too few slices has the bounds of all"
+
+
+def test_only_a_measure_in_which_patients_differ_gets_room() -> None:
+    rejected = np.zeros((4, 100, 3), dtype=bool)  # margins, slices, measures
+    rejected[:2, :10, 1] = rejected[2, :3, 1] = True  # the second: 10 slices at the first two margins, 3 at the third, none at the last
+    steps, left = fit._margin_steps(rejected)
+    assert steps.tolist() == [0, 3, 0] and left == 0
+    rejected[3, :5, 1] = True
+    assert fit._margin_steps(rejected)[0].tolist() == [0, 3, 0] and fit._margin_steps(rejected)[1] == 5, "no wider margin is left: it is told"
 
 
 # the spec

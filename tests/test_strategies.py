@@ -322,6 +322,10 @@ def test_sampling_without_effect_is_refused(keys: dict[str, object], sampling: d
         Config.model_validate({"strategy": "ddpm", "mode": "bravo", **keys}).sampling(sampling)
 
 
+def test_averages_that_differ_late_have_names_that_differ() -> None:
+    assert list(EmaSettings(more=(0.999, 0.9999991, 0.9999992)).betas) == ["ema", "ema_0.999", "ema_0.9999991", "ema_0.9999992"]
+
+
 def test_evaluations_of_the_network_are_counted() -> None:
     flow, calls = Config(strategy="rflow", mode="seg"), []
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,11 @@ def sources_of(store: SliceStore, channels: tuple[str, ...], positive_only: bool
     if len(train) < FEWEST_SLICES:
         raise InputError(f"accept: like: train: {len(train)} training slices are too few to say what a real one looks like, {FEWEST_SLICES} at least are needed; remove accept")
     for split in ("val", "test"):
-        there = (store.rows["split"].to_numpy() == split).any()
-        if there and split not in trained_on:
-            return Sources(store, channels, train, split, _spread(store.select(split, positive_only)), uses_labels)
+        there = store.rows["split"].to_numpy() == split
+        if positive_only:
+            there = there & (store.rows["mask_pixels"].to_numpy() > 0)
+        if there.any() and split not in trained_on:
+            return Sources(store, channels, train, split, _spread(np.flatnonzero(there)), uses_labels)
     return Sources(store, channels, train, "", np.array([], dtype=np.int64), uses_labels)
 
 
@@ -115,31 +117,55 @@ def _read(folder: Path, channels: tuple[str, ...]) -> Gate:
     return Gate(record["size"], tuple(record["rules"]), measurer, subspaces, bounds, record)
 
 
+@dataclass(frozen=True)
+class Table:
+    """The training slices as numbers. values [n, columns], sizes [n] of the foreground, classes and folds [n]; own: classes with enough slices."""
+
+    columns: list[Column]
+    values: np.ndarray
+    sizes: np.ndarray
+    classes: np.ndarray
+    folds: np.ndarray
+    own: list[str]
+
+    def quantiles(self, rows: np.ndarray) -> dict[str, Quantiles]:
+        """Of the slices in `rows` (bool [n]): of all of them, and of each class that has enough in the whole table."""
+        found = {OF_ALL_CLASSES: Quantiles.of(self.values[rows], self.sizes[rows], self.columns)}
+        for name in self.own:
+            of_class = rows & (self.classes == name)
+            if of_class.any():
+                found[name] = Quantiles.of(self.values[of_class], self.sizes[of_class], self.columns)
+        return found
+
+
 def _fitted(sources: Sources, accept: AcceptImages, rules: tuple[str, ...]) -> Gate:
     images = sources.images(sources.train)
     measurer = Measurer(sources.channels, {channel: measures.level_of(images[channel]) for channel in sources.channels})
     small = {channel: subspace.small_versions(images[channel]) for channel in sources.channels}
-    folds = _folds(sources.patients(sources.train))
-    values = measurer.values(images, {channel: _unlike_left_out(small[channel], folds) for channel in sources.channels})
-    classes = np.array(sources.classes(sources.train))
-    columns, sizes = measurer.columns, measurer.sizes(values)
-    own = [name for name in dict.fromkeys(classes.tolist()) if name != OF_ALL_CLASSES and (classes == name).sum() >= FEWEST_OF_CLASS]
-    rejected = _left_out_rejected(MARGINS if accept.margin is None else (accept.margin,), values, sizes, classes, own, folds, columns, rules)
-    steps, left_out = _margin_steps(rejected)
-    margins = np.array(MARGINS)[steps] if accept.margin is None else np.full(len(columns), accept.margin)
-    bounds = {name: quantiles.widened(margins, columns) for name, quantiles in _quantiles(values, sizes, classes, own, columns).items()}
+    table = _table(sources, measurer, images, small)
+    steps, left_out = _margin_steps(_left_out_rejected(table, MARGINS if accept.margin is None else (accept.margin,), rules))
+    margins = np.array(MARGINS)[steps] if accept.margin is None else np.full(len(table.columns), accept.margin)
+    fitted = table.quantiles(np.ones(len(table.values), dtype=bool))
+    bounds = {name: quantiles.widened(margins, table.columns) for name, quantiles in fitted.items()}
     subspaces = {channel: subspace.fit(small[channel]) for channel in sources.channels}
     record = {
         "version": GATE_VERSION, "like": "train", "rules": list(rules), "size": sources.store.size, "data_fingerprint": sources.store.fingerprint,
-        "percent": PERCENT, "margins": _by_channel(columns, margins), "margin_was_asked": accept.margin is not None, "levels": measurer.levels,
+        "percent": PERCENT, "margins": _by_channel(table.columns, margins), "margin_was_asked": accept.margin is not None, "levels": measurer.levels,
         "training": {"slices": len(sources.train), "patients": len(np.unique(sources.patients(sources.train))), "left_out_rejected": left_out},
-        "classes_with_own_bounds": own,
+        "classes_with_own_bounds": table.own,
         "components_sha256": {channel: files.sha256_bytes(item.mean.tobytes() + item.components.tobytes()) for channel, item in subspaces.items()},
-        "bounds": {name: item.to_json(columns) for name, item in bounds.items()},
+        "bounds": {name: item.to_json(table.columns) for name, item in bounds.items()},
     }  # fmt: skip
     gate = Gate(sources.store.size, rules, measurer, subspaces, bounds, record)
-    record["held_out"] = _held_out(gate, sources)
-    return Gate(gate.size, rules, measurer, subspaces, bounds, files.with_own_hash(record))
+    return replace(gate, record=files.with_own_hash({**record, "held_out": _held_out(gate, sources)}))
+
+
+def _table(sources: Sources, measurer: Measurer, images: dict[str, np.ndarray], small: dict[str, np.ndarray]) -> Table:
+    folds = _folds(sources.patients(sources.train))
+    values = measurer.values(images, {channel: _unlike_left_out(small[channel], folds) for channel in sources.channels})
+    classes = np.array(sources.classes(sources.train))
+    own = [name for name in dict.fromkeys(classes.tolist()) if name != OF_ALL_CLASSES and (classes == name).sum() >= FEWEST_OF_CLASS]
+    return Table(measurer.columns, values, measurer.sizes(values), classes, folds, own)
 
 
 def _folds(patients: np.ndarray) -> np.ndarray:
@@ -160,27 +186,18 @@ def _unlike_left_out(small: np.ndarray, folds: np.ndarray) -> np.ndarray:
     return found
 
 
-def _quantiles(values: np.ndarray, sizes: np.ndarray, classes: np.ndarray, own: Sequence[str], columns: Sequence[Column]) -> dict[str, Quantiles]:
-    """Of all slices, and of each class that has enough of them."""
-    found = {OF_ALL_CLASSES: Quantiles.of(values, sizes, columns)}
-    for name in own:
-        found[name] = Quantiles.of(values[classes == name], sizes[classes == name], columns)
-    return found
-
-
-def _left_out_rejected(margins: Sequence[float], values: np.ndarray, sizes: np.ndarray, classes: np.ndarray, own: Sequence[str], folds: np.ndarray,
-                       columns: Sequence[Column], rules: Sequence[str]) -> np.ndarray:  # fmt: skip
+def _left_out_rejected(table: Table, margins: Sequence[float], rules: Sequence[str]) -> np.ndarray:
     """bool [margins, n, columns]: which slice would be rejected by which measure, if bounds came from the other folds' patients."""
-    rejected = np.zeros((len(margins), *values.shape), dtype=bool)
-    counts_low = np.array([column.measure.low in rules for column in columns])
-    counts_high = np.array([column.measure.high in rules for column in columns])
-    for fold in np.unique(folds):
-        rest = folds != fold
-        fitted = _quantiles(values[rest], sizes[rest], classes[rest], [name for name in own if (classes[rest] == name).any()], columns)
+    rejected = np.zeros((len(margins), *table.values.shape), dtype=bool)
+    counts_low = np.array([column.measure.low in rules for column in table.columns])
+    counts_high = np.array([column.measure.high in rules for column in table.columns])
+    for fold in np.unique(table.folds):
+        fitted = table.quantiles(table.folds != fold)
         for number, margin in enumerate(margins):
-            for name in np.unique(classes[~rest]):
-                rows = np.flatnonzero(~rest & (classes == name))
-                below, above = fitted.get(name, fitted[OF_ALL_CLASSES]).widened(margin, columns).beyond(values[rows], sizes[rows])
+            for name in np.unique(table.classes[table.folds == fold]):
+                rows = np.flatnonzero((table.folds == fold) & (table.classes == name))
+                bounds = fitted.get(name, fitted[OF_ALL_CLASSES]).widened(margin, table.columns)
+                below, above = bounds.beyond(table.values[rows], table.sizes[rows])
                 rejected[number, rows] = (below & counts_low) | (above & counts_high)
     return rejected
 

@@ -61,7 +61,7 @@ class EmaSettings(Settings):
     @property
     def betas(self) -> dict[str, float]:
         """Name of each average, as in `weights` and in checkpoints -> its beta."""
-        return {"ema": self.beta, **{f"ema_{beta:g}": beta for beta in self.more}}
+        return {"ema": self.beta, **{f"ema_{beta}": beta for beta in self.more}}
 
 
 class SamplingSettings(SteppedSampling):
