@@ -55,6 +55,25 @@ class Tried:
         return (self.target.mean(dim=(0, 2, 3), keepdim=True) - self.target).square().mean(dim=(1, 2, 3))
 
 
+@dataclass(frozen=True)
+class SampleLosses:
+    """Of each sample [B], in float32. `distance`: the perceptual one, None without such a loss; `fraction`: of the way to noise."""
+
+    loss: Tensor  # what is minimised
+    squared_error: Tensor
+    constant: Tensor  # what the loss would be if the network predicted a constant
+    fraction: Tensor
+    distance: Tensor | None
+
+    def detached(self) -> SampleLosses:
+        return SampleLosses(*(None if values is None else values.detach() for values in vars(self).values()))  # type: ignore[arg-type]
+
+    @classmethod
+    def of_all(cls, parts: list[SampleLosses]) -> SampleLosses:
+        every = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(None if values[0] is None else torch.cat(values) for values in every))  # type: ignore[arg-type]
+
+
 class Model(Family):
     """Strategy x mode over one network, with an exponential moving average of its weights."""
 
@@ -108,24 +127,11 @@ class Model(Family):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, context.step / context.steps_per_epoch)
         network = context.parallel(self.network)
-        losses, errors, constants, distances, fractions = [], [], [], [], []
+        parts = []
         for part, share in context.micro_batches(batch, network):
-            times = self.strategy.times(part.uniform("time"))
-            with context.autocast():
-                tried = self._tried(network, part, times, self._conditioned(part))
-            error, weight = tried.squared_errors(), self.strategy.loss_weight(times)
-            loss, constant = error * weight, tried.constant_errors() * weight
-            if self.perceptual is not None:
-                counted = torch.arange(len(part), device=times.device) if context.rehearsing else self.perceptual.counted(times)
-                distance = self.perceptual(tried.clean, tried.noisy, tried.prediction, times, counted)
-                added = self.perceptual.weight * distance
-                loss, constant = loss + added, constant + added.detach()
-                distances.append(distance.detach())
-            (loss.mean() * share).backward()
-            losses.append(loss.detach())
-            errors.append(error.detach())
-            constants.append(constant)
-            fractions.append(self.strategy.time_fraction(times))
+            losses = self._losses(network, part, context)
+            (losses.loss.mean() * share).backward()
+            parts.append(losses.detached())
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
         allowed = self.guard.allows(norm, context)
         if allowed:
@@ -133,14 +139,30 @@ class Model(Family):
             for average in self.averages.values():
                 average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        scalars = {"loss": torch.cat(losses).mean(), "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        return self._report(SampleLosses.of_all(parts), norm, allowed, context)
+
+    def _losses(self, network: nn.Module, batch: Batch, context: StepContext) -> SampleLosses:
+        times = self.strategy.times(batch.uniform("time"))
+        with context.autocast():
+            tried = self._tried(network, batch, times, self._conditioned(batch))
+        error, weight = tried.squared_errors(), self.strategy.loss_weight(times)
+        loss, constant, distance = error * weight, tried.constant_errors() * weight, None
+        if self.perceptual is not None:
+            counted = torch.arange(len(batch), device=times.device) if context.rehearsing else self.perceptual.counted(times)
+            distance = self.perceptual(tried.clean, tried.noisy, tried.prediction, times, counted)
+            added = self.perceptual.weight * distance
+            loss, constant = loss + added, constant + added
+        return SampleLosses(loss, error, constant, self.strategy.time_fraction(times), distance)
+
+    def _report(self, losses: SampleLosses, norm: Tensor, allowed: bool, context: StepContext) -> StepReport:
+        scalars = {"loss": losses.loss.mean(), "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
         if allowed or bool(norm.isfinite()):  # one that is not would hide all others of its logging window
             scalars["grad_norm"] = norm
-        if distances:
-            scalars |= {"mse": torch.cat(errors).mean(), "perceptual": torch.cat(distances).mean()}
+        if losses.distance is not None:
+            scalars |= {"mse": losses.squared_error.mean(), "perceptual": losses.distance.mean()}
         if context.step >= self.config.warmup_epochs * context.steps_per_epoch:
-            scalars["constant_loss"] = torch.cat(constants).mean()
-        return StepReport(scalars, self._binned(torch.cat(errors), torch.cat(fractions)))
+            scalars["constant_loss"] = losses.constant.mean()
+        return StepReport(scalars, self._binned(losses.squared_error, losses.fraction))
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         """The mean squared error, every time counting alike: comparable between trainings that weigh them otherwise."""
