@@ -30,7 +30,7 @@ from benchmarks.pacgan import in_turns
 from medgen import dist
 from medgen.acceleration import compile_networks, try_compiled
 from medgen.context import Context
-from medgen.device import capability_of, compiles, set_tf32, uses_tf32
+from medgen.device import EARNED_STEPS, capability_of, compiles, set_tf32, uses_tf32
 from medgen.dist import Ranks
 from medgen.models.base import Batch, DataShape, Given, SampleNoise
 from medgen.models.diffusion.config import Config
@@ -54,8 +54,9 @@ def made(device: torch.device) -> tuple[Model, DiffusionModelUNet, Batch]:
     torch.manual_seed(0)
     model = Model(config, DataShape(config.input_channels, size))
     with torch.no_grad():  # the last layer begins at zero: nothing could be compared
-        for parameter in model.network.out.parameters():
-            parameter.normal_(std=0.1)
+        for name, parameter in model.network.named_parameters():
+            if name.startswith("out."):
+                parameter.normal_(std=0.1)
     plain = DiffusionModelUNet(spatial_dims=2, in_channels=2, out_channels=1, channels=channels, attention_levels=ATTENTION, num_res_blocks=1,
                                num_head_channels=channels[-1], norm_num_groups=32)  # fmt: skip
     plain.load_state_dict(model.network.state_dict())
@@ -135,7 +136,7 @@ def compared(device: torch.device) -> dict[str, Any]:
     difference = _difference(model, network, batch)
     set_tf32(uses_tf32("auto", capability_of(device)))
     compiled = "not compiled"
-    if compiles("auto", capability_of(device)):
+    if compiles("auto", capability_of(device), steps=EARNED_STEPS):
         forwards = compile_networks(model.compiled_networks(), Path.home() / ".cache" / "medgen")
         compiled = try_compiled(forwards, lambda: model.step(batch, context), lambda well: well)
     plain = {"plain": Plain(network, batch, half=device.type == "cuda")}
@@ -152,7 +153,7 @@ def compared(device: torch.device) -> dict[str, Any]:
     sample_seconds = in_turns(sampling, 3 if gpu else 1, clock)
     work, most = operations(plain["plain"]), peak(device, torch.bfloat16 if gpu else torch.float32, clock)
     return {
-        "batch": len(batch), "pixels": model.shape.size, "channels": list(model.config.channels), "compiled": compiled, "largest_difference": float(f"{difference:.1e}"),
+        "batch": len(batch), "pixels": model.shape.size, "channels": list(network.block_out_channels), "compiled": compiled, "largest_difference": float(f"{difference:.1e}"),
         "training_seconds": {name: round(value, 4) for name, value in seconds.items()},
         "training_faster_by": {name: round(seconds[name] / seconds["medgen"], 2) for name in plain},
         "sampling_seconds": {name: round(value, 3) for name, value in sample_seconds.items()},

@@ -24,7 +24,7 @@ from medgen.spec_data import DataSpec
 SIZE_PIXELS = 64
 CHUNK = 16
 STEPS = 25
-ROUNDS = 5
+ROUNDS = 3
 LIMIT = 0.05
 TINY = {"strategy": "rflow", "mode": "bravo", "channels": [32, 64, 64], "attention": [False, False, True], "head_channels": 64}
 
@@ -32,7 +32,7 @@ TINY = {"strategy": "rflow", "mode": "bravo", "channels": [32, 64, 64], "attenti
 def run() -> dict[str, Any]:
     torch.set_num_threads(1)
     config = Config.model_validate(TINY)
-    data = DataSpec(format="phantom", patients=8, size=SIZE_PIXELS)
+    data = DataSpec(format="phantom", patients=6, size=SIZE_PIXELS)
     with tempfile.TemporaryDirectory() as name:
         store = open_store(data, 1, Path(name), lambda _: None)
         rows = store.select("train")[:CHUNK]

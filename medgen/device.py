@@ -11,6 +11,7 @@ from medgen.errors import InputError
 Capability = tuple[int, int] | None  # NVIDIA's compute capability; None for everything else
 BF16_UNITS = (8, 0)  # bf16 and TF32 came with the same GPUs
 TRITON = (7, 0)  # what PyTorch's compiler generates code for
+EARNED_STEPS = 2000  # a minute or two of compiling against some hundredths of a second per step
 Asked = Literal["auto"] | bool
 
 
@@ -31,9 +32,9 @@ def uses_tf32(precision: str, capability: Capability) -> bool:
     return capability is not None and capability >= BF16_UNITS and precision != "fp32"
 
 
-def compiles(asked: Asked, capability: Capability) -> bool:
-    """On the CPU only where it was asked for: compiling takes about a minute there, which small networks never earn back."""
-    return capability is not None and capability >= TRITON if asked == "auto" else asked
+def compiles(asked: Asked, capability: Capability, steps: int) -> bool:
+    """`steps`: that are left to train. By itself not for few, and not on the CPU: compiling takes a minute on a GPU and many on a CPU, which must be earned back."""
+    return capability is not None and capability >= TRITON and steps >= EARNED_STEPS if asked == "auto" else asked
 
 
 def reads_ahead(asked: Asked, device_type: str) -> bool:

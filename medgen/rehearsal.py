@@ -35,7 +35,8 @@ def prepare_phase(training: Training) -> None:
     if loop.micro_batch == "auto":
         facts["micro_batch"], words = _fitting(training)
         work.say(f"micro-batches of {training.context.micro_batch} samples: {words}")
-    if "compile" in training.config.offers and all(dist.gathered(compiles(loop.compile, capability_of(ranks.device)), ranks)):
+    steps_left = training.context.total_steps - training.clock.step
+    if "compile" in training.config.offers and all(dist.gathered(compiles(loop.compile, capability_of(ranks.device), steps_left), ranks)):
         if training.compiled is None:
             training.compiled = compile_networks(training.model.compiled_networks(), work.run.cache)
         facts["compiled"] = try_compiled(

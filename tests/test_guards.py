@@ -92,6 +92,7 @@ def test_a_skipped_step_changes_no_weight_no_moment_and_no_average(strength: flo
     where.step = 3
     report = model.step(spiky, where)
     assert report.scalars["skipped"] == 1
+    assert ("grad_norm" in report.scalars) == math.isfinite(strength), "one that is not finite would hide the others of its logging window"
     after = state_of(model)
     del before["modules.guard"], after["modules.guard"], before["optimizers.network"]["param_groups"], after["optimizers.network"]["param_groups"]
     assert_same(before, after)

@@ -41,10 +41,11 @@ def test_defaults_follow_what_the_device_can_do(capability: device.Capability, b
     kind = "cpu" if capability is None else "cuda"
     assert device.uses_bf16("auto", kind, capability) is bf16
     assert device.uses_tf32("auto", capability) is tf32
-    assert device.compiles("auto", capability) is compiled
+    assert device.compiles("auto", capability, steps=438_500) is compiled
+    assert not device.compiles("auto", capability, steps=500), "so few never earn it back"
     assert device.reads_ahead("auto", kind) is (kind == "cuda")
     assert not device.uses_bf16("fp32", kind, capability) and not device.uses_tf32("fp32", capability), "fp32 is what was asked for"
-    assert device.compiles(True, capability) and not device.compiles(False, capability)
+    assert device.compiles(True, capability, 1) and not device.compiles(False, capability, 438_500)
     assert device.reads_ahead(True, kind) and not device.reads_ahead(False, kind)
     if not bf16:
         with pytest.raises(InputError, match="no bf16 units; write auto or fp32"):

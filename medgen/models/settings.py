@@ -49,7 +49,7 @@ class LoopSettings(Settings):
     # samples per backward pass on one rank; default: the whole share; auto: as many as fit into the GPU, found by one trial per phase
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     checkpoint_activations: bool = False  # compute them twice instead of keeping them: less memory, about a third more work
-    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on GPUs, where minutes of compiling pay
+    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on GPUs, if enough steps are left that it pays
     read_ahead: Literal["auto"] | bool = "auto"  # a thread reads the next batch and draws its noise; auto: on GPUs, which leave the CPU idle
     validate_epochs: float | None = Field(None, gt=0)  # epochs between validations; default: 50 times per run, at least 50 steps apart
     validate_samples: int = Field(512, ge=1)  # validation slices used, spread evenly over the split

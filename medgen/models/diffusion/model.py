@@ -133,7 +133,9 @@ class Model(Family):
             for average in self.averages.values():
                 average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        scalars = {"loss": torch.cat(losses).mean(), "grad_norm": norm, "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        scalars = {"loss": torch.cat(losses).mean(), "lr": torch.tensor(self.optimizer.param_groups[0]["lr"]), "skipped": torch.tensor(float(not allowed))}
+        if allowed or bool(norm.isfinite()):  # one that is not would hide all others of its logging window
+            scalars["grad_norm"] = norm
         if distances:
             scalars |= {"mse": torch.cat(errors).mean(), "perceptual": torch.cat(distances).mean()}
         if context.step >= self.config.warmup_epochs * context.steps_per_epoch:
