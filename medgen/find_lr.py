@@ -53,7 +53,7 @@ def _stage(prepared: Prepared, name: str | None) -> PlannedStage:
 
 
 def _settings(stage: PlannedStage, config: FamilyConfig, steps: int | None) -> LrSearch:
-    """As the configuration says, or the option. Raises InputError where nothing can be found."""
+    """As the configuration has, or the option. Raises InputError where nothing can be found."""
     try:
         type(config).model_validate({key: value for key, value in config.model_dump(mode="json").items() if key != "lr"} | {"find_lr": True})
         return LrSearch(steps=steps) if steps is not None else config.find_lr or LrSearch()
@@ -79,6 +79,6 @@ def _screen(curve: Curve) -> list[str]:
 
 
 def _advice(stage: str, curve: Curve, written: float | None) -> list[str]:
-    compared = "" if written is None else f"; the configuration says {written:.2e}"
+    compared = "" if written is None else f"; the configuration has {written:.2e}"
     return [f"lr {curve.suggestion:.2e}: {curve.in_words}{compared}", f"in the configuration: lr: {curve.suggestion:.2e}",
             f"or: medgen submit ... -o stages.{stage}.config.lr={curve.suggestion:.2e}"]  # fmt: skip

@@ -281,7 +281,7 @@ def _range(ends: tuple[float, float]) -> str:
 
 
 def _verdict(item: Measured, best: Measured, chosen: Measured) -> str:
-    words = ["best"] if item is best else ["worse"] if item.is_worse_than(best) else ["as good"]
+    words = ["best"] if item is best else ["worse"] if item.is_worse_than(best) else ["not told apart"]
     return ", ".join([*words, *(["fewest"] if item is chosen else [])])
 
 
@@ -294,7 +294,7 @@ def _verdict_in_words(best: Measured, chosen: Measured, asked: Asked) -> Sequenc
         lines.append(f"{_named(chosen)} cannot be told from the best, {_named(best)}: {difference:+.5f} [{low:.5f}, {high:.5f}], "
                      f"with {chosen.evaluations} instead of {best.evaluations} evaluations of the network per image.")  # fmt: skip
     if chosen.steps == asked.low > 1:
-        lines.append(f"Even --low {asked.low} is as good: try fewer, or more --images.")
+        lines.append(f"Even --low {asked.low} cannot be told from the best: try fewer, or more --images.")
     if best.steps == asked.high:
         lines.append(f"The best is --high {asked.high} itself: more may be better still.")
     return lines

@@ -76,7 +76,7 @@ def draw_steps(path: Path, measured: list[Measured], best: Measured, chosen: Mea
         axes.vlines(places, [ends[0] for _, ends in above], [ends[1] for _, ends in above], color=colour, linewidth=1.4, alpha=0.55)
         axes.plot(places, [value for value, _ in above], color=colour, marker="o", markersize=4, linewidth=1.6, label=f"{sampler}, 95 % of the difference")
     axes.scatter([best.evaluations], [0], s=110, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4, label=f"best, KID {best.kid:.4g}")
-    axes.scatter([chosen.evaluations], [chosen.above(best)[0]], s=60, color=CHOSEN, zorder=5, label="fewest that are as good")
+    axes.scatter([chosen.evaluations], [chosen.above(best)[0]], s=60, color=CHOSEN, zorder=5, label="fewest not told apart from it")
     axes.set_xscale("log")
     ticks = sorted({item.evaluations for item in measured})
     axes.set_xticks(_apart(ticks), [str(tick) for tick in _apart(ticks)])

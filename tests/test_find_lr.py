@@ -22,9 +22,12 @@ from test_pipeline import _equal, _last_tensors, outcome
 from test_ranks import free_port
 
 from medgen import files, lr_curve, lr_search, models, task
+from medgen.alone import alone
+from medgen.dist import ALONE
 from medgen.errors import InputError, MedgenError
 from medgen.find_lr import find_lr
 from medgen.lr_curve import Smoothed, judged
+from medgen.models.settings import LrSearch
 from medgen.report import words
 from medgen.rundir import RunDir
 
@@ -179,6 +182,31 @@ def test_a_training_that_searched_and_was_killed_equals_one_whose_rate_was_writt
     assert f"-o stages.train.config.lr={record['lr']:.2e}" in told and "<- suggestion" in told
     for picture in (tmp_path / "found" / "find_lr.png", run / "train" / "find_lr.png"):
         assert picture.read_bytes().startswith(PNG)
+
+
+def test_a_stage_that_repeats_another_takes_its_rate_and_a_damaged_record_is_none(tmp_path: Path, write_spec: WriteSpec) -> None:
+    stages = {"train": {"kind": "train", "config": {**CONFIG, "find_lr": True}}, "again": {"kind": "train", "repeat": "train"}}
+    run, planned = create_run(write_spec({**tiny_spec(name="both"), "stages": stages}), (), tmp_path / "runs")
+    rates, losses = made_curve(1e-3)
+    record = run.lr_search("train")
+    lr_search.write(record, curve := judged(rates, losses, smoothed(losses), 200), {"task_hash": planned.stage("train").tasks[0].hash})
+    work = alone(run, planned, planned.stage("again"), planned.stage("again").tasks[0])
+
+    def searched() -> Any:
+        raise MedgenError("it searches")
+
+    def found() -> float:
+        return lr_search.found_once(work, ALONE, LrSearch(), searched)
+
+    assert found() == curve.suggestion
+    content = record.read_text()
+    for damaged in (content.replace('"lr"', '"lr "'), content.replace("1.0", "1.1"), content[:99], "[]"):
+        record.write_text(damaged)
+        with pytest.raises(MedgenError, match="it searches"):
+            found()
+    lr_search.write(record, curve, {"task_hash": "of another plan"})
+    with pytest.raises(MedgenError, match="it searches"):
+        found()
 
 
 def logged(run: Path, name: str) -> list[float]:

@@ -26,7 +26,7 @@ from medgen.gate.bounds import Bounds, Column, Quantiles
 from medgen.gate.judge import Gate
 from medgen.gate.measures import Measured
 from medgen.spec_accept import RULES, AcceptImages
-from medgen.spec_data import DataSpec
+from medgen.spec_data import DataSpec, Window
 
 LEVEL = 0.1
 
@@ -218,15 +218,22 @@ def test_what_was_trained_on_is_not_called_held_out(store: SliceStore) -> None:
     assert everything.held_out_split == "" and len(everything.held_out) == 0
 
 
-def test_classes_have_bounds_of_their_own() -> None:
+def test_an_image_is_judged_as_one_of_its_class(tmp_path: Path) -> None:
+    """Bright and dark discs; of a third class there are too few, so it may look like any of them."""
     generator = np.random.default_rng(8)
-    columns = [Column("t1", measures.MEASURES[0]), Column("t1", measures.MEASURES[1])]
-    values = np.concatenate([generator.normal(size=(120, 2)), generator.normal(size=(120, 2)) + 10, generator.normal(size=(5, 2))])
-    classes = np.array(["old"] * 120 + ["young"] * 120 + ["rare"] * 5)
-    table = fit.Table(columns, values, values[:, 0], classes, np.arange(245) % 5, ["old", "young"])
-    found = table.quantiles(np.ones(245, dtype=bool))
-    assert set(found) == {"", "old", "young"} and found["old"].high[0, 1] < 5 < found["young"].low[0, 1]
-    assert found[""].low[0, 1] < 0 < 10 < found[""].high[-1, 1], "a class with too few slices has the bounds of all"
+    rows = []
+    for number in range(230):
+        label = "rare" if number >= 220 else ("bright", "dark")[number % 2]
+        image = disc(16, radius=5, row=8, column=8) * (0.9 if label == "bright" else 0.4) * (1 + 0.02 * generator.normal())
+        nibabel.save(nibabel.Nifti1Image(image[:, :, None].astype(np.float32), np.eye(4)), tmp_path / f"{number}.nii.gz")
+        rows.append({"t1": f"{number}.nii.gz", "patient": f"p{number // 10}", "label": label, "split": "train" if number < 200 or number >= 220 else "val"})
+    pd.DataFrame(rows).to_csv(tmp_path / "all.csv", index=False)
+    data = DataSpec(format="csv", root=tmp_path / "all.csv", images={"t1": "t1"}, size=16, window=Window(fixed=(0.0, 1.0)))
+    store = open_store(data, 1, tmp_path / "cache", lambda _: None)
+    gate = fit.open_gate(fit.sources_of(store, ("t1",), False, ("train",), True), AcceptImages(like="train", rules=("contrast",)), tmp_path, lambda _: None)
+    assert gate.record["classes_with_own_bounds"] == ["bright", "dark"] and gate.record["held_out"]["rejected"] == 0
+    dark = np.stack([disc(16, radius=5, row=8, column=8) * 0.4] * 3).astype(np.float32)
+    assert [verdict.rules for verdict in gate.judge({"t1": dark}, ["dark", "bright", "rare"])] == [(), ("contrast",), ()]
 
 
 def test_only_a_measure_in_which_patients_differ_gets_room() -> None:
@@ -375,20 +382,19 @@ def test_bad_images_are_drawn_again_and_every_one_is_told(tmp_path: Path, medgen
     assert tree(run / "images" / "dataset") == expected
 
 
-def test_a_rejected_picture_that_was_changed_is_noticed(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, job: Callable[..., dict[str, Any]]) -> None:
-    """And a model that draws nothing good ends with the rule that is most against it, after a bounded number of tries."""
-    path = write_spec(job(0.5, count=8))
-    medgen("submit", path, "--local")
+def test_a_changed_picture_is_noticed_and_a_hopeless_stage_ends(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, job: Callable[..., dict[str, Any]]) -> None:
+    """A rejected picture is verified like every file; a stage whose model draws nothing good ends after its tries, with the rule that is most against it."""
+    full = job(0.5, count=8)
+    del full["stages"]["report"]
+    full["stages"]["hopeless"] = {**full["stages"]["images"], "count": 4, "accept": {"like": "train", "tries": 2, "margin": 0.0}, "sampling": {"steps": 2}}
+    ended = medgen("submit", write_spec(full), "--local", expect=1)
+    told = ended.stdout + ended.stderr
+    assert "no acceptable image in 2 tries (so far" in told and "rejects most: train longer" in told and "out of accept.rules" in told and "Traceback" not in told
     run = only_run(tmp_path)
+    assert len(dataset_of(run)[0]) == 8
     victim = next((run / "images" / "shards" / "00000" / "rejected").rglob("bravo.nii.gz"))
     victim.write_bytes(victim.read_bytes()[:-3])
     (run / "outcome" / "collect_images.0.json").unlink()
     shutil.rmtree(run / "images" / "dataset")
     failed = medgen("collect", run, "--stage", "collect_images", expect=1)
     assert "rejected/" in failed.stderr and "does not match its sha256" in failed.stderr
-
-    never = job(1.0, count=4, accept={"like": "train", "tries": 3, "rules": ["blank", "noise"]})
-    hopeless = medgen("submit", write_spec({**never, "name": "never"}), "--local", expect=1)
-    told = hopeless.stdout + hopeless.stderr
-    assert "no acceptable image in 3 tries (so far 100.0% of 12 drawn images were rejected" in told and "leave" in told and "accept.rules" in told
-    assert "Traceback" not in told
