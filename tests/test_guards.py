@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,7 @@ def test_killed_among_skipped_steps_and_resumed_is_uninterrupted_and_the_alarm_i
 def test_watch_says_that_steps_are_skipped() -> None:
     beat = Heartbeat("train", 0, 0, 40, 90, "steps", 0.1, 0.0, "n1", 1)
     assert unwell_in_words(beat, ()) is None
-    beat.skipped = {"steps": 11, "of": 40}
-    assert unwell_in_words(beat, ()) == "11 of the last 40 steps were skipped; `medgen why` says more"
+    assert unwell_in_words(replace(beat, skipped={"steps": 11, "of": 40}), ()) == "11 of the last 40 steps were skipped; `medgen why` says more"
 
 
 def test_a_training_that_predicts_a_constant_is_stopped(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
