@@ -113,7 +113,7 @@ def _read(folder: Path, channels: tuple[str, ...]) -> Gate:
     record = files.read_json(folder / RECORD)
     measurer = Measurer(channels, record["levels"])
     bounds = {name: Bounds.from_json(item, measurer.columns) for name, item in record["bounds"].items()}
-    subspaces = {channel: Subspace(np.load(folder / f"mean_{channel}.npy"), np.load(folder / f"components_{channel}.npy")) for channel in channels}
+    subspaces = {channel: Subspace(_array(folder / f"mean_{channel}.npy"), _array(folder / f"components_{channel}.npy")) for channel in channels}
     return Gate(record["size"], tuple(record["rules"]), measurer, subspaces, bounds, record)
 
 
@@ -136,6 +136,11 @@ class Table:
             if of_class.any():
                 found[name] = Quantiles.of(self.values[of_class], self.sizes[of_class], self.columns)
         return found
+
+
+def _array(path: Path) -> np.ndarray:
+    found: np.ndarray = np.load(path, allow_pickle=False)
+    return found
 
 
 def _fitted(sources: Sources, accept: AcceptImages, rules: tuple[str, ...]) -> Gate:
