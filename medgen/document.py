@@ -287,6 +287,17 @@ def _explain(problem: Any, model: type[BaseModel], document: Document, path: Key
     return str(document.error(where, f"{message[:1].lower()}{message[1:]}, got {_given(problem['input'], where)}"))
 
 
+def told(error: ValidationError) -> str:
+    """What is wrong with values that stand in no document, in one line: each with its key, and what was given."""
+    lines = []
+    for problem in error.errors():
+        where, message = dotted(problem["loc"]), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] != "value_error":
+            message = f"{message[:1].lower()}{message[1:]}, got {_given(problem['input'], problem['loc'])}"
+        lines.append(f"{where}: {message}" if where else message)
+    return "; ".join(lines)
+
+
 def _given(value: Any, path: KeyPath) -> str:
     """A wrong value as a message shows it: passwords hidden, long ones cut."""
     return redact.HIDDEN if any(redact.is_secret(key) for key in path) else _shown(repr(redact.value(value)))

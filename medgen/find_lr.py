@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from medgen import dist, files, lr_search, rundir, search_pictures, spec, train
+from medgen import dist, document, files, lr_search, rundir, search_pictures, spec, train
 from medgen.alone import alone
 from medgen.errors import InputError
 from medgen.launch import submit
@@ -58,7 +58,7 @@ def _settings(stage: PlannedStage, config: FamilyConfig, steps: int | None) -> L
         type(config).model_validate({key: value for key, value in config.model_dump(mode="json").items() if key != "lr"} | {"find_lr": True})
         return LrSearch(steps=steps) if steps is not None else config.find_lr or LrSearch()
     except ValidationError as error:
-        raise InputError(f"{stage.name}: {lr_search.told_by(error)}") from None
+        raise InputError(f"{stage.name}: {document.told(error)}") from None
 
 
 def _values(prepared: Prepared) -> str:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medgen import alone, dist, files, generate, lr_search, rundir, search_pictures, spec, step_search
+from medgen import alone, dist, document, files, generate, lr_search, rundir, search_pictures, spec, step_search
 from medgen import plan as planning
 from medgen.data.store import open_store
 from medgen.errors import InputError
@@ -149,7 +149,7 @@ class _Samplings:
         try:
             found = self._config.sampling({**self.others, **self._chosen(sampler, steps)})
         except ValidationError as error:
-            raise InputError(f"--sampler {sampler}, {steps} steps: {lr_search.told_by(error)}") from None
+            raise InputError(f"--sampler {sampler}, {steps} steps: {document.told(error)}") from None
         except ValueError as error:
             raise InputError(f"--sampler {sampler}, {steps} steps: {error}") from None
         assert isinstance(found, SteppedSampling), "it has steps"
@@ -166,7 +166,7 @@ def _measures(plan: Plan, stage: PlannedStage, asked: Asked) -> Measures:
     try:
         return Measures.model_validate({"metrics": ["kid"], "extractor": chosen})
     except ValidationError as error:
-        raise InputError(f"--extractor: {lr_search.told_by(error)}") from None
+        raise InputError(f"--extractor: {document.told(error)}") from None
 
 
 # the search
@@ -288,13 +288,15 @@ def _verdict(item: Measured, best: Measured, chosen: Measured) -> str:
 def _verdict_in_words(best: Measured, chosen: Measured, asked: Asked) -> Sequence[str]:
     lines = []
     if chosen is best:
-        lines.append(f"{_named(best)} have the lowest KID, and fewer are worse beyond the noise.")
+        fewer = "it is the fewest that were tried" if best.steps == asked.low else "fewer are worse beyond the noise"
+        lines.append(f"{_named(best)} have the lowest KID, and {fewer}.")
     else:
         difference, (low, high) = chosen.above(best)
         lines.append(f"{_named(chosen)} cannot be told from the best, {_named(best)}: {difference:+.5f} [{low:.5f}, {high:.5f}], "
                      f"with {chosen.evaluations} instead of {best.evaluations} evaluations of the network per image.")  # fmt: skip
     if chosen.steps == asked.low > 1:
-        lines.append(f"Even --low {asked.low} cannot be told from the best: try fewer, or more --images.")
+        known = "is the best" if chosen is best else "cannot be told from the best"
+        lines.append(f"--low {asked.low} {known}: write a smaller --low, or more --images, to know the fewest.")
     if best.steps == asked.high:
         lines.append(f"The best is --high {asked.high} itself: more may be better still.")
     return lines

@@ -282,7 +282,7 @@ def _hopeless(generation: Generation, index: int, limit: int) -> str:
     told = accounts.in_words(generation.counts.facts)
     if isinstance(generation.accept, AcceptMasks):
         return f"image {index}: no acceptable mask in {limit} tries (so far {told}); train the mask model longer, or relax accept"
-    worst = max(generation.counts.by_rule, key=lambda rule: generation.counts.by_rule[rule])
+    worst = accounts.worst_first(generation.counts.facts)[0]
     condition = generation.conditions.get(index)
     of = f" (condition {condition.id})" if condition else ""
     return (f"image {index}{of}: no acceptable image in {limit} tries (so far {told}); {worst} rejects most: train longer or look at what the model draws without accept; "

@@ -42,7 +42,7 @@ class Smoothed:
         last = self.values[-1]
         if not math.isfinite(last):
             return True
-        return len(self.values) > FEWEST_STEPS and last > STOP_FACTOR * min(self.values)
+        return len(self.values) > FEWEST_STEPS and last > STOP_FACTOR * min(self.values[FEWEST_STEPS:])
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Curve:
 
     @property
     def lowest(self) -> int:
-        """The step with the lowest smoothed loss."""
-        finite = [value if math.isfinite(value) else math.inf for value in self.smoothed]
+        """The step with the lowest smoothed loss, of those from which on it is smooth: before them a batch that happens to be easy would win."""
+        finite = [value if math.isfinite(value) and number >= FEWEST_STEPS else math.inf for number, value in enumerate(self.smoothed)]
         return finite.index(min(finite))
 
     @property

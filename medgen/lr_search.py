@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch.optim import Optimizer
 
-from medgen import commits, dist, files, lr_curve, search_pictures
+from medgen import commits, dist, document, files, lr_curve, search_pictures
 from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted
 from medgen.lr_curve import Curve, Smoothed
@@ -39,7 +39,9 @@ def found_once(work: Work, ranks: Ranks, settings: LrSearch, assemble: Callable[
         work.say(f"find_lr: lr {known:.2e}, as found before")
         return known
     work.say(f"find_lr: trying {settings.steps} learning rates from {lr_curve.LOWEST_RATE:g} to {lr_curve.HIGHEST_RATE:g}, on a model of its own")
-    curve = search(assemble(), settings)
+    training = assemble()
+    curve = search(training, settings)
+    with_lr(training.config, curve.suggestion)  # what does not go together is not recorded: it would be read again and again
     dist.on_main(lambda: write(work.run.lr_search(work.stage.name), curve, {"task_hash": work.task.hash, "device": ranks.device_name}), ranks)
     work.say(f"find_lr: lr {curve.suggestion:.2e}, {curve.in_words}; {work.run.lr_search(work.stage.name).relative_to(work.run.root)}")
     return curve.suggestion
@@ -50,11 +52,7 @@ def with_lr(config: FamilyConfig, lr: float) -> Any:
     try:
         return type(config).model_validate({**config.model_dump(mode="json"), "find_lr": None, "lr": lr})
     except ValidationError as error:
-        raise InputError(f"find_lr found lr {lr:.2e}, which does not go with the rest of the configuration: {told_by(error)}") from None
-
-
-def told_by(error: ValidationError) -> str:
-    return "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise InputError(f"find_lr found lr {lr:.2e}, which does not go with the rest of the configuration: {document.told(error)}") from None
 
 
 def files_of(run: RunDir, stage: str) -> list[Path]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medgen import commits, document, models, spec_accept
 from medgen.document import Document
@@ -313,8 +313,7 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
     try:
         sampling = config.sampling(stage.sampling)
     except ValueError as error:
-        text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()) if hasattr(error, "errors") else str(error)
-        raise spec_document.error((*path, "sampling"), text) from None
+        raise spec_document.error((*path, "sampling"), document.told(error) if isinstance(error, ValidationError) else str(error)) from None
     stage.sampling.clear()
     stage.sampling.update(sampling.model_dump(mode="json"))  # the resolved form, like that of a training
 

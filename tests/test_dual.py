@@ -113,6 +113,14 @@ def test_shifts_are_those_found_by_trying_all(shift: int) -> None:
     assert np.isnan(registration.shifts(first[:1] * 0, second[:1])).all()
 
 
+def test_noise_is_not_registered() -> None:
+    """Two images that have nothing to do with each other agree nowhere, least of all by lying on top of each other."""
+    first, second = np.random.default_rng(5).uniform(size=(2, 60, 48, 48))
+    found = registration.shifts(first, second)
+    assert (found == 0).all(axis=1).mean() < 0.2
+    assert np.hypot(*found.T).mean() > 2
+
+
 def test_an_evaluation_tells_pairs_that_are_not_registered(tmp_path: Path, cache: Path) -> None:
     """Drawn slices are the real ones, as they are and with one channel 3 pixels (of 1 mm, says their index) further down."""
     data = DataSpec(format="phantom", patients=8, size=32, images={"t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"}, mask="seg.nii.gz")

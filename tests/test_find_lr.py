@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import TINY_NET, tiny_spec
 from launch_stub import create_run
@@ -236,3 +237,23 @@ def test_what_nothing_can_be_found_for_is_refused_by_the_verb(tmp_path: Path, wr
     with pytest.raises(InputError, match="train: find_lr has no effect: the losses of players"):
         find_lr(spec, [], None, None, tmp_path / "new")
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists()
+
+
+def test_one_easy_batch_at_the_start_is_not_the_lowest_loss() -> None:
+    """Losses of small batches scatter: what counts is the curve once it is smooth."""
+    rates = lr_curve.rates(60)
+    scatter = np.random.default_rng(3).normal(0, 0.15, 60)
+    losses = [float((0.5 if 1e-3 < rate < 3e-2 else 1.0 if rate <= 1e-3 else 3.0) * (1 + spread)) for rate, spread in zip(rates, scatter, strict=True)]
+    losses[0] = 0.05
+    smoothed = Smoothed()
+    for loss in losses:
+        smoothed.add(loss)
+    curve = judged(rates, losses, smoothed.values, 60)
+    assert curve.lowest >= lr_curve.FEWEST_STEPS and 1e-4 < curve.suggestion < 1e-2
+
+
+def test_an_easy_batch_at_the_start_does_not_end_the_sweep() -> None:
+    smoothed = Smoothed()
+    for loss in [0.05, *[1.0] * 30]:
+        smoothed.add(loss)
+        assert not smoothed.has_blown_up

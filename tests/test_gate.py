@@ -212,6 +212,17 @@ def test_the_gate_is_kept_by_content_and_mended(store: SliceStore, gate: Gate, t
         fit.sources_of(SliceStore(store.rows[:5], store.channels, 32, "x", store.folder, True, []), PAIR, False, ("train",), False)
 
 
+def test_shards_that_start_together_fit_one_gate(store: SliceStore, tmp_path: Path) -> None:
+    """Each in a thread of its own on a fresh cache, again and again: a gate that one reads is not taken away by another."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    sources = fit.sources_of(store, tuple(store.channels[:1]), False, (), False)
+    for attempt in range(3):
+        with ThreadPoolExecutor(6) as pool:
+            opened = [pool.submit(fit.open_gate, sources, AcceptImages(like="train", margin=2.0), tmp_path / str(attempt), lambda text: None) for _ in range(6)]
+        assert len({json.dumps(one.result().record, sort_keys=True) for one in opened}) == 1
+
+
 def test_what_was_trained_on_is_not_called_held_out(store: SliceStore) -> None:
     assert fit.sources_of(store, PAIR, False, ("train", "val"), False).held_out_split == "test"
     everything = fit.sources_of(store, PAIR, False, ("train", "val", "test"), False)

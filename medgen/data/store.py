@@ -120,7 +120,7 @@ def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str],
     known = build.known_hashes(cache_root, sources)
     if known is not None and files.broken_seal(folder := build.folder_of(data, sources, known, cache_root)) is None:
         return _load(data, sources, known, folder, notes)
-    with _locked(cache_root):
+    with locked(cache_root):
         hashes = build.hash_sources(cache_root, sources, say)
         folder = build.folder_of(data, sources, hashes, cache_root)
         _discard_broken(folder, say)
@@ -154,7 +154,7 @@ def _phantoms(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], 
     folder = cache_root / f"phantoms-{key}"
     if files.broken_seal(folder) is None:
         return folder
-    with _locked(cache_root):
+    with locked(cache_root):
         _discard_broken(folder, say)
         if not folder.is_dir():
             say(f"drawing {patients} phantoms in {folder}")
@@ -174,7 +174,7 @@ def _discard_broken(folder: Path, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _locked(cache_root: Path) -> Iterator[None]:
+def locked(cache_root: Path) -> Iterator[None]:
     """One builder at a time. A full or read-only disk becomes a MedgenError that names the folder."""
     import filelock
 

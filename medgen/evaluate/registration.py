@@ -59,10 +59,13 @@ def shifts(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     most = reach(first.shape[-1])
     found = np.full((len(first), 2), np.nan)
     for number, pair in enumerate(zip(first, second, strict=True)):
-        # room at the border, so that what leaves on one side does not come back on the other
-        edges = [np.pad(np.hypot(*np.gradient(image.astype(float))), most) for image in pair]
-        if not (edges[0].any() and edges[1].any()):
+        # without the outermost lines, where a gradient has one neighbour only and noise is stronger: a frame that both would share
+        strengths = [np.hypot(*np.gradient(image.astype(float)))[1:-1, 1:-1] for image in pair]
+        if not (strengths[0].any() and strengths[1].any()):
             continue
+        # room at the border, so that what leaves on one side does not come back on the other; less their mean, as otherwise whatever
+        # overlaps most agrees best, and two images of noise would seem registered
+        edges = [np.pad(strength - strength.mean(), most) for strength in strengths]
         correlation = np.fft.irfft2(np.conj(np.fft.rfft2(edges[0])) * np.fft.rfft2(edges[1]), edges[0].shape)
         near = np.roll(correlation, (most, most), axis=(0, 1))[: 2 * most + 1, : 2 * most + 1]
         found[number] = np.array(np.unravel_index(np.argmax(near), near.shape)) - most

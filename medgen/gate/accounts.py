@@ -17,9 +17,14 @@ def share_rejected(counts: dict[str, int]) -> float:
 def in_words(counts: dict[str, int]) -> str:
     """`6.2% of 16,012 drawn images were rejected (blank 3.1%, noise 2.0%)`: shares of the drawn images; one may break several rules."""
     told = f"{_percent(share_rejected(counts))} of {counts['drawn']:,} drawn images were rejected"
-    by_rule = sorted(((count, name.removeprefix(REJECTED)) for name, count in counts.items() if name.startswith(REJECTED) and count), reverse=True)
-    rules = ", ".join(f"{rule} {_percent(count / counts['drawn'])}" for count, rule in by_rule)
+    rules = ", ".join(f"{rule} {_percent(counts[REJECTED + rule] / counts['drawn'])}" for rule in worst_first(counts))
     return told + (f" ({rules})" if rules else "")
+
+
+def worst_first(counts: dict[str, int]) -> list[str]:
+    """The rules that rejected any, by how many."""
+    by_rule = {name.removeprefix(REJECTED): count for name, count in counts.items() if name.startswith(REJECTED) and count}
+    return sorted(by_rule, key=lambda rule: (-by_rule[rule], rule))
 
 
 def held_out_in_words(gate: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from medgen import files, rng
-from medgen.data.store import SliceStore
+from medgen.data.store import SliceStore, locked
 from medgen.errors import InputError
 from medgen.gate import measures, subspace
 from medgen.gate.bounds import MOST_BANDS, PERCENT, SLICES_PER_BAND, Bounds, Column, Quantiles
@@ -86,7 +86,9 @@ def open_gate(sources: Sources, accept: AcceptImages, cache_root: Path, say: Cal
                              rules, accept.margin])[:16]  # fmt: skip
     folder = cache_root / f"gate-{key}"
     if files.broken_seal(folder) is not None:
-        _keep(folder, _fitted(sources, accept, rules))
+        with locked(cache_root):  # shards start together: one fits, the others wait
+            if files.broken_seal(folder) is not None:
+                _keep(folder, _fitted(sources, accept, rules))
     gate = _read(folder, sources.channels)
     for line in in_words(gate.record):
         say(line)
@@ -94,7 +96,7 @@ def open_gate(sources: Sources, accept: AcceptImages, cache_root: Path, say: Cal
 
 
 def _keep(folder: Path, gate: Gate) -> None:
-    """Another shard may write the same at the same time: the first stays."""
+    """In place of a damaged one. Where locks do not hold another shard may write the same at the same time: the first stays."""
     if folder.exists():
         shutil.rmtree(folder)
     try:

@@ -127,7 +127,7 @@ def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) 
         pairs=pairs,
         real=Panel("Real", _drawn_from(metrics), real) if side_by_side and real else None,
         synthetic=Panel("Synthetic", "random samples", synthetic[:SHOWN_SIDE_BY_SIDE]) if side_by_side else None,
-        gallery=Panel("More samples", "drawn at random from the run's seed, not selected", rest) if rest else None,
+        gallery=Panel("More samples", "a random choice of the set, by the run's seed", rest) if rest else None,
         copies=_copies(painter, metrics["details"]["copies"]) if metrics is not None else None,
     )
 

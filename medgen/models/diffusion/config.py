@@ -152,7 +152,22 @@ class Config(FamilyConfig):
             return value
         if value.get("network", "unet") == "unet":
             return with_unet_defaults(value)
-        refuse_unet_keys(value)
+        if value["network"] == "dit":  # what is no network at all is told by its own check
+            refuse_unet_keys(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_perceptual_loss_of_masks(cls, value: Any) -> Any:
+        """Before the weights are looked for, which nobody should fetch in vain."""
+        if not isinstance(value, dict) or value.get("perceptual") is None or not isinstance(value.get("mode"), str):
+            return value
+        try:
+            kind = find_mode(value["mode"]).output_kind()
+        except ValueError:
+            return value  # told by the mode's own check
+        if kind == "mask":
+            raise ValueError(f"perceptual: mode {value['mode']} makes masks, and the networks know images; remove it")
         return value
 
     @model_validator(mode="after")
@@ -180,8 +195,6 @@ class Config(FamilyConfig):
     def _perceptual_can_be_had(self) -> Config:
         if self.perceptual is None:
             return self
-        if set(self.mode_class.targets) == {"seg"}:
-            raise ValueError(f"perceptual: mode {self.mode} makes masks, and the networks know images; remove it")
         if plugin.is_plugin(self.strategy):
             from medgen.models.diffusion.perceptual import why_not
             from medgen.models.diffusion.strategies import make_strategy
