@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,12 +186,15 @@ class _Search:
     measured: dict[tuple[str, int], Measured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            record = lr_search.read(self.run.step_search(self.stage))
-            if record["protocol"] == self.protocol:
-                self.measured = {(item["sampler"], item["steps"]): Measured(**{**item, "replicates": np.array(item["replicates"])}) for item in record["measured"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            return
+        path = self.run.step_search(self.stage)
+        record = _read(path)
+        if record is not None and record["protocol"] != self.protocol:  # another question: its answer is kept under a name of its own
+            for answer in (path, search_pictures.beside(path)):
+                if answer.is_file():
+                    answer.replace(_set_apart(answer, record["protocol"]))
+            record = _read(_set_apart(path, self.protocol))
+        if record is not None and record["protocol"] == self.protocol:
+            self.measured = {(item["sampler"], item["steps"]): Measured(**{**item, "replicates": np.array(item["replicates"])}) for item in record["measured"]}
 
     def at(self, sampler: str, steps: int) -> Measured:
         key = sampler, steps
@@ -266,6 +270,20 @@ class _Search:
     @property
     def _subject(self) -> str:
         return f"{self.protocol['images']} images of each, against {self.protocol['reference']} real {self.protocol['against']} slices"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None if there is none, or not as it was written."""
+    try:
+        record = lr_search.read(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if "protocol" in record else None
+
+
+def _set_apart(path: Path, protocol: dict[str, Any]) -> Path:
+    """find_steps.json is of the last search, find_steps-<key>.json of one that asked something else."""
+    return path.with_stem(f"{path.stem}-{files.sha256_json(protocol)[:8]}")
 
 
 def _key(item: Measured) -> dict[str, Any]:

@@ -172,6 +172,11 @@ def test_find_steps_tells_the_fewest_and_measures_nothing_twice(run: RunDir, med
     assert {name for name, _ in joined} == {"euler", "heun"} and joined["heun", 2] == 3 and "heun" in both
     find_steps(str(run.root), replace(ASKED, images=IMAGES + 1, low=2, high=2))
     assert [(item["sampler"], item["steps"]) for item in lr_search.read(run.step_search("images"))["measured"]] == [("euler", 2)], "another protocol is another table"
+    assert len(list(run.step_search("images").parent.glob("find_steps-*.json"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sample", never)
+        find_steps(str(run.root), ASKED)
+    assert {item["sampler"] for item in lr_search.read(run.step_search("images"))["measured"]} == {"euler", "heun"}, "and the first is still there"
 
 
 @pytest.mark.parametrize(("change", "message"), [
