@@ -11,7 +11,7 @@ from medgen import checkpoint, commits, dist
 from medgen.checkpoint import Checkpoint
 from medgen.errors import InputError
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
-from medgen.train_log import last_logged_step
+from medgen.train_log import Averages, last_logged_step
 from medgen.training import Clock, Training, of_phase, shape_of
 
 
@@ -30,6 +30,10 @@ def resume(training: Training) -> None:
     _load_weights(training, found)
     best_loss = state["clock"]["best_loss"]
     training.clock = Clock(**{**state["clock"], "best_loss": math.inf if best_loss is None else best_loss})
+    if len(state["window"]) == training.ranks.world_size:  # on another number of ranks the window begins anew
+        training.averages = Averages.restored(state["window"][training.ranks.rank], training.ranks.device)
+    else:
+        training.clock.window_steps = 0
     training.work.say(f"resuming from {found.folder} (step {found.step} of {training.context.total_steps})")
 
 
@@ -121,7 +125,8 @@ def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
     classes = shape_of(training.config, training.store).classes  # for whoever has this checkpoint and not the data
-    state = {**identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)}}
+    state = {**identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)},
+             "window": dist.gathered(training.averages.state(), ranks)}
     if not training.selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:
         metrics = {**metrics, f"{commits.LAST}{training.phase.name}": {"value": clock.step, "better": "higher"}}
     if ranks.is_main:

@@ -65,7 +65,7 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
     """The training loop."""
     work, ranks, model, clock, context = training.work, training.ranks, training.model, training.clock, training.context
     loop = training.config.loop
-    averages, window_start, window_steps, last_loss = Averages(), time.monotonic(), 0, None
+    window_start, timed_steps, last_loss = time.monotonic(), 0, None  # a window may have begun before this attempt: its time has not
     last_save, saved_step = time.monotonic(), clock.step
     activity, stragglers = work.activity, Stragglers()
     context.take_own_seconds()  # of what came before
@@ -94,24 +94,26 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
             clock.step += 1
             if fault.ARMED and fault.at("step", step=clock.step) == "nan":
                 report.scalars["loss"] = report.scalars["loss"] * math.nan
-            averages.add(report)
-            window_steps += 1
+            training.averages.add(report)
+            clock.window_steps += 1
+            timed_steps += 1
             step_in_phase = clock.step - clock.phase_start_step
             epoch = step_in_phase / context.steps_per_epoch
 
             work.progress(clock.step, context.total_steps, "steps", last_loss)
             if step_in_phase % loop.log_steps == 0 or clock.step == phase_end:
                 activity.now("waiting for the others")
-                values, own_seconds = averages.means_and_all(ranks, lambda: context.take_own_seconds() / window_steps)  # noqa: B023  called at once
-                health.stop_if_hopeless(training, values, window_steps)
-                health.tell_of_skipped(training, values, window_steps)
-                values["seconds_per_step"] = (time.monotonic() - window_start) / window_steps
+                values, own_seconds = training.averages.means_and_all(ranks, lambda: context.take_own_seconds() / timed_steps)  # noqa: B023  called at once
+                health.stop_if_hopeless(training, values, clock.window_steps)
+                health.tell_of_skipped(training, values, clock.window_steps)
+                values["seconds_per_step"] = (time.monotonic() - window_start) / timed_steps
                 last_loss = values["loss"]
                 if ranks.world_size > 1:
                     values["slowest_rank"] = _tell_stragglers(work, stragglers, own_seconds, values["seconds_per_step"])
                 if log:
                     log.record(clock.step, epoch, values)
-                averages, window_start, window_steps = Averages(), time.monotonic(), 0
+                training.averages, clock.window_steps = Averages(), 0
+                window_start, timed_steps = time.monotonic(), 0
 
             step_ended = time.monotonic()
             validated = step_in_phase % validate_steps == 0 or clock.step == phase_end

@@ -38,6 +38,20 @@ class Averages:
             sums[0].index_add_(0, bins, values.detach().float())
             sums[1].index_add_(0, bins, torch.ones_like(values, dtype=torch.float32))
 
+    def state(self) -> dict[str, Any]:
+        """This rank's sums as JSON (numbers as texts, which may be nan), so that a window that a signal has cut goes on where it was; see `restored`."""
+        return {"sums": {name: str(float(value)) for name, value in self._sums.items()}, "weights": dict(self._weights),
+                "bin_sums": {name: [str(value) for value in sums.flatten().tolist()] for name, sums in self._bin_sums.items()}}  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], device: torch.device) -> Averages:
+        """From `state`: the same numbers in the same precision."""
+        made = cls()
+        made._sums = {name: torch.tensor(float(value), device=device) for name, value in state["sums"].items()}
+        made._weights = dict(state["weights"])
+        made._bin_sums = {name: torch.tensor([float(value) for value in sums], device=device).view(2, BINS) for name, sums in state["bin_sums"].items()}
+        return made
+
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Means over everything added on all ranks; empty bins are left out. Every rank must call it."""
         return self.means_and_all(ranks, lambda: 0.0)[0]

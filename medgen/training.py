@@ -23,6 +23,7 @@ from medgen.models.base import Batch, DataShape, Given, Model, Phase
 from medgen.models.settings import FamilyConfig
 from medgen.spec_data import DataSpec
 from medgen.task import Work
+from medgen.train_log import Averages
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Clock:
     step: int = 0
     phase: int = 0
     phase_start_step: int = 0
+    window_steps: int = 0  # since the last line of the log; its sums are in the checkpoint too
     best_loss: float = math.inf  # of the logged windows; for the divergence stop
     steps_above: int = 0
     steps_constant: int = 0  # running, whose loss is that of a constant
@@ -55,6 +57,7 @@ class Training:
     phases: list[Phase]
     context: Context
     clock: Clock = field(default_factory=Clock)
+    averages: Averages = field(default_factory=Averages)  # of the logging window that is under way
     grace_looked_at: bool = False
     found_lr: float | None = None  # the learning rate that was searched, where none was written
     accelerated: dict[str, Any] = field(default_factory=dict)  # how, by phase, for the outcome's facts

@@ -16,7 +16,7 @@ import torch
 from conftest import TINY_NET, tiny_spec
 from test_models import assert_same, batch_of, context, make, state_of, train
 
-from medgen import models
+from medgen import commits, files, models
 from medgen.models.guard import SpikeGuard
 from medgen.models.settings import LoopSettings
 from medgen.rundir import Heartbeat
@@ -120,21 +120,30 @@ def saved(run: Path) -> dict[str, Any]:
     return {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
+def curve(run: Path) -> list[dict[str, float]]:
+    """The lines of the log without what the clock on the wall says."""
+    lines = map(json.loads, (run / "train" / "log.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in ("time", "seconds_per_step")} for line in lines]
+
+
 def test_killed_among_skipped_steps_and_resumed_is_uninterrupted_and_the_alarm_is_told(tmp_path: Path, medgen: Medgen, environment: dict[str, str], write_spec: WriteSpec) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    whole_job, killed_job = (job(name, "Spiky", 14, batch_size=4, spike_after_steps=8, checkpoint_steps=7) for name in ("whole", "killed"))
+    whole_job, killed_job = (job(name, "Spiky", 14, batch_size=4, spike_after_steps=8, checkpoint_steps=7, log_steps=2) for name in ("whole", "killed"))
     medgen("submit", write_spec(whole_job), "--local")
     environment["MEDGEN_FAULT"] = "site=step,step=27,attempt=0,action=kill9"
     medgen("submit", write_spec(killed_job), "--local")
     whole, killed = run_of(tmp_path, "whole"), run_of(tmp_path, "killed")
     assert_same(saved(whole), saved(killed))
     skipped = [line["skipped"] for line in map(json.loads, (whole / "train" / "log.jsonl").read_text().splitlines()) if "skipped" in line]
-    assert sum(skipped[:27]) > 3 and sum(skipped[27:]) > 3, "steps were skipped before and after the kill"
+    assert 2 * sum(skipped[:13]) > 3 and 2 * sum(skipped[14:]) > 3, "steps were skipped before and after the kill"
+    clocks = [files.read_json(sorted((run / "train" / "ckpt").glob("step-*"))[-1] / commits.STATE)["clock"] for run in (whole, killed)]
+    assert clocks[0] == clocks[1] and clocks[0]["skipped"] > 3, "a window that was cut counts what it had seen before"
+    assert curve(whole) == curve(killed)
     events = [json.loads(line) for line in (killed / "events.jsonl").read_text().splitlines()]
     assert any(event["event"] == "task_ended" and event["status"] != "done" for event in events), "it was killed"
     for run in (whole, killed):
         told = [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["event"] == "steps_skipped"]
-        assert told[0]["cause"].startswith("11 of the last ") and "far longer than usual" in told[0]["cause"]
+        assert told[0]["cause"].startswith(("11 of the last ", "12 of the last ")) and "far longer than usual" in told[0]["cause"]
     log = (whole / "logs" / "train" / "s0" / "r0.a0.log").read_text()
     assert log.count("steps were skipped") == 1, "once per window"
     (whole / "outcome" / "train.0.json").unlink()
