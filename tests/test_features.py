@@ -122,10 +122,13 @@ def test_weights_that_are_not_there_or_not_those_are_refused(inception_file: Pat
         torch.save(content, tmp_path / "other.pth")
         extractors.load({"kind": "inception", "file": str(tmp_path / "other.pth"), "sha256": sha256_file(tmp_path / "other.pth")}, None)
 
-    with pytest.raises(InputError, match="does not hold the weights of torch-fidelity's InceptionV3"):
+    with pytest.raises(InputError, match="does not hold the weights of inception: there is no Mixed_7c"):
         load({"fc.weight": torch.zeros(3)})
+    name = "Mixed_7c.branch1x1.conv.weight"  # told by it before torch is loaded
+    with pytest.raises(InputError, match="does not hold the weights of torch-fidelity's InceptionV3"):
+        load({name: torch.zeros(3)})
     with pytest.raises(InputError, match="holds other objects than tensors"):
-        load(Trap(tmp_path / "ran"))
+        load({name: Trap(tmp_path / "ran")})
     assert not (tmp_path / "ran").exists(), "code in a weights file is not run"
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import tiny_spec
 
-from medgen import train, training
+from medgen import health, training
 from medgen.errors import MedgenError
 from medgen.models.pacgan.config import Config
 
@@ -256,9 +256,9 @@ def test_losses_of_players_do_not_stop_a_training() -> None:
     """They fall below zero and rise again; one that is no number still stops it."""
     stopping = cast(training.Training, SimpleNamespace(clock=training.Clock(step=600), config=Config.model_validate(Config.examples()["grey"])))
     for loss in (-0.5, 3.0):
-        train._stop_if_diverged(stopping, loss, 550)
+        health.stop_if_hopeless(stopping, {"loss": loss}, 550)
     with pytest.raises(MedgenError, match="the loss became nan"):
-        train._stop_if_diverged(stopping, math.nan, 10)
+        health.stop_if_hopeless(stopping, {"loss": math.nan}, 10)
 
 
 def test_classes_are_counted_in_their_order(medgen: Medgen, write_spec: WriteSpec, cohort: Path, tmp_path: Path) -> None:

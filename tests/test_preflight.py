@@ -17,7 +17,7 @@ import yaml
 from conftest import TINY_NET, tiny_spec
 
 from medgen import checks, models, planning, room, sbatch_options, spec
-from medgen.checks import trial
+from medgen.checks import shapes, trial
 from medgen.errors import Exit, InputError, MedgenError
 from medgen.launch import preflight, record, slurm_checks, space, submit
 from medgen.launch.findings import Finding
@@ -612,7 +612,7 @@ def test_what_autograd_keeps_is_counted_like_by_hand() -> None:
             return {"two": module}
 
     module = Two()
-    kept = trial._Kept(Family())  # type: ignore[arg-type]
+    kept = shapes.Kept(Family())  # type: ignore[arg-type]
     values = torch.ones(1000)
     for _ in range(3):
         with kept.counting():

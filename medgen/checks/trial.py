@@ -154,8 +154,8 @@ def _build(trial: Trial, device: str) -> Model:
 def _measure_shapes(trial: Trial) -> Size:
     """From a model without numbers; a family whose forward pass looks at values tells its weights alone."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
+    from medgen.checks.shapes import FusedAttention, Kept, flop_counter
     from medgen.models.base import Batch
 
     model, config = _build(trial, "meta"), trial.config
@@ -166,55 +166,13 @@ def _measure_shapes(trial: Trial) -> Size:
     for module in modules:
         module.requires_grad_(True)  # of averaged weights too: validation then keeps what a training step would
     channels = {name: torch.empty(TRIAL_SAMPLES, 1, trial.store.size, trial.store.size, device="meta") for name in config.input_channels}
-    kept = _Kept(model)
+    kept = Kept(model)
     try:
-        with FlopCounterMode(display=False) as flops, kept.counting():
+        with FusedAttention(), flop_counter() as flops, kept.counting():
             model.validate(Batch(channels, list(range(TRIAL_SAMPLES)), trial.item.spec.seed), _context(1))
     except Exception:  # whatever a family does with values that are not there
         return size
     return Size(size.parameters, state, kept.peak / TRIAL_SAMPLES, flops.get_total_flops() / TRIAL_SAMPLES)
-
-
-class _Kept:
-    """Counts the bytes that autograd keeps for the backward pass, without the parameters; `peak` is the most at any time."""
-
-    def __init__(self, model: Model):
-        self._own = {parameter.untyped_storage()._cdata for module in model.modules().values() for parameter in module.parameters()}
-        self._holders: dict[int, int] = {}
-        self._bytes = 0
-        self.peak = 0
-
-    def counting(self) -> Any:
-        from torch.autograd.graph import saved_tensors_hooks
-
-        return saved_tensors_hooks(self._keep, lambda held: held.tensor)
-
-    def _keep(self, tensor: Any) -> _Held:
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # the address of the memory's record, which is unique while the tensor is held
-        if key not in self._own:
-            if key not in self._holders:
-                self._bytes += storage.nbytes()
-                self.peak = max(self.peak, self._bytes)
-            self._holders[key] = self._holders[key] + 1 if key in self._holders else 1
-        return _Held(self, tensor, key, storage.nbytes())
-
-    def release(self, key: int, size_bytes: int) -> None:
-        if key in self._holders:
-            self._holders[key] -= 1
-            if not self._holders[key]:
-                del self._holders[key]
-                self._bytes -= size_bytes
-
-
-class _Held:
-    """One saved tensor; the graph drops it after its backward pass."""
-
-    def __init__(self, kept: _Kept, tensor: Any, key: int, size_bytes: int):
-        self.kept, self.tensor, self.key, self.size_bytes = kept, tensor, key, size_bytes
-
-    def __del__(self) -> None:
-        self.kept.release(self.key, self.size_bytes)
 
 
 def _context(steps_per_epoch: float) -> Any:
@@ -254,6 +212,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     """Step, validate, sample and save on a few slices: what was measured, and the bytes kept per sample for the backward pass."""
     import torch
 
+    from medgen.checks.shapes import Kept
     from medgen.models.base import Batch, Given, SampleNoise
     from medgen.training import load_channel
 
@@ -262,7 +221,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     channels = {channel: load_channel(trial.store, channel, chosen, cpu) for channel in config.input_channels}
     labels = torch.from_numpy(trial.store.labels(chosen)) if config.uses_labels else None
     batch = Batch(channels, list(range(len(chosen))), trial.item.spec.seed, labels=labels)
-    kept, context, started = _Kept(model), _context(len(rows) / model.phases()[0].batch_size), time.monotonic()
+    kept, context, started = Kept(model), _context(len(rows) / model.phases()[0].batch_size), time.monotonic()
     with kept.counting():
         loss = float(model.step(batch, context).scalars["loss"])
     step_seconds = time.monotonic() - started
