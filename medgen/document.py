@@ -281,9 +281,9 @@ def _explain(problem: Any, model: type[BaseModel], document: Document, path: Key
         return str(document.error(where, f"this medgen reads version {problem['ctx']['expected']} of specs, got {problem['input']!r}"))
     if problem["type"] == "missing":
         return str(document.error(where[:-1], f"{where[-1]!r} is missing"))
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _message(problem)
     if problem["type"] == "value_error" or isinstance(problem["input"], dict):
-        return str(document.error(where, message))
+        return f"{document.where(_blamed(where, message, problem['input']))}: {dotted(where)}: {message}" if where else str(document.error(where, message))
     return str(document.error(where, f"{message[:1].lower()}{message[1:]}, got {_given(problem['input'], where)}"))
 
 
@@ -291,11 +291,27 @@ def told(error: ValidationError) -> str:
     """What is wrong with values that stand in no document, in one line: each with its key, and what was given."""
     lines = []
     for problem in error.errors():
-        where, message = dotted(problem["loc"]), problem["msg"].removeprefix("Value error, ")
+        where, message = dotted(problem["loc"]), _message(problem)
         if problem["type"] != "value_error":
             message = f"{message[:1].lower()}{message[1:]}, got {_given(problem['input'], problem['loc'])}"
         lines.append(f"{where}: {message}" if where else message)
     return "; ".join(lines)
+
+
+def _blamed(where: KeyPath, message: str, given: Any) -> KeyPath:
+    """What is wrong with several keys together names one of them first: `key: ...` or `key.below: ...`."""
+    named = re.match(r"([\w.]+): ", message)
+    keys = named[1].split(".") if named is not None and isinstance(given, dict) else []
+    return (*where, *keys) if keys and keys[0] in given else where
+
+
+def _message(problem: Any) -> str:
+    """What is wrong, in the words of who writes the file; pydantic's where they are plain."""
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "expected `key: value` lines below it"
+    if problem["type"] in ("tuple_type", "list_type"):
+        return "expected a list, as in [1, 2]"
+    return str(problem["msg"].removeprefix("Value error, "))
 
 
 def _given(value: Any, path: KeyPath) -> str:

@@ -94,7 +94,8 @@ def _image_stage(run: RunDir, plan: Plan, name: str | None) -> PlannedStage:
     if name is not None and name in drawing and name not in fitting:
         raise InputError(f"--stage {name}: it draws masks, and KID compares the features of images; name a stage that draws images: {', '.join(fitting) or 'there is none'}")
     if name is not None and name not in drawing:
-        raise InputError(f"--stage {name}: {run.run_id} has no such generate stage; those that draw images: {', '.join(fitting) or 'none'}")
+        kind = next((f"it is a {stage.kind} stage" for stage in plan.stages if stage.name == name), f"{run.run_id} has no such stage")
+        raise InputError(f"--stage {name}: {kind}; those that draw images: {', '.join(fitting) or 'none'}")
     if name is None and len(fitting) != 1:
         raise InputError(f"{run.run_id}: say which stage with --stage; generate stages that draw images: {', '.join(fitting) or 'none'}")
     return drawing[name if name is not None else fitting[0]]
@@ -125,6 +126,8 @@ class _Samplings:
             raise InputError(f"{stage.name}: {stage.settings['from']} samples in one go, so that there are no steps to choose")
         self.others = {key: value for key, value in written.items() if key not in ("sampler", "steps")}
         own = usual.model_dump()
+        if asked.samplers is not None and "" in asked.samplers:
+            raise InputError(f"--sampler {','.join(asked.samplers)!r}: an empty name among them; write names with commas between, as in euler,heun")
         if asked.samplers is not None and "sampler" not in own:
             raise InputError(f"--sampler {','.join(asked.samplers)}: {stage.settings['from']} has one way to sample; remove it")
         self.has_samplers = "sampler" in own
@@ -150,9 +153,9 @@ class _Samplings:
         try:
             found = self._config.sampling({**self.others, **self._chosen(sampler, steps)})
         except ValidationError as error:
-            raise InputError(f"--sampler {sampler}, {steps} steps: {document.told(error)}") from None
+            raise InputError(f"{sampler} with steps: {steps} (--sampler, --low, --high): {document.told(error)}") from None
         except ValueError as error:
-            raise InputError(f"--sampler {sampler}, {steps} steps: {error}") from None
+            raise InputError(f"{sampler} with steps: {steps} (--sampler, --low, --high): {error}") from None
         assert isinstance(found, SteppedSampling), "it has steps"
         return found
 

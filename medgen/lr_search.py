@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch.optim import Optimizer
 
-from medgen import commits, dist, document, files, lr_curve, search_pictures
+from medgen import checkpoint, commits, dist, document, files, lr_curve, search_pictures
 from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted
 from medgen.lr_curve import Curve, Smoothed
@@ -80,7 +80,8 @@ def _recorded(run: RunDir, stage: str, task_hash: str) -> float | None:
         pass
     for _, folder in commits.step_folders(run.checkpoints(stage)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return float(files.read_json(folder / commits.STATE)["config"]["lr"])
+            if checkpoint.problem_with(folder) is None:
+                return float(files.read_json(folder / commits.STATE)["config"]["lr"])
     return None
 
 

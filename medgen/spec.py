@@ -276,8 +276,11 @@ def _check_evaluate(spec: Spec, spec_document: Document, name: str, stage: Evalu
         return
     if source.repeat is not None and stage.against == "val":
         raise spec_document.error((*path, "against"), f"{drawn.source} was trained on the val split too; compare its images with the test split")
-    if "auc" in stage.metrics and not family_config(source.config).classifies:
+    config = family_config(source.config)
+    if "auc" in stage.metrics and not config.classifies:
         raise spec_document.error((*path, "metrics"), f"auc: the model of {drawn.source} tells no classes apart; remove it")
+    if "registration" in stage.metrics and len(config.output_channels) == 1:
+        raise spec_document.error((*path, "metrics"), f"registration compares channels, and the model of {drawn.source} makes {config.output_channels[0]} alone; remove it")
 
 
 def _check_generate(spec: Spec, spec_document: Document, name: str, stage: GenerateStage) -> None:
@@ -295,7 +298,7 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
     if stage.stack and not config.uses_labels:
         raise spec_document.error((*path, "stack"), f"a stack is sorted by class, and the model of {stage.source} knows no classes; remove it")
-    unfit = spec_accept.problem(stage.accept, config.output_kind, config.output_channels, stage.source) if stage.accept is not None else None
+    unfit = spec_accept.problem(stage.accept, config, spec.data.size, stage.source) if stage.accept is not None and spec.data is not None else None
     if unfit is not None:
         raise spec_document.error((*path, "accept"), unfit)
     if stage.condition in spec.stages:

@@ -4,11 +4,14 @@ Masks are judged by their size, images by what the training slices look like: tw
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from medgen.spec_base import Frozen
+
+if TYPE_CHECKING:
+    from medgen.models.settings import FamilyConfig
 
 Rule = Literal["blank", "contrast", "noise", "blur", "outside", "pieces", "holes", "seam", "shape", "unlike", "registration"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -79,10 +82,13 @@ Accept = Annotated[
 ]
 
 
-def problem(accept: AcceptMasks | AcceptImages, output_kind: str, channels: tuple[str, ...], source: str) -> str | None:
-    """Why these rules cannot judge what the model of `source` makes, in words; None if they can."""
+def problem(accept: AcceptMasks | AcceptImages, config: FamilyConfig, size: int, source: str) -> str | None:
+    """Why these rules cannot judge images of size x size pixels that the model of `source` makes, in words; None if they can."""
+    output_kind, channels = config.output_kind, config.output_channels
     if isinstance(accept, AcceptMasks) and output_kind == "image":
         return f"min_pixels, max_fraction and tries alone judge masks, and the model of {source} makes images; write accept: {{like: train}}, or remove it"
+    if isinstance(accept, AcceptMasks) and accept.min_pixels > accept.max_fraction * size**2:
+        return f"min_pixels: {accept.min_pixels} is more than max_fraction: {accept.max_fraction:g} of {size} x {size} pixels, so that no mask could pass; lower min_pixels"
     if isinstance(accept, AcceptImages) and output_kind == "mask":
         return f"like: train judges images, and the model of {source} makes masks; write accept: {{min_pixels: 1, max_fraction: 0.25}}, or remove it"
     if isinstance(accept, AcceptImages) and accept.rules is not None and OF_SEVERAL_CHANNELS in accept.rules and len(channels) == 1:

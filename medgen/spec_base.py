@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from medgen import sbatch_options
+from medgen import as_written, sbatch_options
 from medgen.names import CONTROL, OptionWord
 from medgen.units import Mebibytes, Minutes
 
@@ -19,6 +19,16 @@ class Frozen(BaseModel):
     """Base of everything a user can write: unknown keys refused, values fixed after construction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        for name, field in cls.model_fields.items():
+            if isinstance(value, dict) and name in value:
+                told = as_written.problem(value[name], field.annotation, field.metadata)
+                if told is not None:
+                    raise ValueError(f"{name}: {told}")
+        return value
 
 
 def _directive(value: str) -> str:

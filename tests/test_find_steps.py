@@ -182,8 +182,8 @@ def test_find_steps_tells_the_fewest_and_measures_nothing_twice(run: RunDir, med
 @pytest.mark.parametrize(("change", "message"), [
     ({"against": "test"}, "--against test: what is chosen by the test split cannot be judged by it any more; choose by val"),
     ({"low": 5}, "--low 5 is above --high 4"),
-    ({"samplers": ["ddim"]}, r"--sampler ddim, 1 steps: sampler: 'ddim' does not fit strategy rflow; use one of: euler"),
-    ({"stage": "train"}, "--stage train: .* has no such generate stage; those that draw images: images"),
+    ({"samplers": ["ddim"]}, r"ddim with steps: 1 \(--sampler, --low, --high\): sampler: 'ddim' does not fit strategy rflow; use one of: euler"),
+    ({"stage": "train"}, "--stage train: it is a train stage; those that draw images: images"),
     ({"extractor": "inceptoin"}, "--extractor inceptoin: the extractors are: inception"),
     ({"extractor": "{kind: encoder, steps: 1}"}, "--extractor: .*greater than or equal to 50"),
 ])

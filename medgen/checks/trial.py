@@ -269,14 +269,17 @@ def _with_gpu_memory(trial: Trial, size: Size, facts: dict[str, Any], text: str)
     samples = min(share, loop.micro_batch) if isinstance(loop.micro_batch, int) else share
     activations = samples * size.activations * (1.0 if loop.precision == "fp32" else BF16_SHARE)
     needed = (size.trained + activations) * HEADROOM + CONTEXT_BYTES
+    bound = "at most" if loop.checkpoint_activations else "about"  # what is computed twice is not kept
     have = gpu_memory_bytes(trial.item, trial.name)
     facts |= {"gpu_needed_bytes": round(needed), "gpu_have_bytes": have}
-    told = f"about {amount(needed)} of GPU memory (model and optimizer {amount(size.trained)}, activations of {samples} samples {amount(activations)})"
-    if have is None or needed <= have:
+    told = f"{bound} {amount(needed)} of GPU memory (model and optimizer {amount(size.trained)}, activations of {samples} samples {amount(activations)})"
+    if have is None or needed <= have or loop.checkpoint_activations:
         return Finding(trial.label, "fine", f"{text}; {told}" + (f", and the GPU has {amount(have)}" if have else ""), facts)
     advice = f"ask for gpu: {{memory: {-(-round(needed) // GIB)}G}}" if trial.item.site.scheduler == "slurm" else "take a smaller model"
     if samples > 1:
         advice += f", or set loop.micro_batch below {samples}, which gives the same steps from smaller passes"
+    if "blocks" in trial.config.offers:
+        advice += ", or loop.checkpoint_activations: true, which computes activations twice instead of keeping them"
     message = f"{told} may not fit a GPU of {amount(have)}, which it may get; {advice}"
     return Finding(trial.label, "warning", f"{text}\n{trial.item.point.document.error(('stages', trial.name, 'resources', 'gpu'), message)}", facts)
 

@@ -35,7 +35,7 @@ def equal_parts(sides: Sides) -> tuple[list[Parts], str, Skipped]:
 
     A class counts as much on either side of a comparison: otherwise a set of equal classes is far from unequal real ones."""
     first, second, floor_words = floor_sides(sides)
-    if len(first) == 0:
+    if min(len(first), len(second)) == 0:
         return [], floor_words, "all real images are of one patient: there is no floor to read the value by"
     half = _halves(sides)
     lots = [first, second, np.flatnonzero(half), np.flatnonzero(~half)]

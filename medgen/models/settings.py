@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -20,15 +18,14 @@ from pydantic import (
 
 from medgen.names import absolute
 from medgen.pretrained.settings import WeightsFile
+from medgen.spec_base import Frozen
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
 
 
-class Settings(BaseModel):
-    """Frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Settings(Frozen):
+    """Base of everything that a family lets be written."""
 
 
 class SteppedSampling(Settings):
@@ -78,12 +75,11 @@ NEEDED_OFFERS: dict[str, Offer] = {
     "checkpoint_activations": "blocks", "compile": "compile", "spike_factor": "spike_guard", "spike_after_steps": "spike_guard", "collapse_steps": "constant_loss",
 }  # fmt: skip
 WITHOUT_OFFER: dict[Offer, str] = {
-    "blocks": "this family names no blocks whose activations could be computed twice; write micro_batch: auto, or a smaller number, for less memory",
+    "blocks": "this family names no blocks whose activations could be computed twice",
     "compile": "this family's networks are not compiled",
     "spike_guard": "this family skips no steps",
     "constant_loss": "this family does not say what predicting a constant would cost",
 }
-
 
 
 class LrSearch(Settings):
@@ -152,6 +148,13 @@ class FamilyConfig(Settings):
         for name, offer in NEEDED_OFFERS.items():
             if offer not in self.offers and getattr(self.loop, name) != LoopSettings.model_fields[name].default:
                 raise ValueError(f"loop.{name} has no effect: {WITHOUT_OFFER[offer]}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch(self) -> FamilyConfig:
+        part, (knob, sizes) = self.loop.micro_batch, self.global_batch_sizes
+        if isinstance(part, int) and part > max(sizes):
+            raise ValueError(f"loop.micro_batch: {part} has no effect: it is more than {knob}: {max(sizes)}; remove it, or write a smaller number")
         return self
 
     @property

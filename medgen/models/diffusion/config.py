@@ -69,7 +69,7 @@ class SamplingSettings(SteppedSampling):
 
     sampler: str
     eta: float = Field(0.0, ge=0, le=1)  # ddim: 0 deterministic, 1 as noisy as ddpm
-    time_shift: float = Field(1.0, gt=0)  # rflow: above 1 more steps near the noise
+    time_shift: float = Field(1.0, ge=0.01, le=100)  # rflow: above 1 more steps near the noise
     guidance: float = Field(1.0, ge=0)  # classifier-free: 1 as trained, above 1 more of what the condition asks for
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it guides
     weights: str = "ema"  # ema | ema_<beta> of ema.more | raw
@@ -121,12 +121,12 @@ class Config(FamilyConfig):
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
     perceptual: Perceptual | None = None  # radimagenet | alex | vgg | squeeze: a loss on the predicted clean image, beside the squared error
 
-    timesteps: int | None = Field(None, ge=2)  # ddpm; default 1000
+    timesteps: int | None = Field(None, ge=2, le=100_000)  # ddpm; default 1000
     prediction: Literal["epsilon", "v"] | None = None  # ddpm; default epsilon
     schedule: Literal["cosine", "linear"] | None = None  # ddpm; default cosine
     min_snr_gamma: float | None = Field(None, gt=0)  # ddpm; 5 in the paper; default: every time counts alike
     times: Literal["logit_normal", "uniform"] | None = None  # rflow; default logit_normal
-    time_shift: float = Field(1.0, gt=0)  # rflow: above 1 trains and samples more near the noise
+    time_shift: float = Field(1.0, ge=0.01, le=100)  # rflow: above 1 trains and samples more near the noise
 
     @field_validator("strategy")
     @classmethod

@@ -30,7 +30,7 @@ class DiTSettings(Settings):
     """A diffusion transformer: `S/2` and its like are those of the paper, or every number of your own."""
 
     depth: int = Field(ge=1, le=200)  # blocks
-    width: int = Field(ge=4)  # numbers per token
+    width: int = Field(ge=4, le=16_384)  # numbers per token
     heads: int = Field(ge=1)
     patch: int = Field(ge=1)  # pixels per side of what becomes one token
     qk_norm: bool = False  # RMS norm of queries and keys: keeps attention from saturating at large learning rates
