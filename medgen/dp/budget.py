@@ -70,7 +70,7 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, ste
 
 @functools.lru_cache(maxsize=256)
 def steps_within(epsilon: float, delta: float, sampling_rate: float, noise_multiplier: float) -> int:
-    """The most steps that cost at most `epsilon` at `delta` by prv: one more would cost more, or 99.5 % of the budget are used.
+    """The most steps that cost at most `epsilon` at `delta` by prv, to one in a thousand: exact below two thousand.
 
     Raises ValueError if not even one step does, or ten million do."""
     _check_epsilon(epsilon)
@@ -89,7 +89,7 @@ def steps_within(epsilon: float, delta: float, sampling_rate: float, noise_multi
     beyond = within + 1
     while beyond < MOST_STEPS and cost(beyond) <= epsilon:
         within, beyond = beyond, min(MOST_STEPS, max(beyond + 1, beyond * 5 // 4))
-    while beyond - within > 1 and cost(within) < CLOSE * epsilon:
+    while beyond - within > max(1, within // 1000):
         middle = (within + beyond) // 2
         within, beyond = (middle, beyond) if cost(middle) <= epsilon else (within, middle)
     return within
