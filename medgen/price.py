@@ -149,7 +149,7 @@ def _by_unit(unit: Unit, planned: Mechanism, cohort: Cohort, delta: float) -> Ta
     for counted in units:
         records, most = cohort.records(counted), cohort.most_records(counted)
         if batch > records:
-            rows.append((counted, f"{records:,}", "", "above 1", "none", "", "", ""))
+            rows.append((counted, f"{records:,}", "above 1", "none", "", "", ""))
             continue
         their_delta = min(delta, budget.advised_delta(records)) if counted != unit else delta
         epsilon = accounting.epsilon((Mechanism(batch / records, planned.noise_multiplier, planned.steps),), their_delta)

@@ -205,12 +205,12 @@ def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: fl
 
 def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_do() -> None:
     with pytest.raises(ValueError, match=r"even a noise multiplier of 100 costs .*; what would do: ") as refused:
-        budget.noise_multiplier_for(0.5, 1e-5, 0.5, 2_000)
+        budget.noise_multiplier_for(0.5, 1e-5, 0.25, 8_000)
     message = str(refused.value)
     advised = {name: float(message.split(name)[1].split()[0].strip(",;").replace(",", "").rstrip(")")) for name in ("would do: epsilon: ", "at most ", "(sampling rate ")}
-    assert accounting.epsilon(steps(0.5, budget.MOST_NOISE, 2_000), 1e-5) <= advised["would do: epsilon: "]
-    assert budget.noise_multiplier_for(0.5, 1e-5, 0.5, int(advised["at most "])) <= budget.MOST_NOISE
-    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], 2_000) <= budget.MOST_NOISE
+    assert accounting.epsilon(steps(0.25, budget.MOST_NOISE, 8_000), 1e-5) <= advised["would do: epsilon: "]
+    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, int(advised["at most "])) <= budget.MOST_NOISE
+    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], 8_000) <= budget.MOST_NOISE
 
 
 def test_a_budget_that_hardly_needs_noise_is_refused() -> None:

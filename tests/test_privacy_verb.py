@@ -1,0 +1,138 @@
+"""`medgen privacy`: the screen that prices a private training, and which stages of a spec it prices."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_spec
+
+from medgen import price
+from medgen.dp import accounting, budget
+from medgen.dp.card import told
+from medgen.dp.mechanism import Mechanism
+from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of
+from medgen.errors import InputError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a private family's configuration tells."""
+
+    unit: Unit = "patient"
+    epsilon: float | None = None
+    noise_multiplier: float | None = 5.0
+    delta: float | None = 1e-3
+    clip_norm: float = 1.0
+    expected_batch: int = 32
+    steps: int = 300
+
+    def critic_steps_total(self, records: int) -> int:
+        return self.steps
+
+
+SMALL = Cohort(patients=200, slices=10_000, most_slices=50)
+LARGE = Cohort(patients=10_000, slices=240_000, most_slices=28)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The lines of both tables by their first words."""
+    return {line[2:].split("  ")[0]: line.split("  ", 1)[1].split("  ") for line in text.splitlines() if line.startswith("  ")}
+
+
+def cells(text: str, label: str) -> list[str]:
+    return [cell.strip() for cell in rows(text)[label] if cell.strip()][1:]
+
+
+def test_the_screen_tells_the_plan_and_others() -> None:
+    text = price.price(Plan(), SMALL)
+    assert max(map(len, text.splitlines())) <= 100
+    planned = Mechanism(0.16, 5.0, 300)
+    prv, rdp = (accounting.epsilon((planned,), 1e-3, accountant) for accountant in ("prv", "rdp"))  # type: ignore[arg-type]
+    assert cells(text, "as planned")[:6] == ["32", "0.16", "300", "5", told(prv), told(rdp)]
+    assert f"({told(prv)}, 0.001)-differential privacy of each patient: 300 critic updates" in text
+    for label, mechanism in {"half the steps": replace(planned, steps=150), "twice the steps": replace(planned, steps=600),
+                             "half the batch": replace(planned, sampling_rate=0.08), "twice the batch": replace(planned, sampling_rate=0.32)}.items():  # fmt: skip
+        assert cells(text, label)[4] == told(accounting.epsilon((mechanism,), 1e-3))
+    for target in (1, 3, 8, 20):
+        noise, epsilon = cells(text, f"for epsilon {target}")[3:5]
+        assert float(noise) == budget.noise_multiplier_for(target, 1e-3, 0.16, 300) and 0.99 * target <= float(epsilon) <= target
+
+
+def test_a_budget_is_turned_into_noise() -> None:
+    plan = Plan(epsilon=8.0, noise_multiplier=None, delta=None)
+    text = price.price(plan, LARGE)
+    noise = budget.noise_multiplier_for(8.0, 1e-5, 0.0032, 300)
+    assert mechanism_of(plan, 10_000) == Mechanism(0.0032, noise, 300) and delta_of(plan, 10_000) == 1e-5
+    assert cells(text, "as planned")[3] == f"{noise:.4g}" and f"noise multiplier {noise:.4g}" in text
+    assert float(cells(text, "as planned")[4]) <= 8
+
+
+def test_patients_and_slices_stand_side_by_side() -> None:
+    by_slice = price.price(Plan(unit="slice", delta=1e-5), SMALL)
+    assert "write unit: patient to promise patients something" in " ".join(by_slice.split())
+    of_patient = cells(by_slice, "patient")
+    of_slice = cells(by_slice, "slice (planned)")
+    assert of_patient[:2] == ["200", "0.16"] and of_slice[:2] == ["10,000", "0.0032"]
+    epsilon = accounting.epsilon((Mechanism(0.0032, 5.0, 300),), 1e-5)
+    assert of_slice[2] == told(epsilon) and of_slice[4] == told(50 * epsilon), "a patient with k slices has k times the epsilon"
+    by_patient = price.price(Plan(), SMALL)
+    assert "This plan protects patients." in by_patient
+    assert cells(by_patient, "patient (planned)")[4] == cells(by_patient, "patient (planned)")[2], "a patient is one record"
+
+
+def test_few_patients_are_told_so() -> None:
+    assert "200 patients are few" in price.price(Plan(), SMALL)
+    assert "are few" not in price.price(Plan(delta=1e-5), LARGE)
+
+
+def test_what_cannot_be_is_not_priced() -> None:
+    """A batch above all records has no row, nor does an epsilon that no sensible noise gives."""
+    assert "twice the batch" not in rows(price.price(Plan(expected_batch=150, steps=1), SMALL))
+    assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["none of 0.2 to 100"]
+    assert cells(price.price(Plan(unit="slice", expected_batch=300, delta=1e-5, steps=10), SMALL), "patient") == ["200", "above 1", "none"]
+
+
+@pytest.mark.parametrize(("plan", "message"), [
+    (Plan(expected_batch=201), r"the expected batch of 201 is more than there are: 200 patients"),
+    (Plan(delta=0.005), r"delta: 0.005 is not below 1 / 200 records.*write 0.0005"),
+    (Plan(epsilon=0.01, noise_multiplier=None, steps=10_000), r"epsilon: 0.01 cannot be kept in 10,000 steps"),
+    (Plan(noise_multiplier=None), "neither epsilon nor noise_multiplier"),
+])  # fmt: skip
+def test_what_is_no_plan_is_refused(plan: Plan, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        price.price(plan, SMALL)
+
+
+def test_a_plan_without_noise_or_budget_is_not_private() -> None:
+    assert isinstance(Plan(), Priced) and is_private(Plan()) and is_private(Plan(epsilon=1.0, noise_multiplier=None))
+    assert not is_private(Plan(noise_multiplier=None))
+
+
+def test_the_verb_refuses_specs_without_privacy(medgen: Callable[..., subprocess.CompletedProcess[str]], write_spec: Callable[[dict[str, Any]], Path]) -> None:
+    path = write_spec(tiny_spec())
+    assert "no train stage trains with differential privacy; how to write one: docs/private_training.md" in medgen("privacy", path, expect=2).stderr
+    assert "--stage train_seg: it does not train with differential privacy; those that do: none" in medgen("privacy", path, "--stage", "train_seg", expect=2).stderr
+    assert "--stage trian: there is no such stage" in medgen("privacy", path, "--stage", "trian", expect=2).stderr
+
+
+def test_the_verb_counts_the_patients_that_training_uses(write_spec: Callable[[dict[str, Any]], Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real data, counted from the cache; the plan of a stage stands in for a private family's."""
+    monkeypatch.setenv("MEDGEN_CACHE", str(cache))
+    monkeypatch.setenv("MEDGEN_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(price, "_priced", lambda stage: Plan(expected_batch=1, delta=None, steps=20))
+    path = write_spec(tiny_spec())
+    text = price.privacy(path, [], None)
+    assert text.startswith("train_seg\n") and "\n\ntrain_bravo\n" in text
+    assert "each with 1 of 4 patients expected" in " ".join(text.split())
+    both = accounting.epsilon((Mechanism(0.25, 5.0, 40),), 1 / 40)
+    assert " ".join(text.split()).endswith(f"All 2 stages learn from the same patients: together they cost epsilon {told(both)} at delta 0.025.")
+    assert "train_seg" not in price.privacy(path, [], "train_bravo")
+
+    monkeypatch.setattr(price, "_priced", lambda stage: Plan(expected_batch=9))
+    with pytest.raises(InputError, match=r"stages.train_seg.config: the expected batch of 9 is more than there are: 4 patients"):
+        price.privacy(path, [], None)
