@@ -71,8 +71,8 @@ def supports(critic: nn.Module) -> str | None:
 
 
 def _known_names(critic: LeakyChain) -> set[str]:
-    parts = (("convolutions", critic.convolutions), ("score", critic.score))
-    return {f"{prefix}.{name}" for prefix, part in parts for name, _ in part.named_parameters(remove_duplicate=False)}
+    layers = {"score": critic.score, **{f"convolutions.{number}": layer for number, layer in enumerate(critic.convolutions)}}
+    return {f"{prefix}.{name}" for prefix, layer in layers.items() for name, _ in layer.named_parameters()}
 
 
 def _measured_problem(critic: nn.Module) -> str | None:
