@@ -93,8 +93,13 @@ def test_two_renyi_accountants_agree(history: History, delta: float, caplog: pyt
     caplog.set_level(logging.ERROR)
     orders = [float(order) for order in range(2, 64)]
     theirs = elsewhere(RdpAccountant(orders), history, delta)
-    assert accounting._by_renyi(merged(history), delta, tuple(orders)) == pytest.approx(theirs, rel=1e-6)
+    assert accounting._best(merged(history), delta, tuple(orders))[0] == pytest.approx(theirs, rel=1e-6)
     assert accounting.epsilon(history, delta, "rdp") <= min(theirs * (1 + 1e-6), accounting.quick_bound(history, delta))
+
+
+@pytest.mark.parametrize(("history", "delta"), [(steps(0.125, 1.1, 24), 1e-5), (steps(0.16, 1.1, 1_000), 1e-3), (steps(0.0032, 2.4, 31_300), 1e-5), (steps(0.01, 0.1, 10), 1e-5)])
+def test_the_best_order_is_found_without_trying_all(history: History, delta: float) -> None:
+    assert accounting.epsilon(history, delta, "rdp") == accounting._best(history, delta, accounting.ORDERS)[0]
 
 
 # closed forms and brute force

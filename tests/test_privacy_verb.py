@@ -92,9 +92,10 @@ def test_few_patients_are_told_so() -> None:
 
 def test_what_cannot_be_is_not_priced() -> None:
     """A batch above all records has no row, nor does an epsilon that no sensible noise gives."""
-    assert "twice the batch" not in rows(price.price(Plan(expected_batch=150, steps=1), SMALL))
     assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["none of 0.2 to 100"]
-    assert cells(price.price(Plan(unit="slice", expected_batch=300, delta=1e-5, steps=10), SMALL), "patient") == ["200", "above 1", "none"]
+    text = price.price(Plan(unit="slice", expected_batch=300, delta=1e-4, steps=3), Cohort(patients=200, slices=500, most_slices=4))
+    assert "half the batch" in rows(text) and "twice the batch" not in rows(text)
+    assert cells(text, "patient") == ["200", "above 1", "none"]
 
 
 @pytest.mark.parametrize(("plan", "message"), [

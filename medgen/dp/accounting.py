@@ -9,12 +9,9 @@ import importlib.metadata
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from medgen.dp.mechanism import History, Mechanism, merged
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Accountant = Literal["prv", "rdp"]
 
@@ -26,8 +23,9 @@ ORDERS: Orders = (
     *(1 + hundredth / 100 for hundredth in range(1, 10)), *(1 + tenth / 10 for tenth in range(1, 100)), *(float(order) for order in range(12, 64)),
     *(float(round(64 * 2 ** (quarter / 4))) for quarter in range(17)),
 )  # fmt: skip
-# few of them, for where a bound is wanted at once: those that are not whole are slow to compute
-QUICK_ORDERS: Orders = (1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, *(float(order) for order in (*range(2, 16), 18, 22, 27, 32, 40, 50, 64, 91, 128, 256, 512, 1024)))
+# where the best one is looked for first; below 2 they are slow to compute, and best only at epsilons of tens
+COARSE_ORDERS: Orders = tuple(float(order) for order in (*range(2, 16), 18, 22, 27, 32, 40, 50, 64, 91, 128, 256, 512, 1024))
+LOW_ORDERS: Orders = (1.01, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75)
 # what the numerical accountant adds to its estimate so that it is a bound: opacus' own, less where epsilon itself is small, more where it is large
 USUAL_ERROR, ERROR_SHARE_BELOW, ERROR_SHARE_ABOVE, LEAST_ERROR = 0.01, 5e-3, 5e-4, 2e-4
 DELTA_ERROR_SHARE = 1e-3  # of delta, also opacus' own
@@ -66,7 +64,7 @@ def _epsilon(history: History, delta: float, accountant: Accountant) -> float:
         return 0.0
     if any(stretch.noise_multiplier == 0 for stretch in history):
         return math.inf
-    return _by_renyi(history, delta, ORDERS) if accountant == "rdp" else _by_losses(history, delta)
+    return _by_renyi(history, delta) if accountant == "rdp" else _by_losses(history, delta)
 
 
 def accountants() -> dict[str, str]:
@@ -77,37 +75,47 @@ def accountants() -> dict[str, str]:
 
 def quick_bound(history: History, delta: float) -> float:
     """Like `epsilon` by rdp, at few orders: at once, and some per cent higher. To look for something with, not to be cited."""
-    return _by_renyi(merged(history), delta, QUICK_ORDERS)
+    stretches = merged(history)
+    return _best(stretches, delta, _coarse(stretches, delta))[0]
 
 
 # rdp
 
 
-def _by_renyi(history: History, delta: float, orders: Orders) -> float:
+def _by_renyi(history: History, delta: float) -> float:
+    """Of all ORDERS, those around the best coarse one: over the orders the bound falls and then rises, as log-moments are convex."""
+    coarse = _coarse(history, delta)
+    place = coarse.index(_best(history, delta, coarse)[1])
+    low, high = coarse[max(0, place - 1)], coarse[min(len(coarse) - 1, place + 1)]
+    return _best(history, delta, tuple(order for order in ORDERS if low <= order <= high))[0]
+
+
+def _coarse(history: History, delta: float) -> Orders:
+    """With the low orders only where they matter."""
+    return COARSE_ORDERS if _best(history, delta, COARSE_ORDERS)[1] > COARSE_ORDERS[0] else LOW_ORDERS + COARSE_ORDERS
+
+
+def _best(history: History, delta: float, orders: Orders) -> tuple[float, float]:
+    """(epsilon, the order that gives it)."""
     from opacus.accountants.analysis import rdp
 
-    total = sum(_divergences(stretch.sampling_rate, stretch.noise_multiplier, orders) * stretch.steps for stretch in history)
+    totals = [sum(_divergence(stretch.sampling_rate, stretch.noise_multiplier, order) * stretch.steps for stretch in history) for order in orders]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the best order is the first or last one: the bound holds
-        value, _ = rdp.get_privacy_spent(orders=orders, rdp=total, delta=delta)
-    return max(0.0, float(value))
+        value, order = rdp.get_privacy_spent(orders=orders, rdp=totals, delta=delta)
+    return max(0.0, float(value)), float(order)
 
 
-@functools.lru_cache(maxsize=512)
-def _divergences(sampling_rate: float, noise_multiplier: float, orders: Orders) -> np.ndarray:
-    """Of one step, at each of the orders, float64; infinite where floating point does not reach."""
-    import numpy as np
+@functools.lru_cache(maxsize=65536)
+def _divergence(sampling_rate: float, noise_multiplier: float, order: float) -> float:
+    """Of one step; infinite where floating point does not reach."""
     from opacus.accountants.analysis import rdp
 
-    values = np.array([_divergence(rdp, sampling_rate, noise_multiplier, order) for order in orders], dtype=np.float64)
-    return np.where(np.isfinite(values), np.maximum(values, 0.0), np.inf)
-
-
-def _divergence(rdp: Any, sampling_rate: float, noise_multiplier: float, order: float) -> float:
     try:
-        return float(rdp.compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
+        value = float(rdp.compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
     except (ValueError, OverflowError):  # a series that cancels to less than nothing: this order tells nothing
         return math.inf
+    return max(0.0, value) if math.isfinite(value) else math.inf
 
 
 # prv
@@ -119,7 +127,7 @@ def _by_losses(history: History, delta: float) -> float:
     delta_error = delta * DELTA_ERROR_SHARE
     largest = _largest_loss(history, delta_error)
     if largest > LARGEST_LOSS:
-        return _by_renyi(history, delta, ORDERS)
+        return _by_renyi(history, delta)
     rough = quick_bound(history, delta)
     error = max(min(USUAL_ERROR, ERROR_SHARE_BELOW * rough), ERROR_SHARE_ABOVE * rough, LEAST_ERROR)
     points = 2 * largest / _mesh(sum(stretch.steps for stretch in history), error, delta_error)
@@ -131,7 +139,7 @@ def _by_losses(history: History, delta: float) -> float:
             value = float(accountant.get_epsilon(delta, eps_error=error * max(1.0, points / MOST_POINTS), delta_error=delta_error))
     except (RuntimeError, ValueError, OverflowError, ZeroDivisionError):
         value = math.nan
-    return max(0.0, value) if math.isfinite(value) else _by_renyi(history, delta, ORDERS)
+    return max(0.0, value) if math.isfinite(value) else _by_renyi(history, delta)
 
 
 def _largest_loss(history: History, delta_error: float) -> float:
