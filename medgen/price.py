@@ -4,6 +4,7 @@ Reads the data as `medgen data` does, because the price depends on how many pati
 
 from __future__ import annotations
 
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -93,15 +94,13 @@ def price(plan: Priced, cohort: Cohort) -> str:
     Raises ValueError if the plan cannot be: too small an epsilon, a delta that promises nothing, a batch of more than there are."""
     records = cohort.records(plan.unit)
     delta, planned = delta_of(plan, records), mechanism_of(plan, records)
-    spent = accounting.spent((planned,), delta)
     lines = [_Line("as planned", planned), *_changed(planned), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned, target, delta)) for target in EPSILONS)]
-    ceiling = attack_ceiling(spent.epsilon_prv, delta)
     parts = [
-        _folded(f"({told(spent.epsilon_prv)}, {delta:.3g})-differential privacy of each {plan.unit}: {planned.steps:,} critic updates, each with {plan.expected_batch:,} of "
+        _folded(f"({told(accounting.epsilon((planned,), delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {planned.steps:,} critic updates, each with {plan.expected_batch:,} of "
                 f"{records:,} {plural(plan.unit)} expected, noise multiplier {planned.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}."),
         _table(lines, records, delta).text(),
-        _folded("epsilon: by the PRV accountant, to be cited; RDP: the same by an older bound, which is higher. AUC, TPR: the most that any attack on the membership of one "
-                f"{plan.unit} may reach, TPR at 1 % false positives; planned are {_most(ceiling.auc)} and {_most(ceiling.true_positive_rate(0.01))}."),
+        _folded("epsilon: by the PRV accountant, to be cited; RDP: an older bound, which is higher. AUC, TPR: the most that any attack on the membership of one "
+                f"{plan.unit} may reach, TPR at 1 % false positives. All are rounded up."),
         _by_unit(plan.unit, planned, cohort, delta).text(),
         *(_folded(sentence) for sentence in _sentences(plan.unit, cohort)),
     ]  # fmt: skip
@@ -138,7 +137,8 @@ def _cells(mechanism: Mechanism | None, records: int, delta: float) -> tuple[str
 
 
 def _most(share: float) -> str:
-    return f"{min(1.0, budget.rounded_up(share)):.3f}"
+    """A share that is a limit, to three decimals, never below."""
+    return f"{math.ceil(share * 1000 - 1e-9) / 1000:.3f}"
 
 
 def _by_unit(unit: Unit, planned: Mechanism, cohort: Cohort, delta: float) -> Table:

@@ -249,6 +249,12 @@ def test_steps_of_no_budget_and_of_any_number() -> None:
         budget.steps_within(8, 1e-5, 1e-6, 50.0)
 
 
+@pytest.mark.parametrize(("records", "delta"), [(1, 0.1), (4, 0.02), (100, 0.001), (300, 3e-4), (10_000, 1e-5), (240_000, 4e-7)])
+def test_the_advised_delta(records: int, delta: float) -> None:
+    assert budget.advised_delta(records) == delta <= 1 / (10 * records) + 1e-12
+    budget.check_delta(delta, records)
+
+
 def test_a_delta_that_promises_nothing_is_refused() -> None:
     budget.check_delta(0.00999, 100)
     with pytest.raises(ValueError, match=r"not below 1 / 100 records.*publish a record.*write 0.001"):

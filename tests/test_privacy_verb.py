@@ -14,6 +14,7 @@ from conftest import tiny_spec
 from medgen import price
 from medgen.dp import accounting, budget
 from medgen.dp.card import told
+from medgen.dp.ceiling import attack_ceiling
 from medgen.dp.mechanism import Mechanism
 from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of
 from medgen.errors import InputError
@@ -55,6 +56,9 @@ def test_the_screen_tells_the_plan_and_others() -> None:
     prv, rdp = (accounting.epsilon((planned,), 1e-3, accountant) for accountant in ("prv", "rdp"))  # type: ignore[arg-type]
     assert cells(text, "as planned")[:6] == ["32", "0.16", "300", "5", told(prv), told(rdp)]
     assert f"({told(prv)}, 0.001)-differential privacy of each patient: 300 critic updates" in text
+    ceiling = attack_ceiling(prv, 1e-3)
+    for shown, exact in zip(cells(text, "as planned")[6:], (ceiling.auc, ceiling.true_positive_rate(0.01)), strict=True):
+        assert exact <= float(shown) < exact + 0.001, "a limit is never told lower than it is"
     for label, mechanism in {"half the steps": replace(planned, steps=150), "twice the steps": replace(planned, steps=600),
                              "half the batch": replace(planned, sampling_rate=0.08), "twice the batch": replace(planned, sampling_rate=0.32)}.items():  # fmt: skip
         assert cells(text, label)[4] == told(accounting.epsilon((mechanism,), 1e-3))
@@ -130,8 +134,8 @@ def test_the_verb_counts_the_patients_that_training_uses(write_spec: Callable[[d
     text = price.privacy(path, [], None)
     assert text.startswith("train_seg\n") and "\n\ntrain_bravo\n" in text
     assert "each with 1 of 4 patients expected" in " ".join(text.split())
-    both = accounting.epsilon((Mechanism(0.25, 5.0, 40),), 1 / 40)
-    assert " ".join(text.split()).endswith(f"All 2 stages learn from the same patients: together they cost epsilon {told(both)} at delta 0.025.")
+    both = accounting.epsilon((Mechanism(0.25, 5.0, 40),), 0.02)
+    assert " ".join(text.split()).endswith(f"All 2 stages learn from the same patients: together they cost epsilon {told(both)} at delta 0.02.")
     assert "train_seg" not in price.privacy(path, [], "train_bravo")
 
     monkeypatch.setattr(price, "_priced", lambda stage: Plan(expected_batch=9))

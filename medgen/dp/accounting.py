@@ -155,7 +155,9 @@ def _mesh(steps: int, error: float, delta_error: float) -> float:
 
 
 def _accountant(largest_loss: float) -> Any:
-    """opacus' own on a grid that reaches as far as `_largest_loss`, or a little farther: to a length that Fourier transforms are fast for."""
+    """opacus' own on a grid that reaches as far as `_largest_loss`, or a little farther: to a length that Fourier transforms are fast for.
+
+    The grid is a method of opacus' own, for which setup.cfg pins its version."""
     from opacus.accountants import PRVAccountant
     from opacus.accountants.analysis.prv import Domain
     from scipy.fft import next_fast_len

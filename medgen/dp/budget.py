@@ -22,18 +22,20 @@ ADVISED_SHARE = 10  # delta is advised to be 1 / (this x records)
 
 
 def advised_delta(records: int) -> float:
-    """1 / (10 x records)."""
-    return 1 / (ADVISED_SHARE * records)
+    """1 / (10 x records), rounded down to one digit: easy to cite."""
+    value = 1 / (ADVISED_SHARE * records)
+    unit = 10.0 ** math.floor(math.log10(value) + 1e-9)
+    return float(f"{math.floor(value / unit + 1e-9) * unit:.1g}")
 
 
 def check_delta(delta: float, records: int) -> None:
     """Raise ValueError unless delta is above 0 and below 1 / records (Dwork and Roth 2014, section 2.3)."""
     if not 0 < delta < 1:
-        raise ValueError(f"delta: {delta:g} is not above 0 and below 1; for {records:,} records write {advised_delta(records):.1g}")
+        raise ValueError(f"delta: {delta:g} is not above 0 and below 1; for {records:,} records write {advised_delta(records):g}")
     if delta >= 1 / records:
         raise ValueError(
             f"delta: {delta:g} is not below 1 / {records:,} records = {1 / records:.2g}: it would allow to publish a record as it is, drawn by chance; "
-            f"write {advised_delta(records):.1g}"
+            f"write {advised_delta(records):g}"
         )
 
 

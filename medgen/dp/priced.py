@@ -33,7 +33,7 @@ class Priced(Protocol):
 
     @property
     def delta(self) -> float | None:
-        """None: 1 / (10 x records)."""
+        """None: 1 / (10 x records), rounded down."""
         ...
 
     @property
