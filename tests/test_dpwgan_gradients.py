@@ -218,10 +218,15 @@ def test_a_record_whose_gradient_is_not_finite_moves_nothing(route: ModuleType, 
 
 
 @ROUTES
-def test_only_records_that_are_not_finite_sum_to_zero(route: ModuleType) -> None:
+@FORMS
+def test_only_records_that_are_not_finite_sum_to_zero(route: ModuleType, formed_cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_pass, "FORMED_COST", formed_cost)
     critic = random_critic(CRITICS["published"])
     records = random_records(critic, 2, 1)
-    records.fake[:] = math.nan
+    broken = Records(records.real, records.fake * math.nan, records.mix)
+    assert not flat(route.clipped_sum(critic, broken, PENALTY, 1.0, 2).gradients).any()
+    for parameter in critic.parameters():
+        parameter.data *= 1e200
     assert not flat(route.clipped_sum(critic, records, PENALTY, 1.0, 2).gradients).any()
 
 
