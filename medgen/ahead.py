@@ -34,8 +34,7 @@ class Batches:
             batch = self._read(step)
         asked: set[Draw] = set()
         self._next = None
-        moved = replace(batch, channels={name: self._moved(tensor) for name, tensor in batch.channels.items()},
-                        labels=self._moved(batch.labels) if batch.labels is not None else None, asked=asked)  # fmt: skip
+        moved = replace(batch.mapped(self._moved), asked=asked)
         if self._thread is not None and following is not None:
             self._next = following, self._thread.submit(self._read_and_draw, following, self._asked)
         return moved
@@ -48,8 +47,7 @@ class Batches:
         batch = self._read(step)
         indices = [(position,) for position in batch.positions]
         drawn = {(name, shape): self._pinned(rng.normal_per_sample(shape, batch.seed, f"{batch.stream}/{name}", indices)) for name, shape in asked}
-        channels = {name: self._pinned(tensor) for name, tensor in batch.channels.items()}
-        return replace(batch, channels=channels, drawn=drawn)
+        return replace(batch.mapped(self._pinned), drawn=drawn)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         """From where a GPU can fetch it by itself."""

@@ -128,6 +128,14 @@ def find_steps(
 
 
 @app.command(rich_help_panel="Jobs")
+def privacy(spec: SpecPath, override: Override = None, stage: StageName = None) -> None:
+    """Price the differentially private trainings of a spec before they run: their epsilon, and the noise, steps and batches of others."""
+    from medgen import price
+
+    print(names.printable(price.privacy(spec, override or [], stage)))
+
+
+@app.command(rich_help_panel="Jobs")
 def watch(
     run: RunName, as_json: AsJson = False,
     once: Annotated[bool, typer.Option("--once", help="print the state once and leave")] = False,

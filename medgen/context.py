@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -76,6 +76,10 @@ class Context:
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:
         self.activity.now("exchanging gradients")
         dist.average_gradients(parameters, self.ranks)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        self.activity.now("exchanging gradients")
+        dist.sum_in_place(tensors, self.ranks)
 
     def mean(self, value: Tensor) -> Tensor:
         return dist.sum_over_ranks(value.detach().clone(), self.ranks) / self.ranks.world_size

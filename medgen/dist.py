@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -157,22 +157,29 @@ def barrier(ranks: Ranks) -> None:
         largest(0, ranks)
 
 
-def average_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
-    """Replace every .grad by its mean over ranks, in one flat message per dtype."""
+def sum_in_place(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+    """Replace every tensor by its sum over ranks, in one flat message per dtype."""
     if ranks.world_size == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for alike in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         distributed.all_reduce(flat)
-        flat /= ranks.world_size
         start = 0
+        for tensor in alike:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+
+def average_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    """Replace every .grad by its mean over ranks."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sum_in_place(gradients, ranks)
+    if ranks.world_size > 1:
         for gradient in gradients:
-            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-            start += gradient.numel()
+            gradient /= ranks.world_size
 
 
 _slow_groups: dict[distributed.ProcessGroup, distributed.ProcessGroup] = {}  # by the default group of the time

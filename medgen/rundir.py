@@ -246,6 +246,10 @@ class RunDir:
         """The learning rate that was found before a training, and the curve it was read from; a picture of it beside it."""
         return self.root / stage / "find_lr.json"
 
+    def noise_key(self, stage: str) -> Path:
+        """What the noise of a differentially private training depends on. Nobody else may have it; it is removed when the training ends."""
+        return self.root / stage / "noise.key"
+
     def step_search(self, stage: str) -> Path:
         """What `find-steps` has measured of a generate stage; a picture of it beside it."""
         return self.root / stage / "find_steps.json"

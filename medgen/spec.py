@@ -215,6 +215,7 @@ def _check_references(spec: Spec, spec_document: Document, name: str, stage: Any
     for needed in stage.inputs():
         if needed not in spec.stages:
             raise spec_document.error(path, f"there is no stage {needed!r}; the stages are: {', '.join(spec.stages)}")
+    _check_blind(spec, spec_document, name, stage)
     if isinstance(stage, GenerateStage):
         _check_generate(spec, spec_document, name, stage)
     if isinstance(stage, EvaluateStage):
@@ -319,6 +320,17 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "sampling"), document.told(error) if isinstance(error, ValidationError) else str(error)) from None
     stage.sampling.clear()
     stage.sampling.update(sampling.model_dump(mode="json"))  # the resolved form, like that of a training
+
+
+def _check_blind(spec: Spec, spec_document: Document, name: str, stage: AnyStage) -> None:
+    """A training that may not look at the val split chooses nothing by it."""
+    path = ("stages", name)
+    if isinstance(stage, TrainStage) and stage.repeat is not None and not family_config(stage.config).looks_at_val:
+        raise spec_document.error((*path, "repeat"), f"{stage.repeat} is not judged by the val split, so that there are no best epochs to repeat; remove this stage")
+    if isinstance(stage, GenerateStage) and stage.checkpoint.startswith("best-"):
+        source = spec.stages.get(stage.source)
+        if isinstance(source, TrainStage) and not family_config(source.config).looks_at_val:
+            raise spec_document.error((*path, "checkpoint"), f"{stage.source} is not judged by the val split, so that it has no {stage.checkpoint}; write checkpoint: last")
 
 
 def _waits_for(spec: Spec, name: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +20,16 @@ class Window(Frozen):
     percentiles: tuple[float, float] | None = None
     fixed: tuple[float, float] | None = None
     joint: tuple[ChannelName, ...] | None = None  # channels that share one window per patient, so that they can be compared with each other
+    # slice: percentiles of all pixels of each slice, which then depends on no other; it can no longer be compared with its neighbours
+    per: Literal["volume", "slice"] = "volume"
+
+    @model_validator(mode="after")
+    def _per_slice_has_an_effect(self) -> Window:
+        if self.per == "slice" and self.fixed is not None:
+            raise ValueError("per: slice has no effect with fixed, which is the same window for every slice; remove it")
+        if self.per == "slice" and self.joint is not None:
+            raise ValueError("per: slice and joint contradict each other: a joint window is that of a patient's volumes; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _joint_has_an_effect(self) -> Window:
@@ -72,6 +83,8 @@ class DataSpec(Frozen):
     content: float = Field(0.05, ge=0, lt=1)  # smallest share of non-background pixels a slice must have
     positive_only: bool = False  # keep only slices whose mask is not empty
     every: int = Field(1, ge=1)  # keep every n-th slice
+    slices: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None  # first and last along the axis, counted from 0; default: all
+    patient_pattern: str | None = None  # csv without a column patient: a regular expression whose group is the patient in a file's name
     splits: SplitFractions = SplitFractions()
     patients: int | None = Field(None, ge=3, le=100_000)  # phantom: how many patients to draw; default 16
 
@@ -85,6 +98,26 @@ class DataSpec(Frozen):
             places = {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
             return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": places}
         return value
+
+    @model_validator(mode="after")
+    def _range_of_slices_rises(self) -> DataSpec:
+        if self.slices is not None and self.slices[0] > self.slices[1]:
+            raise ValueError(f"slices: the first, {self.slices[0]}, is above the last, {self.slices[1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_names_a_patient(self) -> DataSpec:
+        if self.patient_pattern is None:
+            return self
+        if self.format != "csv":
+            raise ValueError(f"patient_pattern has no effect with format: {self.format}, which knows its patients; remove it")
+        try:
+            groups = re.compile(self.patient_pattern).groups
+        except re.error as error:
+            raise ValueError(f"patient_pattern: not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"patient_pattern: {self.patient_pattern!r} has {groups} groups; put parentheses around the patient, and nothing else, as in '(sub-[0-9]+)'")
+        return self
 
     @model_validator(mode="after")
     def _joint_channels_are_there(self) -> DataSpec:
@@ -116,7 +149,7 @@ class DataSpec(Frozen):
 
     def _check_stack(self) -> None:
         """Slices of a stack are made already: what makes slices of volumes has no effect."""
-        for name in ("mask", "mask_labels", "axis", "content", "positive_only", "every", "window"):
+        for name in ("mask", "mask_labels", "axis", "content", "positive_only", "every", "slices", "window"):
             usual = {"content": 0.0, "window": Window(fixed=(-1.0, 1.0))}.get(name, type(self).model_fields[name].default)
             if getattr(self, name) != usual:
                 raise ValueError(f"{name} has no effect with format: stack, whose slices are made already; remove it")

@@ -26,6 +26,7 @@ from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted
 from medgen.models.base import Model, Phase
 from medgen.models.settings import FamilyConfig
+from medgen.records import Records, secret_key
 from medgen.rehearsal import prepare_phase
 from medgen.resume import go_back_to_best, resume, save
 from medgen.spec_data import DataSpec
@@ -74,10 +75,10 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
         if number < clock.phase:
             continue  # finished before this attempt
         clock.phase = number
-        samples = len(training.rows)
+        samples = training.samples
         context.steps_per_epoch = samples / phase.batch_size
         phase_end = clock.phase_start_step + steps_in(phase, samples)
-        validate_steps = _validate_steps(loop.validate_epochs, phase, context.steps_per_epoch)
+        validate_steps = _validate_steps(loop.validate_epochs, phase, samples)
         activity.now("working")
         prepare_phase(training)
         window_start = time.monotonic()
@@ -117,7 +118,7 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
 
             step_ended = time.monotonic()
             validated = step_in_phase % validate_steps == 0 or clock.step == phase_end
-            metrics = validate_and_show(training, epoch, log) if validated and len(training.val_rows) else {}
+            metrics = validate_and_show(training, epoch, log) if validated else {}
 
             due = validated or (loop.checkpoint_steps is not None and clock.step % loop.checkpoint_steps == 0)
             overdue = loop.checkpoint_minutes > 0 and time.monotonic() - last_save > loop.checkpoint_minutes * 60
@@ -179,9 +180,13 @@ def _slices(work: Work, config: FamilyConfig) -> Slices:
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     positive_only = config.trains_positive_only(data)
     rows, val_rows = store.select("train", positive_only), _select_or_empty(store, "val", positive_only)
+    if not config.looks_at_val:
+        val_rows = val_rows[:0]
     repeated: str | None = work.stage.settings["repeat"]
     if repeated is not None:
         rows, val_rows = np.sort(np.concatenate([rows, val_rows])), val_rows[:0]
+    elif not config.looks_at_val:
+        work.say("real images are looked at in training alone, where it is counted: there is no validation, and no best checkpoint")
     elif len(val_rows) == 0:
         work.say("no validation slices: best-val will not exist; give the data a val split to have it")
     return Slices(data, store, rows, evenly(val_rows, config.loop.validate_samples), repeated)
@@ -190,7 +195,9 @@ def _slices(work: Work, config: FamilyConfig) -> Slices:
 def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) -> Training:
     """A fresh model for these slices. Raises InputError if the ranks cannot share its batches."""
     data, store = slices.data, slices.store
-    model = build_model(work.stage.settings["config"]["model"], config, shape_of(config, store), work.plan.seed, work.stage.name)
+    records = _records(work, ranks, config, slices)
+    shape = shape_of(config, store, len(records) if records is not None else 0)
+    model = build_model(work.stage.settings["config"]["model"], config, shape, work.plan.seed, work.stage.name)
     phases = model.phases() if slices.repeated is None else _repeated_phases(work, slices.repeated, model)
     stores = {store.size: store, **{phase.size: of_size(work, data, phase.size, store) for phase in phases if phase.size != store.size}}
     for module in model.modules().values():
@@ -204,10 +211,20 @@ def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) ->
     problem = planning.uneven_batch((phase.batch_size for phase in phases), ranks.world_size)
     if problem is not None:
         raise InputError(f"{work.stage.name}: a batch of {problem}")
-    context.total_steps = sum(steps_in(phase, len(slices.rows)) for phase in phases)
+    context.total_steps = sum(steps_in(phase, shape.records or len(slices.rows)) for phase in phases)
     if config.loop.checkpoint_activations:
         recompute_activations(model.blocks())
-    return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, phases, context)
+    return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, phases, context, records=records)
+
+
+def _records(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) -> Records | None:
+    """Raises InputError if there are too few. A secret key is made by one rank; with another key the same training is as private, but not the same."""
+    sampling = config.record_sampling
+    if sampling is None:
+        return None
+    path = work.run.noise_key(work.stage.name)
+    seed = dist.on_main(lambda: secret_key(path), ranks) if sampling.secret else work.plan.seed
+    return Records(sampling, slices.rows, slices.store.rows["patient"].to_numpy()[slices.rows], seed, work.stage.name)
 
 
 def _repeated_phases(work: Work, repeated: str, model: Model) -> list[Phase]:
@@ -231,12 +248,12 @@ def _select_or_empty(store: SliceStore, split: str, positive_only: bool) -> np.n
         return np.array([], dtype=int)
 
 
-def _validate_steps(validate_epochs: float | None, phase: Phase, steps_per_epoch: float) -> int:
+def _validate_steps(validate_epochs: float | None, phase: Phase, samples: int) -> int:
     if validate_epochs is None and phase.select is not None:
         validate_epochs = 1.0  # the best can only be found among those that are looked at
     if validate_epochs is not None:
-        return max(1, round(validate_epochs * steps_per_epoch))
-    return max(MIN_VALIDATE_STEPS, round(phase.epochs / 50 * steps_per_epoch))
+        return max(1, round(validate_epochs * samples / phase.batch_size))
+    return max(MIN_VALIDATE_STEPS, round(steps_in(phase, samples) / 50))
 
 
 def _open_log(training: Training) -> TrainingLog:
@@ -260,6 +277,8 @@ def _finish(training: Training) -> Done:
         **({"found_lr": training.found_lr} if training.found_lr is not None else {}),
         "accelerated": training.accelerated,
     }
+    if training.ranks.is_main:
+        run.noise_key(stage).unlink(missing_ok=True)  # from now on nobody can take the noise away
     folders = {found.folder: found for found in chosen.values()}
     produced = [folder / name for folder, found in folders.items() for name in (*found.files, commits.COMMIT)]
     return Done([*produced, *lr_search.files_of(run, stage), run.training_log(stage)] if training.ranks.is_main else [], facts)

@@ -19,8 +19,9 @@ from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
 from medgen.dist import Ranks
 from medgen.errors import InputError
-from medgen.models.base import Batch, DataShape, Given, Model, Phase
+from medgen.models.base import Batch, DataShape, Given, Lot, Model, Phase
 from medgen.models.settings import FamilyConfig
+from medgen.records import Records
 from medgen.spec_data import DataSpec
 from medgen.task import Work
 from medgen.train_log import Averages
@@ -62,6 +63,7 @@ class Training:
     found_lr: float | None = None  # the learning rate that was searched, where none was written
     accelerated: dict[str, Any] = field(default_factory=dict)  # how, by phase, for the outcome's facts
     compiled: list[CompiledForward] | None = None  # None: not tried yet
+    records: Records | None = None  # of families that draw records instead of slices in turn
 
     @property
     def folder(self) -> Path:
@@ -70,6 +72,11 @@ class Training:
     @property
     def phase(self) -> Phase:
         return self.phases[self.clock.phase]
+
+    @property
+    def samples(self) -> int:
+        """How many records or slices an epoch has."""
+        return len(self.records) if self.records is not None else len(self.rows)
 
     @property
     def selects(self) -> bool:
@@ -90,11 +97,28 @@ class Training:
 
     def batch_of_step(self, step: int, device: torch.device | None = None) -> Batch:
         """This rank's share of the global batch at a step of the phase, counted from 0. `device`: as of `batch`."""
+        if self.records is not None:
+            return self._batch_of_records(step, self.records, device or self.ranks.device)
         share = self.phase.batch_size // self.ranks.world_size
         first = step * self.phase.batch_size + self.ranks.rank * share
         positions = list(range(first, first + share))  # in the order of the whole phase
         rows = self.rows[rng.sample_order(positions, len(self.rows), self.work.plan.seed, f"{self.work.stage.name}/order/{self.clock.phase}")]
         return self.batch(rows, positions, f"train/{self.clock.phase}", device)
+
+    def _batch_of_records(self, step: int, records: Records, device: torch.device) -> Batch:
+        """This rank's share of the records of every update; the positions are those of all ranks, as what is made without real images is not shared."""
+        updates = records.sampling.updates
+        lots = tuple(self._lot(step * updates + update, records, device) for update in range(updates))
+        positions = list(range(step * self.phase.batch_size, (step + 1) * self.phase.batch_size))
+        return Batch({}, positions, self.work.plan.seed, f"{self.work.stage.name}/train/{self.clock.phase}", lots=lots)
+
+    def _lot(self, number: int, records: Records, device: torch.device) -> Lot:
+        mine = records.drawn(number)[self.ranks.rank :: self.ranks.world_size]
+        rows = records.rows(number, mine)
+        store = self.stores[self.phase.size]
+        channels = {name: load_channel(store, name, rows.reshape(-1), device).unflatten(0, rows.shape) for name in self.config.input_channels}
+        positions = [number * len(records) + int(record) for record in mine]
+        return Lot(channels, positions, records.sampling.size, records.rate, records.seed, records.stream, number)
 
     def given(self, rows: np.ndarray) -> Given:
         """What images like these slices are made from, of the phase's size."""
@@ -109,7 +133,7 @@ def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.d
 
 
 def steps_in(phase: Phase, samples: int) -> int:
-    return math.ceil(phase.epochs * samples / phase.batch_size)
+    return phase.steps if phase.steps is not None else math.ceil(phase.epochs * samples / phase.batch_size)
 
 
 def of_phase(training: Training, phase: Phase, score: str) -> str:
@@ -118,8 +142,9 @@ def of_phase(training: Training, phase: Phase, score: str) -> str:
     return f"{name}_{phase.name}" if len(training.phases) > 1 else name
 
 
-def shape_of(config: FamilyConfig, store: SliceStore) -> DataShape:
-    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else ())
+def shape_of(config: FamilyConfig, store: SliceStore, records: int = 0) -> DataShape:
+    """`records`: of the training split, for whoever trains."""
+    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), records)
 
 
 def of_size(work: Work, data: DataSpec, size: int, full: SliceStore) -> SliceStore:

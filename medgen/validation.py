@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from medgen import commits, dist, fault
-from medgen.models.base import SampleNoise
+from medgen.models.base import Given, SampleNoise
 from medgen.train_log import Averages, TrainingLog
 from medgen.training import Training, of_phase, steps_in
 
@@ -24,8 +24,8 @@ def validate_and_show(training: Training, epoch: float, log: TrainingLog | None)
     """On all ranks; rank 0 alone draws previews, for which the others wait longer than for a step. Returns what to select by."""
     clock, activity = training.clock, training.work.activity
     activity.now("validating")
-    values = _validate(training)
-    if log:
+    values = _validate(training) if len(training.val_rows) else {}
+    if log and values:
         log.record(clock.step, epoch, values)
         activity.now("validating")
     dist.on_main(lambda: _preview(training, log), training.ranks)
@@ -72,20 +72,21 @@ def best_epochs(training: Training) -> dict[str, float]:
     for phase in training.phases:
         name = of_phase(training, phase, phase.select or "loss")
         if name in known:
-            found[phase.name] = (known[name].step - start_step) * phase.batch_size / len(training.rows)
-        start_step += steps_in(phase, len(training.rows))
+            found[phase.name] = (known[name].step - start_step) * phase.batch_size / training.samples
+        start_step += steps_in(phase, training.samples)
     return found
 
 
 def _preview(training: Training, log: TrainingLog | None) -> None:
     """A few samples into TensorBoard, from the same noise and conditions each time; none if the training is to stop."""
-    count = min(training.config.loop.preview_images, len(training.val_rows))
+    config = training.config
+    needs_rows = bool(config.condition_channels) or config.uses_labels
+    count = min(config.loop.preview_images, len(training.val_rows)) if needs_rows else config.loop.preview_images
     if log is None or count == 0 or training.work.stop.is_set:
         return
-    rows = evenly(training.val_rows, count)
-    given = training.given(rows)
+    given = training.given(evenly(training.val_rows, count)) if needs_rows else Given({})
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
-    images = training.model.sample(noise, given, training.config.preview_sampling())
+    images = training.model.sample(noise, given, config.preview_sampling())
     for name, channel in {**given.channels, **images}.items():
         log.images(name, channel, training.clock.step)

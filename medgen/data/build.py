@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medgen import files
-from medgen.data.index import MASK, Source
+from medgen.data.index import MASK, Source, wanted_slices
 from medgen.data.resize import resize_images, resize_masks
 from medgen.data.stacks import open_stack
 from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
@@ -93,8 +93,14 @@ def _sha256(path: Path) -> str:
 def fingerprint(data: DataSpec, sources: list[Source], hashes: Hashes) -> str:
     """sha256 of everything that decides the slices: contents, splits and how slices are made; not where files lie."""
     how = data.model_dump(mode="json", exclude={"format", "root", "splits", "patients", "images", "mask"})
+    del how["patient_pattern"]  # it decides the patients, which are there below
+    # as it was before there were such keys: caches stay valid
     if data.window.joint is None:
-        del how["window"]["joint"]  # as it was before there was such a key: caches stay valid
+        del how["window"]["joint"]
+    if data.window.per == "volume":
+        del how["window"]["per"]
+    if data.slices is None:
+        del how["slices"]
     what = [
         [source.id, source.patient, source.split, source.label, source.caption,
          {role: hashes[path] for role, path in source.files.items()}]
@@ -191,7 +197,7 @@ def _add_source(
     first = next(iter(headers.values()))
     require_same_grid(f"patient {source.patient}", first, list(headers.values()))
     axis = first.slice_axis(data.axis)
-    wanted = np.arange(0, first.shape[axis], data.every)
+    wanted = np.array(wanted_slices(data, source, first.shape[axis]))
     slices, content, windows = _scaled_channels(data, source, axis, wanted)
     if data.mask is not None:
         foreground = _foreground(source, read_volume(source.files[MASK]), data.mask_labels, tally)
@@ -221,7 +227,7 @@ def _add_source(
             "spacing_x_mm": float(spacing_mm[1]),
             "spacing_y_mm": float(spacing_mm[0]),
             "thickness_mm": float(spacing_mm[2]),
-            **windows,
+            **{name: float(values[position]) for name, values in windows.items()},
             "source": number,
         })
     return rows
@@ -250,23 +256,42 @@ def _stacked(path: Path, size: int) -> np.ndarray:
 
 def _scaled_channels(
     data: DataSpec, source: Source, axis: int, wanted: np.ndarray
-) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
-    """The wanted slices of every channel, windowed to [0, 1] and resized; their content; the windows used.
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """The wanted slices of every channel, windowed to [0, 1] and resized; their content; the windows used, one number per slice.
 
     Content is measured before resizing: the share of pixels that are above 0 in any channel."""
     slices: dict[str, np.ndarray] = {}
-    windows: dict[str, float] = {}
+    windows: dict[str, np.ndarray] = {}
     not_empty: np.ndarray | None = None
     joint = _joint_window(source, data.window)
     for channel in data.channels:
         volume = read_volume(source.files[channel])
-        low, high = joint[channel] if channel in joint else _window(source, source.files[channel], volume, data.window)
+        chosen = display_slices(volume, axis)[wanted]
+        if data.window.per == "slice":
+            low, high = _windows_of_slices(source, source.files[channel], chosen, wanted, data)
+        else:
+            ends = joint[channel] if channel in joint else _window(source, source.files[channel], volume, data.window)
+            low, high = (np.full(len(wanted), end) for end in ends)
         windows[f"window_low_{channel}"], windows[f"window_high_{channel}"] = low, high
-        scaled = np.clip((display_slices(volume, axis)[wanted] - low) / (high - low), 0, 1)
+        scaled = np.clip((chosen - low[:, None, None]) / (high - low)[:, None, None], 0, 1)
         not_empty = scaled > 0 if not_empty is None else not_empty | (scaled > 0)
         slices[channel] = resize_images(scaled, data.size)
     content = np.ones(len(wanted)) if not_empty is None else not_empty.mean(axis=(1, 2))
     return slices, content, windows
+
+
+def _windows_of_slices(source: Source, path: Path, chosen: np.ndarray, wanted: np.ndarray, data: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The two intensities of each slice [n] that become 0 and 1: percentiles over all of its pixels.
+
+    A slice of a single value becomes 0, and is left out as empty. Raises InputError if the spec wants empty ones too."""
+    assert data.window.percentiles is not None, "the spec wants percentiles with this"
+    low, high = np.percentile(chosen.reshape(len(chosen), -1), data.window.percentiles, axis=1)
+    flat = np.flatnonzero(low >= high)
+    if len(flat) and data.content == 0:
+        raise InputError(f"patient {source.patient}: {path}: slice {wanted[flat[0]]} has a single value between its percentiles {list(data.window.percentiles)} "
+                         f"({len(flat)} of {len(wanted)} slices have); write content: 0.05 to leave such slices out, or slices: [first, last]")  # fmt: skip
+    largest = chosen.max(axis=(1, 2))
+    return np.where(low >= high, largest, low), np.where(low >= high, largest + 1, high)
 
 
 def _window(source: Source, path: Path, volume: np.ndarray, window: Window) -> tuple[float, float]:

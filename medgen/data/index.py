@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
         headers = [read_header(path) for path in source.files.values()]
         require_same_grid(f"patient {source.patient}", headers[0], headers[1:])
         first_headers.append(headers[0])
-        slices += headers[0].shape[headers[0].slice_axis(data.axis)]
+        slices += len(wanted_slices(data, source, headers[0].shape[headers[0].slice_axis(data.axis)]))
     return HeaderReport(
         patients=patients_per_split(sources),
         volumes=len(sources),
@@ -79,6 +80,17 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
         notes=notes,
         classes=_classes(sources),
     )
+
+
+def wanted_slices(data: DataSpec, source: Source, count: int) -> range:
+    """Which slices along the axis are looked at. Raises InputError if the volume has not all that are asked for."""
+    if data.slices is None:
+        return range(0, count, data.every)
+    first, last = data.slices
+    if last >= count:
+        raise InputError(f"patient {source.patient}: data.slices: [{first}, {last}], but {next(iter(source.files.values()))} has {count} slices, 0 to {count - 1}; "
+                         "give a range that all volumes have, or content: the share of a slice that is not background")  # fmt: skip
+    return range(first, last + 1, data.every)
 
 
 def _classes(sources: list[Source]) -> tuple[str, ...]:
@@ -183,7 +195,9 @@ def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> lis
     lines = csv_files.read_rows(path)
     columns = list(lines[0][1])
     csv_files.require_columns(path, columns, roles(data))
-    if "patient" not in columns:
+    if "patient" in columns and data.patient_pattern is not None:
+        raise InputError(f"data.patient_pattern has no effect: {path} has a column patient; remove one of them")
+    if "patient" not in columns and data.patient_pattern is None:
         notes.append(f"{path} has no column patient: each file name counts as a patient of its own")
     patients = [_csv_patient(data, path, number, row) for number, row in lines]
     if "split" in columns:
@@ -208,10 +222,18 @@ def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> lis
 
 def _csv_patient(data: DataSpec, path: Path, number: int, row: dict[str, str]) -> str:
     if "patient" not in row:
-        return _stem(Path(row[next(iter(roles(data).values()))]))
+        name = Path(row[next(iter(roles(data).values()))]).name
+        return _stem(Path(name)) if data.patient_pattern is None else _patient_in(name, data.patient_pattern, path, number)
     if not row["patient"]:
         raise InputError(f"{path}:{number}: the patient is empty; splits are by patient, so every line needs one")
     return row["patient"]
+
+
+def _patient_in(name: str, pattern: str, path: Path, number: int) -> str:
+    found = re.search(pattern, name)
+    if found is None or not found[1]:
+        raise InputError(f"{path}:{number}: data.patient_pattern {pattern!r} finds no patient in {name!r}")
+    return found[1]
 
 
 def _csv_split(path: Path, number: int, row: dict[str, str]) -> str:

@@ -114,6 +114,8 @@ def check_data(checked: spec.Spec) -> str:
         return "no data to read: every stage is a command"
     report = check_headers(checked.data, checked.seed)
     for name, stage in checked.stages.items():
+        if isinstance(stage, TrainStage):
+            _check_patients(name, spec.family_config(stage.config), report.patients.get("train", 0))
         if isinstance(stage, TrainStage) and stage.repeat is not None and not report.patients.get("val"):
             raise InputError(f"stages.{name}.repeat: {stage.repeat} would have no val split to choose its epochs by; give the data one, such as data.splits.val: 0.2")
         if isinstance(stage, GenerateStage) and stage.per_class is not None and len(stage.per_class) != len(report.classes):
@@ -128,6 +130,13 @@ def check_data(checked: spec.Spec) -> str:
                 have = ", ".join(f"{count} {known}" for known, count in report.patients.items())
                 raise InputError(f"stages.{name} uses the {split} split, which has no patients; the data have: {have}")
     return report.text()
+
+
+def _check_patients(name: str, config: FamilyConfig, patients: int) -> None:
+    try:
+        config.check_patients(patients)
+    except ValueError as error:
+        raise InputError(f"stages.{name}.config: {error}") from None
 
 
 def _check_start(name: str, model: str, config: FamilyConfig) -> None:

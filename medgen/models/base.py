@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -27,6 +27,7 @@ class DataShape:
     channels: tuple[str, ...]
     size: int
     classes: tuple[str, ...] = ()
+    records: int = 0  # in the training split, of families that draw records; 0 where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,39 @@ class Phase:
     size: int
     select: str | None = None  # a metric of `selection_metrics`: the next phase starts from the checkpoint that is best by it
     select_from: float = 0.0  # checkpoints count for that from this share of the phase on
+    steps: int | None = None  # where these are given instead of epochs, which are then what comes of them
+
+
+@dataclass(frozen=True)
+class Lot:
+    """The records that one update is made on, by one rank; see RecordSampling of models/settings.py.
+
+    channels: name -> [N, k, 1, H, W] float32 in [0, 1], k slices of each record; N may be 0.
+    positions: the place of each record among all records of all updates: noise is drawn by position.
+    expected: records of this update over all ranks, on average. rate: probability of a record to be drawn.
+    seed: what all randomness of this update depends on; number: of this update since the training began."""
+
+    channels: dict[str, Tensor]
+    positions: list[int]
+    expected: int
+    rate: float
+    seed: int
+    stream: str
+    number: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Noise [N, *shape]; the same for a record whatever the number of ranks, of records or of interruptions."""
+        drawn = rng.normal_per_sample(shape, self.seed, f"{self.stream}/{name}", [(position,) for position in self.positions])
+        return drawn.to(next(iter(self.channels.values())).device)
+
+    def uniform(self, name: str, count: int) -> Tensor:
+        """Numbers in [0, 1), [N, count]; per record like `normal`."""
+        indices = [(position, number) for position in self.positions for number in range(count)]
+        drawn = rng.uniform_per_sample(self.seed, f"{self.stream}/{name}", indices).view(-1, count)
+        return drawn.to(next(iter(self.channels.values())).device)
 
 
 @dataclass
@@ -56,10 +90,12 @@ class Batch:
     labels: Tensor | None = None
     drawn: dict[Draw, Tensor] = field(default_factory=dict)  # noise that was drawn ahead, [B, *shape]
     asked: set[Draw] = field(default_factory=set)  # what noise the model wanted; shared with the parts
+    lots: tuple[Lot, ...] = ()  # of families that draw records: the real images of each update, this rank's share; `channels` is then empty
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.channels.values())).device
+        every = (self.channels, *(lot.channels for lot in self.lots))
+        return next(tensor for channels in every for tensor in channels.values()).device
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -76,6 +112,12 @@ class Batch:
         """Numbers in [0, 1), shape [B]; per sample like `normal`."""
         indices = [(position,) for position in self.positions]
         return rng.uniform_per_sample(self.seed, f"{self.stream}/{name}", indices).to(self.device)
+
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with its images and labels elsewhere."""
+        lots = tuple(replace(lot, channels={name: move(tensor) for name, tensor in lot.channels.items()}) for lot in self.lots)
+        channels = {name: move(tensor) for name, tensor in self.channels.items()}
+        return replace(self, channels=channels, labels=move(self.labels) if self.labels is not None else None, lots=lots)
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
@@ -125,6 +167,14 @@ class StepContext(Protocol):
         """Parts of the batch for accumulation, each with its share of the rank's batch.
 
         Gradients of `module` (from `parallel`) are exchanged in the last part's backward pass only."""
+        ...
+
+    def part_size(self, samples: int) -> int:
+        """Of so many samples, how many are computed at once: for families that accumulate by themselves."""
+        ...
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks."""
         ...
 
     def reduce_gradients(self, parameters: list[nn.Parameter]) -> None:

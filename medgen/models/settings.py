@@ -4,6 +4,7 @@ A family's config.py defines `Config(FamilyConfig)`; medgen/spec.py checks it an
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -94,6 +95,20 @@ def _true_is_the_default(value: Any) -> Any:
     if value is None or isinstance(value, dict | LrSearch):
         return value
     raise ValueError(f"write find_lr: true, or how many learning rates it tries: find_lr: {{steps: 200}}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class RecordSampling:
+    """How the real images of a step are drawn by a family that updates several times per step, each time on fresh records.
+
+    A record is what counts as one: all slices of a patient, of which some are drawn, or a slice."""
+
+    unit: Literal["patient", "slice"]
+    updates: int  # per step
+    size: int  # records per update: so many, or on average so many if `poisson`
+    slices: int  # of a record, drawn with replacement
+    poisson: bool  # each record is drawn or not, by itself; else the records are shuffled, and none comes twice before all have come
+    secret: bool  # what is drawn depends on a key of the run instead of the plan's seed
 
 
 class FamilyConfig(Settings):
@@ -192,6 +207,16 @@ class FamilyConfig(Settings):
         return False
 
     @property
+    def record_sampling(self) -> RecordSampling | None:
+        """None: each step has one batch of slices, in shuffled order."""
+        return None
+
+    @property
+    def looks_at_val(self) -> bool:
+        """False if a training may not be judged by the val split either, because every look at real images must be accounted for."""
+        return True
+
+    @property
     def loss_falls(self) -> bool:
         """False where players work against each other: then a loss that rises says nothing, and training is stopped by a NaN alone."""
         return True
@@ -233,6 +258,10 @@ class FamilyConfig(Settings):
             raise ValueError(f"needs data.images.{missing[0]}; the data have: {have}")
         if "seg" in self.input_channels and data.mask is None:
             raise ValueError("needs data.mask: the file name of the label volume")
+
+    def check_patients(self, patients: int) -> None:
+        """Raise ValueError, naming the knob, if the model cannot be trained on so many patients in the training split."""
+        return
 
     def sampling(self, raw: dict[str, Any]) -> Settings:
         """The checked form of a generate stage's `sampling`. Raises ValueError naming the key."""

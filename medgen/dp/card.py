@@ -1,0 +1,123 @@
+"""The privacy card: all that somebody needs who cites a guarantee, and what it does not cover. Written by private trainings, read by the report.
+
+Nothing on it is private: numbers of records and steps, noise, and what they cost."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from medgen.dp import accounting
+from medgen.dp.accounting import Spent
+from medgen.dp.budget import check_delta, rounded_up
+from medgen.dp.ceiling import attack_ceiling, group
+from medgen.dp.mechanism import History, Mechanism, merged
+from medgen.dp.priced import Unit, plural
+
+CARD_VERSION = 1
+WIDTH = 100  # columns of a screen
+ADJACENCY = "one record more or less (add or remove), Poisson sampling"
+NOT_COVERED = (
+    "The noise is of an ordinary generator of random numbers, in floating point: whoever can exploit its rounding (Mironov 2012) is not covered.",
+    "Settings, seeds and checkpoints that were chosen by looking at other trainings on the same records: each of them costs its own epsilon.",
+    "Preparing the data must treat each record by itself; what was computed of all records together (windows, means, matching) is not covered.",
+    "Whatever else is told of the real records (validation, evaluation, suspected copies, losses, pictures) is a release of its own.",
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A guarantee and what it rests on.
+
+    unit: what one record is. most_records: of one patient, 1 where the unit is the patient. history: the critic's updates, in stretches that
+    were alike. spent: infinite epsilons where there was no noise. accountants: who counted, with versions."""
+
+    unit: Unit
+    records: int
+    most_records: int
+    history: History
+    clip_norm: float
+    spent: Spent
+    accountants: Mapping[str, str]
+
+    @property
+    def steps(self) -> int:
+        """Updates of the critic, each of which is charged; the generator's are free, as they see no records."""
+        return sum(stretch.steps for stretch in self.history)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON, complete without the code: an infinite epsilon is null, which is no guarantee."""
+        ceiling = attack_ceiling(self.spent.epsilon_prv, self.spent.delta)
+        return {
+            "version": CARD_VERSION, "unit": self.unit, "adjacency": ADJACENCY, "records": self.records, "most_records_of_one_patient": self.most_records,
+            "delta": self.spent.delta, "epsilon_prv": _finite(self.spent.epsilon_prv), "epsilon_rdp": _finite(self.spent.epsilon_rdp), "accountants": dict(self.accountants),
+            "critic_steps": self.steps, "clip_norm": self.clip_norm,
+            "history": [{**asdict(stretch), "expected_batch": round(stretch.sampling_rate * self.records, 6)} for stretch in self.history],
+            "attack_at_most": {"advantage": ceiling.advantage, "auc": ceiling.auc, "true_positive_rate_at_0.01": ceiling.true_positive_rate(0.01)},
+            "not_covered": list(NOT_COVERED),
+        }  # fmt: skip
+
+    def words(self) -> list[str]:
+        """Lines for a screen of 100 columns."""
+        if math.isinf(self.spent.epsilon_prv):
+            return ["no differential privacy: there were steps without noise"]
+        facts = {
+            "epsilon": f"{told(self.spent.epsilon_prv)} by {self.accountants['prv']}; {told(self.spent.epsilon_rdp)} by {self.accountants['rdp']}",
+            "delta": f"{self.spent.delta:.3g}, of {self.records:,} {plural(self.unit)}",
+            "unit": f"one {self.unit}, added or removed" + (" with all its slices" if self.unit == "patient" else ""),
+            "steps": "; ".join(self._stretch_in_words(stretch) for stretch in self.history) or "none",
+            "attacks": self._attacks_in_words(),
+            **({"patients": self._patients_in_words()} if self.most_records > 1 else {}),
+        }
+        indent = max(len(name) for name in facts) + 4
+        lines = [f"({told(self.spent.epsilon_prv)}, {self.spent.delta:.3g})-differential privacy of each {self.unit}"]
+        lines += [line for name, text in facts.items() for line in hung(f"  {name}", text, indent)]
+        return [*lines, "not covered", *(line for text in NOT_COVERED for line in hung("  -", text, 4))]
+
+    def _stretch_in_words(self, stretch: Mechanism) -> str:
+        return (f"{stretch.steps:,} critic updates, {stretch.sampling_rate * self.records:.4g} {plural(self.unit)} expected in each (sampling rate {stretch.sampling_rate:.3g}), "
+                f"noise multiplier {stretch.noise_multiplier:.4g}, clip norm {self.clip_norm:g}")  # fmt: skip
+
+    def _attacks_in_words(self) -> str:
+        ceiling = attack_ceiling(self.spent.epsilon_prv, self.spent.delta)
+        return f"on the membership of one {self.unit}: AUC at most {rounded_up(ceiling.auc):.4f}, true positives at 1 % false ones at most {rounded_up(100 * ceiling.true_positive_rate(0.01)):.4g} %"
+
+    def _patients_in_words(self) -> str:
+        epsilon, delta = group(self.spent.epsilon_prv, self.spent.delta, self.most_records)
+        worth = "which promises nothing" if delta >= 1 else f"delta {delta:.2g}"
+        return f"one with {self.most_records} slices has epsilon {told(epsilon)}, {worth}"
+
+
+def issue(unit: Unit, records: int, most_records: int, history: History, clip_norm: float, delta: float) -> Card:
+    """Count what was done and write it down. Raises ValueError if delta is not below 1 / records."""
+    check_delta(delta, records)
+    return Card(unit, records, most_records, merged(history), clip_norm, accounting.spent(history, delta), accounting.accountants())
+
+
+def from_record(record: Mapping[str, Any]) -> Card:
+    """What `Card.record` wrote. Raises ValueError for something else."""
+    try:
+        if record["version"] != CARD_VERSION:
+            raise ValueError(f"a privacy card of version {record['version']}; this medgen reads version {CARD_VERSION}")
+        history = tuple(Mechanism(item["sampling_rate"], item["noise_multiplier"], item["steps"]) for item in record["history"])
+        prv, rdp = (math.inf if record[name] is None else record[name] for name in ("epsilon_prv", "epsilon_rdp"))
+        return Card(record["unit"], record["records"], record["most_records_of_one_patient"], history, record["clip_norm"], Spent(prv, rdp, record["delta"]), record["accountants"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no privacy card: {error!r}") from None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def told(epsilon: float) -> str:
+    """Never less than it is."""
+    return f"{rounded_up(epsilon):.4g}" if 0 < epsilon < math.inf else f"{epsilon:g}"
+
+
+def hung(name: str, text: str, indent: int) -> list[str]:
+    """A name and its text, folded to the screen beside it."""
+    return textwrap.wrap(text, WIDTH, initial_indent=name.ljust(indent), subsequent_indent=" " * indent, break_long_words=False)

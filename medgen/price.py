@@ -1,0 +1,184 @@
+"""`medgen privacy`: what the private trainings of a spec will cost, and what they would at other numbers, before a GPU is used. Called by cli.py.
+
+Reads the data as `medgen data` does, because the price depends on how many patients and slices there are."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medgen import rundir, spec
+from medgen.dp import accounting, budget
+from medgen.dp.card import WIDTH, told
+from medgen.dp.ceiling import attack_ceiling, group
+from medgen.dp.mechanism import History, Mechanism
+from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of, plural
+from medgen.errors import InputError
+from medgen.prepare.page import Table
+from medgen.spec import Spec
+from medgen.spec_data import DataSpec
+from medgen.spec_stages import TrainStage
+
+EPSILONS = (1.0, 3.0, 8.0, 20.0)  # strong, usual for a cautious release, usual for images, weak
+FEW_PATIENTS = 500  # below: what fact there is on small cohorts is told
+PAGE = "docs/private_training.md"
+
+
+def privacy(spec_path: Path, overrides: Sequence[str], stage_name: str | None) -> str:
+    """What to print. Raises InputError if no stage (or not the one asked for) trains with differential privacy, or a plan cannot be."""
+    points = spec.load_points(spec_path, overrides)
+    plans = _plans(points[0].spec, stage_name)
+    parts = [f"the first of {len(points)} points of the sweep: {', '.join(f'{key}={value}' for key, value in points[0].values.items())}"] if len(points) > 1 else []
+    priced = []
+    for name, plan in plans.items():
+        cohort = _cohort(points[0].spec, points[0].spec.stages[name])
+        print(f"{name}: counting {cohort.patients:,} patients, {cohort.slices:,} slices", file=sys.stderr, flush=True)
+        try:
+            parts.append(f"{name}\n{price(plan, cohort)}")
+            priced.append((plan.unit, mechanism_of(plan, cohort.records(plan.unit)), delta_of(plan, cohort.records(plan.unit))))
+        except ValueError as error:
+            raise InputError(f"stages.{name}.config: {error}") from None
+    return "\n\n".join([*parts, *_together(priced)])
+
+
+# the stages of a spec
+
+
+def _plans(checked: Spec, name: str | None) -> dict[str, Priced]:
+    """The private train stages, or the one asked for."""
+    found = {key: plan for key, stage in checked.stages.items() if isinstance(stage, TrainStage) and (plan := _priced(stage)) is not None}
+    names = ", ".join(found) or "none"
+    if name is None and not found:
+        raise InputError(f"no train stage trains with differential privacy; how to write one: {PAGE}")
+    if name is not None and name not in found:
+        kind = "there is no such stage" if name not in checked.stages else "it does not train with differential privacy"
+        raise InputError(f"--stage {name}: {kind}; those that do: {names}")
+    return found if name is None else {name: found[name]}
+
+
+def _priced(stage: TrainStage) -> Priced | None:
+    """The plan of a stage whose family trains privately and whose configuration says so; None for all others."""
+    config = spec.family_config(stage.config) if stage.repeat is None else None
+    return config if isinstance(config, Priced) and is_private(config) else None
+
+
+def _cohort(checked: Spec, stage: object) -> Cohort:
+    """Whom the stage learns from: the slices of the train split that training uses."""
+    from medgen.data.store import open_store
+
+    assert isinstance(checked.data, DataSpec) and isinstance(stage, TrainStage)  # a train stage is there
+    store = open_store(checked.data, checked.seed, rundir.cache_root(rundir.runs_root()), lambda text: print(text, file=sys.stderr, flush=True))
+    rows = store.select("train", spec.family_config(stage.config).trains_positive_only(checked.data))
+    slices = store.rows["patient"].iloc[rows].value_counts()
+    return Cohort(len(slices), len(rows), int(slices.max()))
+
+
+# the screen
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of the table: what is changed, and the mechanism; None where no noise would do."""
+
+    label: str
+    mechanism: Mechanism | None
+
+
+def price(plan: Priced, cohort: Cohort) -> str:
+    """What the plan costs, what others would, and what that means to a patient: text of 100 columns at most.
+
+    Raises ValueError if the plan cannot be: too small an epsilon, a delta that promises nothing, a batch of more than there are."""
+    records = cohort.records(plan.unit)
+    delta, planned = delta_of(plan, records), mechanism_of(plan, records)
+    spent = accounting.spent((planned,), delta)
+    lines = [_Line("as planned", planned), *_changed(planned), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned, target, delta)) for target in EPSILONS)]
+    ceiling = attack_ceiling(spent.epsilon_prv, delta)
+    parts = [
+        _folded(f"({told(spent.epsilon_prv)}, {delta:.3g})-differential privacy of each {plan.unit}: {planned.steps:,} critic updates, each with {plan.expected_batch:,} of "
+                f"{records:,} {plural(plan.unit)} expected, noise multiplier {planned.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}."),
+        _table(lines, records, delta).text(),
+        _folded("epsilon: by the PRV accountant, to be cited; RDP: the same by an older bound, which is higher. AUC, TPR: the most that any attack on the membership of one "
+                f"{plan.unit} may reach, TPR at 1 % false positives; planned are {_most(ceiling.auc)} and {_most(ceiling.true_positive_rate(0.01))}."),
+        _by_unit(plan.unit, planned, cohort, delta).text(),
+        *(_folded(sentence) for sentence in _sentences(plan.unit, cohort)),
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _changed(planned: Mechanism) -> list[_Line]:
+    rate, noise, steps = planned.sampling_rate, planned.noise_multiplier, planned.steps
+    changes = [("half the steps", rate, steps // 2), ("twice the steps", rate, 2 * steps), ("half the batch", rate / 2, steps), ("twice the batch", 2 * rate, steps)]
+    return [_Line(label, Mechanism(changed, noise, count)) for label, changed, count in changes if changed <= 1 and count > 0]
+
+
+def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism | None:
+    try:
+        return Mechanism(planned.sampling_rate, budget.noise_multiplier_for(epsilon, delta, planned.sampling_rate, planned.steps), planned.steps)
+    except ValueError:
+        return None
+
+
+def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
+    head = ("", "batch", "sampling rate", "steps", "noise", "epsilon", "RDP", "AUC", "TPR")
+    return Table("", head, tuple((line.label, *_cells(line.mechanism, records, delta)) for line in lines))
+
+
+def _cells(mechanism: Mechanism | None, records: int, delta: float) -> tuple[str, ...]:
+    if mechanism is None:
+        return ("", "", "", f"none of {budget.LEAST_NOISE:g} to {budget.MOST_NOISE:g}", "", "", "", "")
+    spent = accounting.spent((mechanism,), delta)
+    ceiling = attack_ceiling(spent.epsilon_prv, delta)
+    return (
+        f"{mechanism.sampling_rate * records:,.4g}", f"{mechanism.sampling_rate:.3g}", f"{mechanism.steps:,}", f"{mechanism.noise_multiplier:.4g}",
+        told(spent.epsilon_prv), told(spent.epsilon_rdp), _most(ceiling.auc), _most(ceiling.true_positive_rate(0.01)),
+    )  # fmt: skip
+
+
+def _most(share: float) -> str:
+    return f"{min(1.0, budget.rounded_up(share)):.3f}"
+
+
+def _by_unit(unit: Unit, planned: Mechanism, cohort: Cohort, delta: float) -> Table:
+    """The same steps, batch and noise with patients and with slices as records, and what each promises the patient with most slices."""
+    batch = planned.sampling_rate * cohort.records(unit)
+    rows: list[tuple[str, ...]] = []
+    units: tuple[Unit, Unit] = ("patient", "slice")
+    for counted in units:
+        records, most = cohort.records(counted), cohort.most_records(counted)
+        if batch > records:
+            rows.append((counted, f"{records:,}", "", f"a batch of {batch:g} is more", "", "", ""))
+            continue
+        their_delta = min(delta, budget.advised_delta(records)) if counted != unit else delta
+        epsilon = accounting.epsilon((Mechanism(batch / records, planned.noise_multiplier, planned.steps),), their_delta)
+        of_patient, patients_delta = group(epsilon, their_delta, most)
+        kept = patients_delta < 1 / cohort.patients
+        rows.append((f"{counted}{' (planned)' if counted == unit else ''}", f"{records:,}", f"{batch / records:.3g}", told(epsilon), f"{their_delta:.2g}",
+                     told(of_patient), f"{patients_delta:.2g}" if kept else "no promise"))  # fmt: skip
+    return Table("", ("one record is a", "records", "sampling rate", "epsilon", "delta", f"of a patient's {cohort.most_slices} slices", "delta"), tuple(rows))
+
+
+def _sentences(unit: Unit, cohort: Cohort) -> list[str]:
+    said = []
+    if cohort.most_slices > 1:
+        said.append("An epsilon of a slice says little of a patient: k slices come and go together, with k times the epsilon and a delta that grows like e^((k - 1) epsilon). "
+                    + (f"This plan protects slices, and a patient has up to {cohort.most_slices}: write unit: patient to promise patients something." if unit == "slice" else "This plan protects patients."))  # fmt: skip
+    if cohort.patients < FEW_PATIENTS:
+        said.append(f"{cohort.patients:,} patients are few: each is in a large share of the steps. Meaningful privacy for patients takes thousands of them, or about a thousand critic updates; "
+                    "with 200 patients, batches of 32 and noise 5, 1,000 updates cost epsilon 3.3 at delta 0.001, and 10,000 cost 14.5.")  # fmt: skip
+    return said
+
+
+def _together(priced: Sequence[tuple[Unit, Mechanism, float]]) -> list[str]:
+    """What all stages cost whoever gets what all of them made: the same records paid for each."""
+    if len(priced) < 2 or len({unit for unit, _, _ in priced}) > 1:
+        return []
+    history: History = tuple(mechanism for _, mechanism, _ in priced)
+    delta = max(delta for _, _, delta in priced)
+    return [_folded(f"All {len(priced)} stages learn from the same {plural(priced[0][0])}: together they cost epsilon {told(accounting.epsilon(history, delta))} at delta {delta:.3g}.")]
+
+
+def _folded(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False)

@@ -1,0 +1,67 @@
+"""Which records the updates of a training are made on: shuffled, or each by itself with a probability. Used by training.py.
+
+A record is what counts as one, a patient or a slice (RecordSampling in models/settings.py)."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from medgen import files, rng
+from medgen.errors import InputError
+from medgen.models.settings import RecordSampling
+
+KEY_BITS = 63
+
+
+class Records:
+    """The training slices by record. Every draw is a function of (seed, stream, number of the update)."""
+
+    def __init__(self, sampling: RecordSampling, rows: np.ndarray, patients: np.ndarray, seed: int, stream: str):
+        """rows: of the training slices in the store; patients: whose each is. Raises InputError for fewer records than an update needs."""
+        self.sampling, self.seed, self.stream = sampling, seed, stream
+        of_record = rows_of_records(sampling, rows, patients)
+        self._counts = np.array([len(own) for own in of_record])
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._rows = np.concatenate(of_record)
+        if sampling.size > len(self):
+            raise InputError(f"batch_size: {sampling.size} {sampling.unit}s in an update, but the training split has {len(self)}; write {len(self)} or fewer")
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    @property
+    def rate(self) -> float:
+        """Probability of a record to be part of an update."""
+        return self.sampling.size / len(self)
+
+    def drawn(self, number: int) -> np.ndarray:
+        """The records of an update, by their number, of all ranks; by chance there may be none."""
+        if self.sampling.poisson:
+            return np.flatnonzero(rng.numpy_generator(self.seed, f"{self.stream}/drawn", number).random(len(self)) < self.rate)
+        first = number * self.sampling.size
+        return rng.sample_order(range(first, first + self.sampling.size), len(self), self.seed, f"{self.stream}/order")
+
+    def rows(self, number: int, records: np.ndarray) -> np.ndarray:
+        """Rows [len(records), slices] of the slices that stand for these records in an update; which ones does not depend on the other records."""
+        shares = rng.numpy_generator(self.seed, f"{self.stream}/slices", number).random((len(self), self.sampling.slices))[records]
+        places = (shares * self._counts[records, None]).astype(np.int64)
+        found: np.ndarray = self._rows[self._starts[records, None] + places]
+        return found
+
+
+def rows_of_records(sampling: RecordSampling, rows: np.ndarray, patients: np.ndarray) -> list[np.ndarray]:
+    """The rows of each record, in the order in which the records first appear."""
+    if sampling.unit == "slice":
+        return list(rows[:, None])
+    _, first, number = np.unique(patients, return_index=True, return_inverse=True)
+    return [rows[number == place] for place in np.argsort(first)]
+
+
+def secret_key(path: Path) -> int:
+    """The key of a run, made now if there is none: whoever knows it can take the noise away again. Called by one rank."""
+    if not path.is_file():
+        files.write_json(path, {"key": secrets.randbits(KEY_BITS)})
+    return int(files.read_json(path)["key"])
