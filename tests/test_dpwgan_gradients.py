@@ -175,6 +175,15 @@ def test_norms_of_float32_hold_where_large_gradients_cancel(formed_cost: float, 
     assert (found / exact - 1).abs().max() < 10 * max((apart / exact - 1).abs().max().item(), 1e-4)
 
 
+@FORMS
+def test_a_gradient_that_cancels_wholly_has_norm_zero(formed_cost: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_pass, "FORMED_COST", formed_cost)
+    critic = random_critic(CRITICS["published"])
+    records = random_records(critic, 20, 1)
+    found = two_pass.clipped_sum(critic, Records(records.real, records.real, records.mix), 0.0, 1.0, 20)
+    assert (found.norms < 1e-5).all() and flat(found.gradients).norm() < 1e-9
+
+
 # what one record can change
 
 

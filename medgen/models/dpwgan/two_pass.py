@@ -36,7 +36,6 @@ from medgen.models.dpwgan.records import (
 
 FORMED_COST = 100  # multiplications that take the time of writing and reading one number of a record's own gradient
 GRAM_COST = 2  # of a multiplication in float64, which products of all pairs of positions need: what cancels there is the square of a norm
-COLUMN_VALUES = 2**24  # numbers that the unfolded inputs of a layer hold at most at a time, where they are not kept
 PROBES = 2
 AGREE = 1e-9  # of scores with those of the chain, relative: rounding of float64
 
@@ -101,7 +100,7 @@ def clipped_sum(critic: nn.Module, records: Records, penalty: float, clip_norm: 
         passes = _passes(critic, part, penalty)
         terms.append(passes.terms)
         gradients = _gradients(critic, passes, part)
-        squares = torch.stack([gradient.squared_norms() for gradient in gradients.values()]).sum(dim=0)
+        squares = torch.stack([gradient.squared_norms() for gradient in gradients.values()]).sum(dim=0).clamp(min=0)  # rounding of a 0 may be below it
         norms.append(squares.sqrt().to(part.real.dtype))
         factors = clip_factors(norms[-1], clip_norm)
         for name, gradient in gradients.items():
