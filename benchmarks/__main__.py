@@ -14,6 +14,7 @@ from benchmarks import (
     cache,
     checkpoint_sharded,
     diffusion,
+    dpwgan,
     evaluation,
     gate,
     loop,
@@ -27,7 +28,7 @@ from benchmarks import (
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {"startup": startup.run, "planning": planning.run, "cache": cache.run, "loop": loop.run,
               "submit": submit_scale.run, "watch": watch_scale.run, "checkpoint": checkpoint_sharded.run,
-              "pacgan": pacgan.run, "diffusion": diffusion.run, "evaluation": evaluation.run, "gate": gate.run}
+              "pacgan": pacgan.run, "diffusion": diffusion.run, "evaluation": evaluation.run, "gate": gate.run, "dpwgan": dpwgan.run}
 
 
 def machine() -> dict[str, object]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
+from medgen.models.dpwgan.cross_record import with_random_weights
 from medgen.models.dpwgan.records import (
     NORM_EPSILON,
     ClippedSum,
@@ -35,9 +36,8 @@ from medgen.models.dpwgan.records import (
 
 FORMED_COST = 100  # multiplications that take the time of writing and reading one number of a record's own gradient
 GRAM_COST = 2  # of a multiplication in float64, which products of all pairs of positions need: what cancels there is the square of a norm
-COLUMN_VALUES = 2**24  # numbers that the unfolded inputs of a layer hold at most at a time, where they are not kept
 PROBES = 2
-AGREE = 1e-4  # of a score with that of the chain, relative to the largest: rounding of float32
+AGREE = 1e-9  # of scores with those of the chain, relative: rounding of float64
 
 
 @runtime_checkable
@@ -76,13 +76,14 @@ def _known_names(critic: LeakyChain) -> set[str]:
 
 
 def _measured_problem(critic: nn.Module) -> str | None:
-    assert isinstance(critic, LeakyChain)
-    weight = critic.score.weight
-    images = torch.randn((PROBES, *critic.image_shape), generator=torch.Generator().manual_seed(0)).to(weight)
+    generator = torch.Generator().manual_seed(0)
+    probe = with_random_weights(critic, generator)
+    assert isinstance(probe, LeakyChain)
+    images = torch.randn((PROBES, *probe.image_shape), generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        found = critic(images)
-        expected = critic.score(_activations(critic, images)[-1].flatten(1)).flatten()
-    if found.shape != expected.shape or (found - expected).abs().max() > AGREE * expected.abs().max():
+        found = probe(images)
+        expected = probe.score(_activations(probe, images)[-1].flatten(1)).flatten()
+    if found.shape != expected.shape or (found - expected).norm() > AGREE * expected.norm():
         return f"{type(critic).__name__} scores images unlike its convolutions, leaky ReLUs of slope {critic.slope} and linear layer do"
     return None
 
@@ -99,7 +100,7 @@ def clipped_sum(critic: nn.Module, records: Records, penalty: float, clip_norm: 
         passes = _passes(critic, part, penalty)
         terms.append(passes.terms)
         gradients = _gradients(critic, passes, part)
-        squares = torch.stack([gradient.squared_norms() for gradient in gradients.values()]).sum(dim=0)
+        squares = torch.stack([gradient.squared_norms() for gradient in gradients.values()]).sum(dim=0).clamp(min=0)  # rounding of a 0 may be below it
         norms.append(squares.sqrt().to(part.real.dtype))
         factors = clip_factors(norms[-1], clip_norm)
         for name, gradient in gradients.items():
