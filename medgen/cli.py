@@ -128,7 +128,10 @@ def find_steps(
 
 
 @app.command(rich_help_panel="Jobs")
-def privacy(spec: SpecPath, override: Override = None, stage: StageName = None) -> None:
+def privacy(
+    spec: SpecPath, override: Override = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="only this one; default: every train stage that is private", show_default=False)] = None,
+) -> None:
     """Price the differentially private trainings of a spec before they run: their epsilon, and the noise, steps and batches of others."""
     from medgen import price
 

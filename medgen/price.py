@@ -167,7 +167,7 @@ def _sentences(unit: Unit, cohort: Cohort) -> list[str]:
                     + (f"This plan protects slices, and a patient has up to {cohort.most_slices}: write unit: patient to promise patients something." if unit == "slice" else "This plan protects patients."))  # fmt: skip
     if cohort.patients < FEW_PATIENTS:
         said.append(f"{cohort.patients:,} patients are few: each is in a large share of the steps. Meaningful privacy for patients takes thousands of them, or about a thousand critic updates; "
-                    "with 200 patients, batches of 32 and noise 5, 1,000 updates cost epsilon 3.3 at delta 0.001, and 10,000 cost 14.5.")  # fmt: skip
+                    "with 200 patients, batches of 32 and noise 5, 1,000 updates cost epsilon 3.3 at delta 0.001, and 10,000 cost 14.6.")  # fmt: skip
     return said
 
 

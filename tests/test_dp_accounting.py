@@ -47,7 +47,7 @@ def test_known_costs(history: History, delta: float, rdp: float, prv: float) -> 
 
 @pytest.mark.parametrize(("noise", "count", "prv"), [(5.0, 1_000, 3.25), (5.0, 10_000, 14.5), (1.1, 1_000, 30.9), (1.1, 10_000, 192)])
 def test_known_costs_of_few_patients(noise: float, count: int, prv: float) -> None:
-    """200 subjects, 32 of them in a step: what the screen and the page say of small cohorts."""
+    """200 subjects, 32 of them in a step."""
     assert accounting.epsilon(steps(0.16, noise, count), 1e-3) == pytest.approx(prv, rel=4e-3)
 
 

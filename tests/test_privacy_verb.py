@@ -90,7 +90,11 @@ def test_patients_and_slices_stand_side_by_side() -> None:
 
 
 def test_few_patients_are_told_so() -> None:
-    assert "200 patients are few" in price.price(Plan(), SMALL)
+    text = " ".join(price.price(Plan(), SMALL).split())
+    assert "200 patients are few" in text
+    assert "1,000 updates cost epsilon 3.3 at delta 0.001, and 10,000 cost 14.6." in text
+    for steps, told_epsilon in ((1_000, 3.3), (10_000, 14.6)):
+        assert told_epsilon - 0.1 < accounting.epsilon((Mechanism(32 / 200, 5.0, steps),), 1e-3) <= told_epsilon
     assert "are few" not in price.price(Plan(delta=1e-5), LARGE)
 
 
