@@ -403,13 +403,14 @@ def phantoms(
 ) -> None:
     """Draw brain-like volumes (bravo, t1_pre, t1_gd and lesion masks) as NIfTI, to try everything without data."""
     from medgen import files
-    from medgen.data.phantoms import write_phantoms
+    from medgen.data.phantoms import TABLE, write_phantoms, write_table
 
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder, two cohorts must not mix")
     with files.folder_in_one_move(folder) as temporary:
         write_phantoms(temporary, patients, seed)
-    print(f"{patients} patients in {folder}")
+        write_table(temporary)
+    print(f"{patients} patients in {folder}; their bravo volumes by line in {folder / TABLE}")
 
 
 @app.command(rich_help_panel="Data")

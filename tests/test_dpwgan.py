@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_spec
+from launch_stub import create_run
 from test_models import assert_same, context, make, state_of, train, training_batch
 
-from medgen import files, records
+from medgen import checkpoint, files, records
 from medgen.dp.accounting import epsilon
 from medgen.errors import InputError, MedgenError
 from medgen.models.base import DataShape, Lot
@@ -248,8 +252,6 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
     (spec_of({"noise_multiplier": 1, "unit": "slice"}) | {"data": {"format": "phantom", "size": 16}}, "dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice}"),
 ])  # fmt: skip
 def test_bad_plans_are_told_before_anything_is_queued(medgen: Medgen, write_spec: WriteSpec, spec: dict[str, Any], told: str) -> None:
-    import re
-
     said = medgen("submit", write_spec(spec), "--local", expect=2).stderr
     assert re.search(told, said) or told in said, said
 
@@ -261,3 +263,33 @@ def test_nothing_is_chosen_by_images_that_are_not_counted(medgen: Medgen, write_
     spec["stages"]["images"] |= {"checkpoint": "last", "from": "again"}
     spec["stages"]["again"] = {"kind": "train", "repeat": "train"}
     assert "stages.again.repeat: train is not judged by the val split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run / "train" / "ckpt", print)
+    assert newest is not None and newest.step == 8
+    return {f"{name} {key}": tensor for name in ("modules.generator", "modules.critic", "modules.ledger") for key, tensor in newest.tensors(name).items()}
+
+
+def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec, medgen: Medgen, environment: dict[str, str], tmp_path: Path) -> None:
+    """With noise that can be drawn again; a secret one is another in every run, and the key of it outlives a kill."""
+    found = {}
+    for name, noise, resources in (("one", "reproducible", {"cpus": 1}), ("two", "reproducible", {"processes": 2, "cpus": 2}),
+                                   ("cut", "reproducible", {"cpus": 1}), ("secret", "secret", {"cpus": 1})):  # fmt: skip
+        spec = spec_of({"noise_multiplier": 1, "noise": noise})
+        spec |= {"name": name, "stages": {"train": spec["stages"]["train"] | {"resources": resources}}}
+        if name in ("cut", "secret"):
+            run = create_run(write_spec(spec), (), tmp_path / "runs")[0].root
+            killed = subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=5,action=kill9"}, capture_output=True)
+            assert killed.returncode == -signal.SIGKILL and (run / "train" / "noise.key").exists() == (noise == "secret")
+            medgen("train", run)
+        else:
+            medgen("submit", write_spec(spec), "--local")
+            [run] = (tmp_path / "runs").glob(f"{name}-*")
+        found[name] = last_weights(run)
+    for key, tensor in found["one"].items():
+        torch.testing.assert_close(found["two"][key], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found["cut"][key], tensor), key
+    ledger = "modules.ledger spent"
+    assert torch.equal(found["secret"][ledger], found["one"][ledger]) and found["one"][ledger][0].tolist() == [1.0, 4 / 6, 16.0]
+    assert not torch.equal(found["secret"]["modules.critic score.weight"], found["one"]["modules.critic score.weight"])

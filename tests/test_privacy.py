@@ -20,6 +20,8 @@ from medgen import checkpoint, files, models
 from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
 from medgen.dist import Ranks
+from medgen.dp.card import issue
+from medgen.dp.mechanism import Mechanism
 from medgen.evaluate import copies, membership, privacy
 from medgen.evaluate.copies import Rows, Whitening
 from medgen.evaluate.run import evaluate_run
@@ -292,17 +294,27 @@ def test_a_set_of_copies_is_found_listed_and_told(run: RunDir, fake: tuple[RunDi
 
 def test_strangers_are_no_copies_and_the_words_name_the_threshold(run: RunDir, cache: Path) -> None:
     files.write_json(run.outcome_file("train_bravo", 0), {
-        **files.read_json(run.outcome_file("train_bravo", 0)), "facts": {"dp": {"epsilon": 3.0, "delta": 1e-5, "unit": "patient"}},
+        **files.read_json(run.outcome_file("train_bravo", 0)), "facts": {"privacy": issue("patient", 1000, 1, (Mechanism(0.02, 1.5, 1000),), 1.0, 1e-5).record()},
     })  # fmt: skip
     record = evaluated(run, "evaluate_pairs", cache)  # blurred slices of test patients, on their masks
     assert found(record, "near_train")["bravo"]["value"] == 0
     threshold = record["privacy"]["searches"][0]["threshold"]
     sentences = privacy.in_words(record["privacy"])
     assert sentences[0] == f"No copies found at threshold {threshold:.3f} (pixels) among 16 images."
-    assert sentences[-1] == "Trained with differential privacy: epsilon 3 at delta 1e-05 per patient."
+    assert re.fullmatch(r"Trained with differential privacy: epsilon 1\.978 at delta 1e-05 per patient; no attack may reach an AUC above 0\.8\d+\.", sentences[-1]), sentences[-1]
     # whose masks were given is attacked on neither side: of the held-out patients too few are left
     assert "that no image was conditioned on" in record["skipped"]["membership"]
     assert found(record, "membership_auc") == {}
+
+
+def test_an_attack_that_does_better_than_epsilon_allows_breaks_the_guarantee() -> None:
+    """Planted: a card that promises what the model does not keep."""
+    attack = {"unit": "patient", "attack": "model", "auc": {"value": 0.8, "interval": [0.7, 0.9]}}
+    record = {"searches": [], "membership": [attack], "guarantee": {"epsilon": 0.3, "delta": 1e-5, "unit": "patient", "auc_at_most": 0.58}}
+    assert privacy.in_words(record)[-1].endswith("AUC above 0.5800. One does, with 0.70 at the least: this guarantee does not hold. "
+                                                 "Do not give the model or its images away, and look for the mistake in its training.")  # fmt: skip
+    for kept in ({**attack, "auc": {"value": 0.6, "interval": [0.57, 0.7]}}, {**attack, "auc": {"value": 0.9, "interval": None}}):
+        assert privacy.in_words({**record, "membership": [kept]})[-1].endswith("no attack may reach an AUC above 0.5800.")
 
 
 def test_held_out_slices_that_were_trained_on_are_left_out_and_told(run: RunDir, fake: tuple[RunDir, SliceStore], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PHANTOM_VERSION = 2  # part of the cache key: raise it when the drawing changes
 FIELD_OF_VIEW_MM = (192.0, 192.0, 144.0)  # right-left, back-front, down-up; a head fits with a margin
 DEFAULT_SHAPE = (96, 96, 48)  # 2 x 2 x 3 mm voxels
+TABLE = "nii_paths.csv"
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
@@ -66,6 +67,13 @@ def write_phantoms(
         volumes, affine = draw_patient(seed, number, shape)
         for file_name, volume in volumes.items():
             write_volume(root / splits[name] / name / f"{file_name}.nii.gz", volume, affine)
+
+
+def write_table(root: Path) -> None:
+    """`<root>/nii_paths.csv` of the bravo volumes below: paths that count from it, whose they are, their splits."""
+    volumes = sorted(root.glob("*/*/bravo.nii.gz"))
+    lines = [f"{path.relative_to(root)},{path.parent.name},{path.parent.parent.name}" for path in volumes]
+    files.write_text(root / TABLE, "\n".join(["nii_path,patient,split", *lines]) + "\n")
 
 
 def patient_names(patients: int) -> list[str]:

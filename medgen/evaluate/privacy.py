@@ -441,15 +441,18 @@ def _membership_score(sides: Sides, metric: str, channel: str, words: str, resul
 
 
 def _guarantee(origin: Origin, sides: Sides) -> dict[str, Any] | None:
-    """The fact `dp` {epsilon, delta, unit} of a train stage that was trained with differential privacy; None for any other."""
+    """Of the privacy card of a train stage that was trained with differential privacy; None for any other."""
     outcome = origin.run.read_outcome(origin.plan.stage(sides.dataset.name).settings["from"], 0)
-    return outcome.facts["dp"] if outcome is not None and "dp" in outcome.facts else None
+    if outcome is None or "privacy" not in outcome.facts or outcome.facts["privacy"]["epsilon_prv"] is None:
+        return None
+    card = outcome.facts["privacy"]
+    return {"epsilon": card["epsilon_prv"], "delta": card["delta"], "unit": card["unit"], "auc_at_most": card["attack_at_most"]["auc"]}
 
 
 def in_words(record: dict[str, Any]) -> list[str]:
     """Sentences for people, of `privacy` in metrics.json: what was looked for and found, never that nothing could be."""
     return [*map(_search_in_words, record["searches"]), *(_attack_in_words(item) for item in record["membership"] if item["unit"] == "patient"),
-            _guarantee_in_words(record["guarantee"])]  # fmt: skip
+            _guarantee_in_words(record["guarantee"], record["membership"])]  # fmt: skip
 
 
 def _search_in_words(search: dict[str, Any]) -> str:
@@ -468,7 +471,13 @@ def _attack_in_words(item: dict[str, Any]) -> str:
     return f"Membership inference from the {item['attack']}: AUC {auc['value']:.2f}{interval} per patient, where 0.5 is guessing."
 
 
-def _guarantee_in_words(guarantee: dict[str, Any] | None) -> str:
+def _guarantee_in_words(guarantee: dict[str, Any] | None, attacks: list[dict[str, Any]]) -> str:
     if guarantee is None:
         return "No DP guarantee."
-    return f"Trained with differential privacy: epsilon {guarantee['epsilon']:g} at delta {guarantee['delta']:g} per {guarantee['unit']}."
+    unit, most = guarantee["unit"], guarantee["auc_at_most"]
+    told = f"Trained with differential privacy: epsilon {guarantee['epsilon']:.4g} at delta {guarantee['delta']:g} per {unit}; no attack may reach an AUC above {most:.4f}."
+    broken = [item for item in attacks if item["unit"] == unit and item["auc"]["interval"] is not None and item["auc"]["interval"][0] > most]
+    if not broken:
+        return told
+    reached = max(item["auc"]["interval"][0] for item in broken)
+    return f"{told} One does, with {reached:.2f} at the least: this guarantee does not hold. Do not give the model or its images away, and look for the mistake in its training."
