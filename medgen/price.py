@@ -82,10 +82,10 @@ def _cohort(checked: Spec, stage: object) -> Cohort:
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of the table: what is changed, and the mechanism; None where no noise would do."""
+    """A row of the table: what is changed, and the mechanism; or the noise that would be needed, where it is not a sensible one."""
 
     label: str
-    mechanism: Mechanism | None
+    mechanism: Mechanism | str
 
 
 def price(plan: Priced, cohort: Cohort) -> str:
@@ -113,11 +113,13 @@ def _changed(planned: Mechanism) -> list[_Line]:
     return [_Line(label, Mechanism(changed, noise, count)) for label, changed, count in changes if changed <= 1 and count > 0]
 
 
-def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism | None:
+def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism | str:
     try:
         return Mechanism(planned.sampling_rate, budget.noise_multiplier_for(epsilon, delta, planned.sampling_rate, planned.steps), planned.steps)
-    except ValueError:
-        return None
+    except budget.TooSmall:
+        return f"> {budget.MOST_NOISE:g}"
+    except budget.TooLarge:
+        return f"< {budget.LEAST_NOISE:g}"
 
 
 def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
@@ -125,9 +127,9 @@ def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
     return Table("", head, tuple((line.label, *_cells(line.mechanism, records, delta)) for line in lines))
 
 
-def _cells(mechanism: Mechanism | None, records: int, delta: float) -> tuple[str, ...]:
-    if mechanism is None:
-        return ("", "", "", f"none of {budget.LEAST_NOISE:g} to {budget.MOST_NOISE:g}", "", "", "", "")
+def _cells(mechanism: Mechanism | str, records: int, delta: float) -> tuple[str, ...]:
+    if isinstance(mechanism, str):
+        return ("", "", "", mechanism, "", "", "", "")
     spent = accounting.spent((mechanism,), delta)
     ceiling = attack_ceiling(spent.epsilon_prv, delta)
     return (

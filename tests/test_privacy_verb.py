@@ -100,7 +100,8 @@ def test_few_patients_are_told_so() -> None:
 
 def test_what_cannot_be_is_not_priced() -> None:
     """A batch above all records has no row, nor does an epsilon that no sensible noise gives."""
-    assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["none of 0.2 to 100"]
+    assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["< 0.2"]
+    assert cells(price.price(Plan(noise_multiplier=300.0, expected_batch=200, steps=4_000), SMALL), "for epsilon 1") == ["> 100"]
     text = price.price(Plan(unit="slice", expected_batch=300, delta=1e-4, steps=3), Cohort(patients=200, slices=500, most_slices=4))
     assert "half the batch" in rows(text) and "twice the batch" not in rows(text)
     assert cells(text, "patient") == ["200", "above 1", "none"]
@@ -111,6 +112,8 @@ def test_what_cannot_be_is_not_priced() -> None:
     (Plan(delta=0.005), r"delta: 0.005 is not below 1 / 200 records.*write 0.0005"),
     (Plan(epsilon=0.01, noise_multiplier=None, steps=10_000), r"epsilon: 0.01 cannot be kept in 10,000 steps"),
     (Plan(noise_multiplier=None), "neither epsilon nor noise_multiplier"),
+    (Plan(noise_multiplier=0.0), "noise_multiplier: 0 promises nothing"),
+    (Plan(steps=0), "there are no critic updates"),
 ])  # fmt: skip
 def test_what_is_no_plan_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(ValueError, match=message):
