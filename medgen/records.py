@@ -26,11 +26,17 @@ class Records:
         self._counts = np.array([len(own) for own in of_record])
         self._starts = np.cumsum(self._counts) - self._counts
         self._rows = np.concatenate(of_record)
+        self._most_slices = int(np.unique(patients, return_counts=True)[1].max())
         if sampling.size > len(self):
             raise InputError(f"batch_size: {sampling.size} {sampling.unit}s in an update, but the training split has {len(self)}; write {len(self)} or fewer")
 
     def __len__(self) -> int:
         return len(self._counts)
+
+    @property
+    def most_of_a_patient(self) -> int:
+        """Records."""
+        return 1 if self.sampling.unit == "patient" else self._most_slices
 
     @property
     def rate(self) -> float:

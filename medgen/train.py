@@ -196,7 +196,7 @@ def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) ->
     """A fresh model for these slices. Raises InputError if the ranks cannot share its batches."""
     data, store = slices.data, slices.store
     records = _records(work, ranks, config, slices)
-    shape = shape_of(config, store, len(records) if records is not None else 0)
+    shape = shape_of(config, store, records)
     model = build_model(work.stage.settings["config"]["model"], config, shape, work.plan.seed, work.stage.name)
     phases = model.phases() if slices.repeated is None else _repeated_phases(work, slices.repeated, model)
     stores = {store.size: store, **{phase.size: of_size(work, data, phase.size, store) for phase in phases if phase.size != store.size}}
@@ -276,6 +276,7 @@ def _finish(training: Training) -> Done:
         "best_epochs": best_epochs(training),
         **({"found_lr": training.found_lr} if training.found_lr is not None else {}),
         "accelerated": training.accelerated,
+        **training.model.facts(),
     }
     if training.ranks.is_main:
         run.noise_key(stage).unlink(missing_ok=True)  # from now on nobody can take the noise away

@@ -118,7 +118,7 @@ class Training:
         store = self.stores[self.phase.size]
         channels = {name: load_channel(store, name, rows.reshape(-1), device).unflatten(0, rows.shape) for name in self.config.input_channels}
         positions = [number * len(records) + int(record) for record in mine]
-        return Lot(channels, positions, records.sampling.size, records.rate, records.seed, records.stream, number)
+        return Lot(channels, positions, records.sampling.size, records.seed, records.stream, number)
 
     def given(self, rows: np.ndarray) -> Given:
         """What images like these slices are made from, of the phase's size."""
@@ -142,9 +142,10 @@ def of_phase(training: Training, phase: Phase, score: str) -> str:
     return f"{name}_{phase.name}" if len(training.phases) > 1 else name
 
 
-def shape_of(config: FamilyConfig, store: SliceStore, records: int = 0) -> DataShape:
+def shape_of(config: FamilyConfig, store: SliceStore, records: Records | None = None) -> DataShape:
     """`records`: of the training split, for whoever trains."""
-    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), records)
+    counts = (len(records), records.most_of_a_patient) if records is not None else ()
+    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), *counts)
 
 
 def of_size(work: Work, data: DataSpec, size: int, full: SliceStore) -> SliceStore:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from medgen import models
 from medgen.context import Context
 from medgen.dist import Ranks
-from medgen.models.base import Batch, DataShape, Given, Model, SampleNoise
+from medgen.models.base import Batch, DataShape, Given, Lot, Model, SampleNoise
+from medgen.records import Records
 from medgen.training import build_model
 
 CPU = torch.device("cpu")
@@ -21,16 +23,42 @@ VARIANTS = [(family, name) for family in models.families() for name in models.co
 def make(family: str, name: str, seed: int = 1) -> tuple[Any, Model]:
     config = models.config_class(family).model_validate(models.config_class(family).examples()[name])
     classes = ("AD", "CN") if config.uses_labels else ()
-    return config, build_model(family, config, DataShape(config.input_channels, SIZE, classes), seed, "test")
+    records = len(records_of(config)) if config.record_sampling is not None else 0
+    return config, build_model(family, config, DataShape(config.input_channels, SIZE, classes, records), seed, "test")
+
+
+def records_of(config: Any) -> Records:
+    """Ten patients of two slices each."""
+    return Records(config.record_sampling, np.arange(20), np.repeat(np.arange(10), 2), 1, "test")
+
+
+def images_of(config: Any, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Smooth images and blob masks."""
+    channels = {}
+    for name in config.input_channels:
+        smooth = torch.nn.functional.interpolate(torch.rand(count, 1, 4, 4, generator=generator), SIZE, mode="bilinear")
+        channels[name] = (smooth > 0.6).float() if name == "seg" else smooth
+    return channels
+
+
+def training_batch(config: Any, step: int, size: int = 4) -> Batch:
+    """What the loop would feed: slices in turn, or records drawn for each update; the same for the same step."""
+    if config.record_sampling is None:
+        return batch_of(config, step, size)
+    records, every = records_of(config), images_of(config, 20, torch.Generator().manual_seed(0))
+    lots = []
+    for number in range(step * records.sampling.updates, (step + 1) * records.sampling.updates):
+        drawn = records.drawn(number)
+        rows = torch.from_numpy(records.rows(number, drawn))
+        channels = {name: images[rows] for name, images in every.items()}
+        lots.append(Lot(channels, [number * len(records) + int(record) for record in drawn], records.sampling.size, 1, "test", number))
+    return Batch({}, list(range(step * size, (step + 1) * size)), seed=1, lots=tuple(lots))
 
 
 def batch_of(config: Any, step: int, size: int = 4, first: int = 0, count: int | None = None) -> Batch:
-    """Smooth images and blob masks, the same for the same step; optionally only some of the batch."""
+    """The same images for the same step; optionally only some of the batch."""
     generator = torch.Generator().manual_seed(step)
-    channels = {}
-    for name in config.input_channels:
-        smooth = torch.nn.functional.interpolate(torch.rand(size, 1, 4, 4, generator=generator), SIZE, mode="bilinear")
-        channels[name] = (smooth > 0.6).float() if name == "seg" else smooth
+    channels = images_of(config, size, generator)
     labels = torch.randint(2, (size,), generator=generator) if config.uses_labels else None
     part = slice(first, first + (count or size))
     positions = list(range(step * size, (step + 1) * size))[part]
@@ -52,7 +80,7 @@ def train(model: Model, config: Any, steps: range, where: Context | None = None,
     where = where or context(len(model.phases()))
     losses = []
     for where.step in steps:
-        losses.append(float(model.step(batch_of(config, where.step, size), where).scalars["loss"]))
+        losses.append(float(model.step(training_batch(config, where.step, size), where).scalars["loss"]))
     return losses
 
 
@@ -112,7 +140,7 @@ def test_training_lowers_the_loss_on_one_batch(family: str, name: str) -> None:
     where.steps_per_epoch = 100.0
     held_out = [model.validate(batch_of(config, 0), where).scalars["loss"].item()]
     for where.step in range(30):
-        report = model.step(batch_of(config, 0), where)
+        report = model.step(training_batch(config, 0), where)
         assert all(tensor.dim() == 0 and bool(torch.isfinite(tensor)) for tensor in report.scalars.values())
         for bins, values in report.binned.values():
             assert bins.shape == values.shape == (4,) and bool(((bins >= 0) & (bins < 10)).all())

@@ -28,6 +28,7 @@ class DataShape:
     size: int
     classes: tuple[str, ...] = ()
     records: int = 0  # in the training split, of families that draw records; 0 where nothing is trained
+    most_records: int = 1  # of one patient
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,12 @@ class Lot:
 
     channels: name -> [N, k, 1, H, W] float32 in [0, 1], k slices of each record; N may be 0.
     positions: the place of each record among all records of all updates: noise is drawn by position.
-    expected: records of this update over all ranks, on average. rate: probability of a record to be drawn.
+    expected: records of this update over all ranks, on average.
     seed: what all randomness of this update depends on; number: of this update since the training began."""
 
     channels: dict[str, Tensor]
     positions: list[int]
     expected: int
-    rate: float
     seed: int
     stream: str
     number: int
@@ -283,6 +283,10 @@ class Model(ABC):
         Images of full size, with conditions and labels as in training. What is said of an image does not depend on the others,
         nor on its position. Only of families whose config says that they are attackable."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """JSON that belongs into the outcome of a training that has ended."""
+        return {}
 
     @abstractmethod
     def describe(self, total_steps: int) -> list[str]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from medgen import __version__, collected, files, redact
 from medgen import plan as plans
+from medgen.dp import card as privacy
 from medgen.errors import MedgenError
 from medgen.evaluate import scores
 from medgen.evaluate.inputs import MASK, Dataset, read_dataset
@@ -60,6 +61,7 @@ class TrainingSection:
     last_loss: float | None
     last_val_loss: float | None
     best_val_loss: float | None
+    guarantee: str  # of differential privacy, and what it does not cover; empty without
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def _window(window: Window) -> str:
     if window.percentiles is None:
         assert window.fixed is not None, "the spec wants one of the two"
         return f"{window.fixed[0]:g} to {window.fixed[1]:g}"
-    told = f"percentiles {window.percentiles[0]:g} to {window.percentiles[1]:g} of each volume"
+    told = f"percentiles {window.percentiles[0]:g} to {window.percentiles[1]:g} of each {window.per}"
     return told if window.joint is None else f"{told}; {' and '.join(window.joint)} of a patient share the widest"
 
 
@@ -243,6 +245,9 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
     told = ["Single slices: two of them never belong to one volume."]
     if source.plan.data["format"] == "phantom":
         told.append("The model was trained on computer-drawn phantoms: nothing here shows a patient.")
+    trained = source.stage(facts.settings["from"])
+    if trained is not None and "privacy" in trained.facts:
+        told.append(f"Differential privacy: {privacy.from_record(trained.facts['privacy']).words()[0]}; what it does not cover stands in the report.")
     if source.store is not None:
         seen = source.store.rows["split"].isin(source.plan.trained_on(facts.name))
         told.append(f"The model has seen {source.store.rows['patient'][seen].nunique():,} patients: what they do not show, the images cannot.")
@@ -268,7 +273,8 @@ def _training(run: RunDir, facts: StageFacts) -> TrainingSection | None:
     loss = line_chart(lines, "step", "loss", allow_logarithmic=True)
     bins = bar_chart(curves.bins, [str(number) for number in range(len(curves.bins))], "tenth of the noise levels (0: least noise)", "loss") if curves.bins else Markup("")
     return TrainingSection(
-        facts, loss, bins, curves.loss[-1], curves.val_loss[-1] if curves.val_loss else None, min(curves.val_loss, default=None)
+        facts, loss, bins, curves.loss[-1], curves.val_loss[-1] if curves.val_loss else None, min(curves.val_loss, default=None),
+        "\n".join(privacy.from_record(facts.facts["privacy"]).words()) if "privacy" in facts.facts else "",
     )
 
 

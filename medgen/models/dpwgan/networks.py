@@ -13,8 +13,7 @@ from torch.nn import functional
 SLOPE = 0.2  # of the leaky ReLU below zero
 WEIGHT_STD = 0.02  # of all convolutions at the start, and of BatchNorm's scales around 1
 DOUBLINGS = 4  # of the generator
-HALVINGS = 5  # of the critic
-SIZE_STEP = 2**HALVINGS  # images are a multiple of this wide
+HALVINGS = 5  # of the critic, where images are large enough
 
 
 def initialize(module: nn.Module) -> None:
@@ -29,13 +28,14 @@ def initialize(module: nn.Module) -> None:
 class Generator(nn.Module):
     """Latent numbers to an image in [-1, 1]. In training mode BatchNorm makes each image depend on the others of the call; in eval() it does not.
 
-    features: channels before the last layer; size: pixels per side, a multiple of 32."""
+    features: channels before the last layer; size: pixels per side. What is no multiple of 16 is cut out of the middle of a larger image."""
 
     def __init__(self, latent: int, features: int, size: int, channels: int):
         super().__init__()
-        assert size % SIZE_STEP == 0, size
         widths = [features * 2**level for level in range(DOUBLINGS - 1, -1, -1)]
-        self.start_shape = (widths[0], size // 2**DOUBLINGS, size // 2**DOUBLINGS)
+        side = -(-size // 2**DOUBLINGS)
+        self.start_shape = (widths[0], side, side)
+        self.size, self.margin = size, (side * 2**DOUBLINGS - size) // 2
         values = widths[0] * self.start_shape[1] ** 2
         self.start = nn.Sequential(nn.Linear(latent, values), nn.BatchNorm1d(values), nn.LeakyReLU(SLOPE))
         self.doublings = nn.ModuleList(
@@ -50,22 +50,23 @@ class Generator(nn.Module):
         x = self.start(latent).view(-1, *self.start_shape)
         for doubling in self.doublings:
             x = doubling(x)
-        return torch.tanh(self.to_image(x))
+        inside = slice(self.margin, self.margin + self.size)
+        return torch.tanh(self.to_image(x)[..., inside, inside])
 
 
 class Critic(nn.Module):
     """An image to a score of realness, each image for itself: convolutions, a leaky ReLU after each, and one linear layer.
 
-    Its layers are public because two_pass.py goes through them one by one. features: channels after the first; size: a multiple of 32."""
+    Its layers are public because two_pass.py goes through them one by one. features: channels after the first; size: pixels per side, at least 2."""
 
     def __init__(self, features: int, size: int, channels: int):
         super().__init__()
-        assert size % SIZE_STEP == 0, size
+        halvings = min(HALVINGS, size.bit_length() - 1)
         self.image_shape = (channels, size, size)
         self.slope = SLOPE
-        widths = [channels, *(features * 2**level for level in range(HALVINGS))]
+        widths = [channels, *(features * 2**level for level in range(halvings))]
         self.convolutions = nn.ModuleList(nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False) for inputs, outputs in itertools.pairwise(widths))
-        self.score = nn.Linear(widths[-1] * (size // SIZE_STEP) ** 2, 1)
+        self.score = nn.Linear(widths[-1] * (size // 2**halvings) ** 2, 1)
         self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,0 +1,196 @@
+"""The DP-WGAN-GP family's configuration. Read by spec.py on login nodes, so nothing here imports torch.
+
+Defaults are the published system's, except where its differential privacy guaranteed nothing; what differs says why beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from medgen.dp.budget import steps_within
+from medgen.dp.priced import Unit, delta_of
+from medgen.models.settings import FamilyConfig, RecordSampling, Settings
+
+if TYPE_CHECKING:
+    from medgen.spec_data import DataSpec
+
+
+USUAL_SLICES = 4  # of a patient: more of them tell more of the patient, and cost time
+
+
+class DpSettings(Settings):
+    """What is protected, and how much of it may be learnt. Either `epsilon`, from which the noise is found, or `noise_multiplier`, or both:
+    then training stops when epsilon is spent."""
+
+    unit: Literal["patient", "slice"] = "patient"  # whose presence is hidden; slice: a patient with many slices is hardly protected
+    epsilon: float | None = Field(None, gt=0, le=1000)
+    delta: float | None = Field(None, gt=0, lt=1)  # default: 1 / (10 x records)
+    noise_multiplier: float | None = Field(None, ge=0, le=1000)  # standard deviation of the noise over clip_norm; 0: no guarantee at all
+    clip_norm: float | None = Field(1.0, gt=0)  # the longest gradient of a record; null only without noise
+    slices: int | None = Field(None, ge=1)  # of a patient, drawn at random each time; their mean loss is the record's; default 4
+    # secret: from a key that only the run's folder has, until training ends. reproducible: from the spec's seed, which its readers know
+    noise: Literal["secret", "reproducible"] = "secret"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DpSettings:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("write epsilon: the budget, from which the noise is found, or noise_multiplier")
+        if self.clip_norm is None and self.noise_multiplier != 0:
+            raise ValueError("clip_norm: null leaves the influence of a record without limit, and noise without scale; give it a number")
+        if self.epsilon is not None and self.noise_multiplier == 0:
+            raise ValueError("noise_multiplier: 0 spends any epsilon in its first step; leave one of them out")
+        if self.unit == "slice" and self.slices is not None:
+            raise ValueError("slices has no effect with unit: slice, where a record is one slice; remove it")
+        return self
+
+    @property
+    def slices_of_a_record(self) -> int:
+        return 1 if self.unit == "slice" else self.slices or USUAL_SLICES
+
+
+def _none_is_said(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+class Config(FamilyConfig):
+    """A DCGAN generator and a convolutional critic with gradient penalty, trained with or without differential privacy."""
+
+    channels: tuple[str, ...] = Field(("image",), min_length=1)  # names of data.images
+    latent: int = Field(128, ge=1)
+    features: int = Field(64, ge=1)  # of the widest image; doubled at every halving
+
+    # generator updates; each comes after critic_steps updates of the critic, and each of these draws fresh records
+    steps: int = Field(20_000, ge=1)
+    batch_size: int = Field(32, ge=1)  # records of a critic update: the mean of a random number with dp; images of a generator update
+    critic_steps: int = Field(4, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.5, 0.9)
+    penalty: float = Field(10.0, ge=0)
+
+    dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said)]  # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.loop.micro_batch == "auto":
+            raise ValueError("loop.micro_batch: auto would search for a batch, and records come in batches of chance; write how many are computed at once, or leave it out")
+        return self
+
+    @property
+    def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
+        return "batch_size", (self.batch_size,)
+
+    @property
+    def record_sampling(self) -> RecordSampling:
+        if self.dp is None:
+            return RecordSampling("slice", self.critic_steps, self.batch_size, 1, poisson=False, secret=False)
+        return RecordSampling(self.dp.unit, self.critic_steps, self.batch_size, self.dp.slices_of_a_record, poisson=True, secret=self.dp.noise == "secret")
+
+    # what medgen/dp must know to count: see dp/priced.py
+
+    @property
+    def unit(self) -> Unit:
+        return self.dp.unit if self.dp is not None else "slice"
+
+    @property
+    def budget(self) -> float | None:
+        """The epsilon after which training stops at the latest."""
+        return self.dp.epsilon if self.dp is not None else None
+
+    @property
+    def epsilon(self) -> float | None:
+        """The one that the noise is found for."""
+        return self.budget if self.noise_multiplier is None else None
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        return self.dp.noise_multiplier if self.dp is not None else None
+
+    @property
+    def delta(self) -> float | None:
+        return self.dp.delta if self.dp is not None else None
+
+    @property
+    def clip_norm(self) -> float:
+        """The scale of the noise; 1 where there is none."""
+        return self.dp.clip_norm or 1.0 if self.dp is not None else 1.0
+
+    @property
+    def expected_batch(self) -> int:
+        return self.batch_size
+
+    def critic_steps_total(self, records: int) -> int:
+        """As many as the steps need, or whole steps of what the budget allows with a noise that is given too."""
+        wanted = self.steps * self.critic_steps
+        if self.budget is None or not self.noise_multiplier:
+            return wanted
+        try:
+            within = steps_within(self.budget, delta_of(self, records), self.batch_size / records, self.noise_multiplier)
+        except ValueError as error:
+            if "allows more than" in str(error):
+                return wanted
+            raise
+        return min(wanted, within // self.critic_steps * self.critic_steps)
+
+    @property
+    def looks_at_val(self) -> bool:
+        return self.dp is None
+
+    @property
+    def output_kind(self) -> Literal["image", "mask"]:
+        return "image"
+
+    @property
+    def output_channels(self) -> tuple[str, ...]:
+        return self.channels
+
+    @property
+    def input_channels(self) -> tuple[str, ...]:
+        return self.channels
+
+    @property
+    def form(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("channels", "latent", "features")}
+
+    @property
+    def loss_falls(self) -> bool:
+        return False
+
+    @property
+    def attackable(self) -> bool:
+        return True
+
+    @classmethod
+    def examples(cls) -> dict[str, dict[str, Any]]:
+        tiny = {"latent": 4, "features": 4, "steps": 8, "batch_size": 4, "critic_steps": 2, "lr": 1e-3}
+        private = {"noise_multiplier": 0.3, "noise": "reproducible"}
+        return {"plain": {**tiny, "dp": "none"}, "patients": {**tiny, "dp": {**private, "slices": 2}}, "slices": {**tiny, "dp": {**private, "unit": "slice"}}}
+
+    def check_data(self, data: DataSpec) -> None:
+        super().check_data(data)
+        if self.dp is not None and self.dp.unit == "slice" and data.window.percentiles is not None and data.window.per != "slice":
+            raise ValueError("dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice} or fixed: a window of the whole volume lets every slice of it depend on the others")
+
+    def check_patients(self, patients: int) -> None:
+        if self.dp is None or self.dp.unit != "patient":
+            return  # slices are counted when they are made
+        if self.batch_size > patients:
+            raise ValueError(f"batch_size: {self.batch_size} patients in an update, but the training split has {patients}; write {patients} or fewer")
+        try:
+            delta_of(self, patients)
+        except ValueError as error:
+            raise ValueError(f"dp.{error}") from None
+
+    def sampling(self, raw: dict[str, Any]) -> SamplingSettings:
+        if raw:
+            raise ValueError(f"unknown key {min(raw)!r}: this family has nothing to choose")
+        return SamplingSettings()
+
+    def preview_sampling(self) -> SamplingSettings:
+        return SamplingSettings()
+
+
+class SamplingSettings(Settings):
+    """How a generate stage samples: there is nothing to choose."""

@@ -1,0 +1,176 @@
+"""DP-WGAN-GP: the two players' updates, the noise and what it costs, sampling. Built by train.py and generate.py.
+
+Only the critic sees real images. Its update releases the sum of clipped gradients of records with noise (the Poisson-subsampled Gaussian
+mechanism); the generator learns from the released critic alone, which costs no privacy: it is post-processing."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from medgen import rng
+from medgen.dp.card import issue
+from medgen.errors import MedgenError
+from medgen.models.base import (
+    Batch,
+    DataShape,
+    Given,
+    Lot,
+    Phase,
+    SampleNoise,
+    StepContext,
+    StepReport,
+    count_parameters,
+    joined,
+)
+from medgen.models.base import Model as Family
+from medgen.models.dpwgan.config import Config
+from medgen.models.dpwgan.ledger import Ledger
+from medgen.models.dpwgan.networks import Critic, Generator
+from medgen.models.dpwgan.plan import Spending, spending
+from medgen.models.dpwgan.records import Records
+from medgen.models.dpwgan.two_pass import clipped_sum
+from medgen.models.settings import Settings
+
+if TYPE_CHECKING:
+    from opacus.optimizers import DPOptimizer
+
+DIRECTIONS = 64  # of the sliced distance
+CHUNK_SLICES = 16  # computed at once: more take more memory and hardly less time
+
+
+class Model(Family):
+    """A DCGAN generator and a convolutional critic."""
+
+    def __init__(self, config: Config, shape: DataShape):
+        self.config, self.shape = config, shape
+        self.generator = Generator(config.latent, config.features, shape.size, len(config.channels)).eval()
+        self.critic = Critic(config.features, shape.size, len(config.channels))
+        self.ledger = Ledger()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "critic": self.critic, "ledger": self.ledger}
+
+    @cached_property
+    def players(self) -> dict[str, torch.optim.Optimizer]:
+        return {name: torch.optim.Adam(module.parameters(), self.config.lr, self.config.betas, fused=True) for name, module in (("generator", self.generator), ("critic", self.critic))}
+
+    @cached_property
+    def spending(self) -> Spending:
+        """Of a whole training. Raises InputError if its budget cannot be kept."""
+        return spending(self.config, self.shape.records)
+
+    @cached_property
+    def noisy_critic(self) -> DPOptimizer:
+        """The critic's optimizer, which adds the noise to the sum of clipped gradients that it finds in `.grad`."""
+        from opacus.optimizers import DPOptimizerFastGradientClipping
+
+        noise = self.spending.mechanism.noise_multiplier
+        made = DPOptimizerFastGradientClipping(
+            self.players["critic"], noise_multiplier=noise, max_grad_norm=self.config.clip_norm, expected_batch_size=self.config.batch_size,
+            secure_mode=True,  # sums of several draws: the bits of a single float would tell what they were added to
+        )  # fmt: skip
+        made.attach_step_hook(lambda _: self.ledger.add(self.spending.mechanism))
+        return made
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return self.players
+
+    def phases(self) -> list[Phase]:
+        config, records = self.config, self.shape.records
+        steps = self.spending.steps if records and config.dp is not None else config.steps
+        return [Phase("all", steps * config.batch_size / max(records, 1), config.batch_size, self.shape.size, steps=steps)]
+
+    def step(self, batch: Batch, context: StepContext) -> StepReport:
+        """An update of the critic on each lot of records, then one of the generator."""
+        if not batch.lots:
+            raise MedgenError("this family is trained on records that are drawn for each update, not on slices in turn")
+        for lot in batch.lots:
+            score_of_fakes = self._update_critic(lot, context)
+        loss = self._update_generator(batch)
+        # of real images nothing is told: what is not noised is not accounted for
+        return StepReport({"loss": loss, "critic_of_fakes": score_of_fakes})
+
+    def _update_critic(self, lot: Lot, context: StepContext) -> Tensor:
+        real = joined({name: tensor.flatten(0, 1) for name, tensor in lot.channels.items()}, self.config.channels)
+        slices = next(iter(lot.channels.values())).shape[1]
+        latent, mix = lot.normal("latent", (slices, self.config.latent)), lot.uniform("mix", slices)
+        with torch.no_grad():  # in evaluation mode: batch statistics would tell each image how many others were drawn
+            fake = self.generator(latent.flatten(0, 1))
+        records = Records(real.unflatten(0, (len(lot), slices)), fake.unflatten(0, (len(lot), slices)), mix)
+        clip_norm = self.config.dp.clip_norm if self.config.dp is not None else None
+        summed = clipped_sum(self.critic, records, self.config.penalty, clip_norm, context.part_size(max(1, CHUNK_SLICES // slices)))
+        gradients = list(summed.gradients.values())
+        context.sum(gradients)
+        for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        if self.config.dp is None:
+            for gradient in gradients:
+                gradient /= lot.expected
+            self.players["critic"].step()
+        else:
+            device = next(self.critic.parameters()).device
+            self.noisy_critic.generator = torch.Generator(device).manual_seed(rng.derive_seed(lot.seed, f"{lot.stream}/noise", lot.number))
+            self.noisy_critic.step()
+            self.noisy_critic.zero_grad(set_to_none=True)
+        self.players["critic"].zero_grad(set_to_none=True)
+        return self._score_of_fakes(lot)
+
+    @torch.no_grad()
+    def _score_of_fakes(self, lot: Lot) -> Tensor:
+        """Of images that no real one has had a part in, by the released critic."""
+        latent = rng.normal_per_sample((self.config.latent,), 0, "score", [(lot.number, place) for place in range(4)])
+        score: Tensor = self.critic(self.generator(latent.to(next(self.critic.parameters()).device))).mean()
+        return score
+
+    def _update_generator(self, batch: Batch) -> Tensor:
+        """The same on all ranks: its batch norm must see all images, and next to the critic's updates it costs little."""
+        self.critic.requires_grad_(False)
+        self.generator.train()
+        loss: Tensor = -self.critic(self.generator(batch.normal("latent/generator", (self.config.latent,)))).mean()
+        loss.backward()
+        self.generator.eval()
+        self.critic.requires_grad_(True)
+        self.players["generator"].step()
+        self.players["generator"].zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def validate(self, batch: Batch, context: StepContext) -> StepReport:
+        """`loss`: sliced Wasserstein distance between real and generated images. The critic's own judgement starts at 0, before it knows anything.
+
+        Rabin et al., SSVM 2011, with the same directions every time. Only without dp does the loop ask for it."""
+        fake = self.generator(batch.normal("latent", (self.config.latent,))).flatten(1)
+        real = joined(batch.channels, self.config.channels).flatten(1)
+        directions = rng.normal_per_sample((real.shape[1],), 0, "directions", [(number,) for number in range(DIRECTIONS)]).to(real)
+        directions /= directions.norm(dim=1, keepdim=True)
+        sides = [(images @ directions.T).sort(dim=0).values for images in (real, fake)]
+        return StepReport({"loss": (sides[0] - sides[1]).abs().mean()})
+
+    @torch.no_grad()
+    def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
+        images = (self.generator(noise.normal((self.config.latent,))) + 1) / 2
+        return {name: images[:, place : place + 1].clamp(0, 1) for place, name in enumerate(self.config.channels)}
+
+    @torch.no_grad()
+    def attack_scores(self, batch: Batch) -> Tensor:
+        """How real the critic finds each image: it was taught so by the training images alone.
+
+        Hayes et al., PoPETs 2019 (LOGAN, arXiv:1705.07663), section 4.1."""
+        scores: Tensor = self.critic(joined(batch.channels, self.config.channels)).float()
+        return scores
+
+    def facts(self) -> dict[str, Any]:
+        """The privacy card, from what was really released."""
+        if self.config.dp is None:
+            return {}
+        history, shape = self.ledger.history, self.shape
+        return {"privacy": issue(self.config.unit, shape.records, shape.most_records, history, self.config.clip_norm, self.spending.delta).record()}
+
+    def describe(self, total_steps: int) -> list[str]:
+        lines = [f"generator {count_parameters(self.generator):,} parameters, critic {count_parameters(self.critic):,}, {self.config.critic_steps} critic updates per generator update"]
+        if self.config.dp is None:
+            return [*lines, "no differential privacy: whoever has the weights may learn who was trained on"]
+        return [*lines, *(self.spending.words if self.shape.records else [])]

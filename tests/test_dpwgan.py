@@ -1,0 +1,263 @@
+"""DP-WGAN-GP: what the critic's update releases, what of it depends on whom, what it costs, what is refused."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_spec
+from test_models import assert_same, context, make, state_of, train, training_batch
+
+from medgen import files, records
+from medgen.dp.accounting import epsilon
+from medgen.errors import InputError, MedgenError
+from medgen.models.base import DataShape, Lot
+from medgen.models.dpwgan.config import Config
+from medgen.models.dpwgan.model import Model
+from medgen.models.settings import RecordSampling
+from medgen.training import build_model
+
+Medgen = Callable[..., subprocess.CompletedProcess[str]]
+WriteSpec = Callable[..., Path]
+TINY = {"latent": 4, "features": 4, "steps": 8, "batch_size": 4, "critic_steps": 2}
+
+
+def model_of(dp: Any, people: int = 100, **changes: Any) -> Model:
+    config = Config.model_validate({**TINY, "dp": dp, **changes})
+    model = build_model("dpwgan", config, DataShape(("image",), 16, (), people), 1, "test")
+    assert isinstance(model, Model)
+    return model
+
+
+def lot_of(people: int, slices: int = 2, number: int = 0, seed: int = 1) -> Lot:
+    images = torch.rand((people, slices, 1, 16, 16), generator=torch.Generator().manual_seed(number))
+    return Lot({"image": images}, list(range(people)), 4, seed, "test", number)
+
+
+def gradient_of(model: Model, lot: Lot) -> torch.Tensor:
+    """What the critic's optimizer is given, flat: the release of one update."""
+    seen: list[torch.Tensor] = []
+
+    def keep(optimizer: Any, *_: Any) -> None:
+        seen.append(torch.cat([parameter.grad.flatten() for group in optimizer.param_groups for parameter in group["params"]]))
+
+    hook = model.players["critic"].register_step_pre_hook(keep)
+    model._update_critic(lot, context())
+    hook.remove()
+    return seen[0]
+
+
+def test_the_noise_is_what_the_accountant_is_told() -> None:
+    """Also of an update that by chance has no records: it releases noise, and is counted."""
+    model = model_of({"noise_multiplier": 1.5, "clip_norm": 2.0, "delta": 0.001}, features=32)
+    releases = torch.stack([gradient_of(model, lot_of(0, number=number)) for number in range(3)])
+    assert float(releases.std()) == pytest.approx(1.5 * 2.0 / 4, rel=0.01) and abs(float(releases.mean())) < 0.01
+    assert (releases.corrcoef() - torch.eye(3)).abs().max() < 0.01, "no update has the noise of another"
+    [spent] = model.ledger.history
+    assert (spent.noise_multiplier, spent.sampling_rate, spent.steps) == (1.5, 0.04, 3)
+
+
+def test_one_record_moves_a_release_by_no_more_than_the_clip_norm() -> None:
+    whole = lot_of(5)
+    for gone in range(5):
+        kept = [number for number in range(5) if number != gone]
+        part = replace(whole, channels={"image": whole.channels["image"][kept]}, positions=kept)
+        moved = [gradient_of(model_of({"noise_multiplier": 0.0, "clip_norm": 0.005, "delta": 0.001}), lot) for lot in (whole, part)]
+        assert float((moved[0] - moved[1]).norm()) == pytest.approx(0.005 / 4, rel=1e-4), "divided by the expected number, not by that of those drawn"
+
+
+def test_what_is_made_beside_a_record_does_not_depend_on_the_others() -> None:
+    """Batch statistics of the generator would tell every fake how many records were drawn."""
+    whole, model = lot_of(5), model_of({"noise_multiplier": 0.0, "delta": 0.001})
+    train(model, model.config, range(0))
+    alone = replace(whole, channels={"image": whole.channels["image"][3:4]}, positions=[3])
+    assert torch.equal(whole.normal("latent", (2, 4))[3], alone.normal("latent", (2, 4))[0])
+    assert torch.equal(whole.uniform("mix", 2)[3], alone.uniform("mix", 2)[0])
+    assert not model.generator.training
+    fakes = [model.generator(lot.normal("latent", (2, 4)).flatten(0, 1)) for lot in (whole, alone)]
+    torch.testing.assert_close(fakes[0][6:8], fakes[1], rtol=0, atol=1e-6)
+    before = {name: tensor.clone() for name, tensor in model.generator.state_dict().items()}
+    model._update_critic(whole, context())
+    assert_same(before, model.generator.state_dict())
+
+
+def test_without_dp_it_is_the_same_training_as_without_noise_and_clipping() -> None:
+    lots = [lot_of(4, number=number) for number in range(4)]
+    states = []
+    for dp in ("none", {"noise_multiplier": 0.0, "clip_norm": None, "delta": 0.001}):
+        model = model_of(dp)
+        for lot in lots:
+            model._update_critic(lot, context())
+        states.append({name: state for name, state in state_of(model).items() if "ledger" not in name})
+    assert_same(*states)
+
+
+def test_a_resumed_training_has_spent_what_an_uninterrupted_one_has() -> None:
+    config, whole = make("dpwgan", "patients")
+    train(whole, config, range(6))
+    _, first = make("dpwgan", "patients")
+    train(first, config, range(2))
+    _, second = make("dpwgan", "patients", seed=9)
+    assert isinstance(first, Model) and isinstance(second, Model) and isinstance(whole, Model)
+    for name, module in second.modules().items():
+        module.load_state_dict(first.modules()[name].state_dict())
+    train(second, config, range(2, 6))
+    assert whole.ledger.history == second.ledger.history and whole.ledger.history[0].steps == 12
+    assert epsilon(second.ledger.history, 0.01) == epsilon(whole.ledger.history, 0.01) > epsilon(first.ledger.history, 0.01) > 0
+
+
+def test_other_weights_that_were_private_before_are_counted_too() -> None:
+    first, second = model_of({"noise_multiplier": 2.0, "delta": 0.001}), model_of({"noise_multiplier": 1.0, "delta": 0.001})
+    first._update_critic(lot_of(3), context())
+    second.ledger.load_state_dict(first.ledger.state_dict())
+    for number in range(2):
+        second._update_critic(lot_of(3, number=number), context())
+    assert [(spent.noise_multiplier, spent.steps) for spent in second.ledger.history] == [(2.0, 1), (1.0, 2)]
+
+
+def test_the_budget_decides_the_noise_or_the_steps() -> None:
+    by_budget = model_of({"epsilon": 3.0, "delta": 1e-4}, people=1000, steps=50)
+    planned = by_budget.spending.mechanism
+    assert planned.steps == 100 and 2.9 < epsilon((planned,), 1e-4) <= 3.0
+    cut = model_of({"epsilon": 1.0, "noise_multiplier": 0.8, "delta": 1e-4}, people=1000, steps=5000)
+    [phase] = cut.phases()
+    assert phase.steps == cut.spending.steps < 5000 and epsilon((cut.spending.mechanism,), 1e-4) <= 1.0
+    assert "steps, after which the budget is spent" in " ".join(cut.describe(0))
+    assert epsilon((replace(cut.spending.mechanism, steps=cut.spending.mechanism.steps + 4),), 1e-4) > 0.985, "no budget is left over"
+    assert model_of("none").phases()[0].steps == 8
+
+
+@pytest.mark.parametrize(("dp", "people", "told"), [
+    ({"epsilon": 0.01, "delta": 1e-4}, 10, r"dp: epsilon: 0\.01"),
+    ({"noise_multiplier": 1.0, "delta": 0.2}, 10, r"dp: delta: 0\.2 is not below 1 / 10 records"),
+    ({"noise_multiplier": 1.0}, 3, "dp: the expected batch of 4 is more than there are: 3 patients"),
+    ({"noise_multiplier": 0.3, "epsilon": 0.5, "delta": 0.01}, 10, "epsilon"),
+])  # fmt: skip
+def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], people: int, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        model_of(dp, people).phases()
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({}, "dp"),
+    ({"dp": {}}, "write epsilon: the budget, from which the noise is found, or noise_multiplier"),
+    ({"dp": {"noise_multiplier": 1, "clip_norm": None}}, "clip_norm: null leaves the influence of a record without limit"),
+    ({"dp": {"noise_multiplier": 1, "unit": "slice", "slices": 2}}, "slices has no effect with unit: slice"),
+    ({"dp": {"noise_multiplier": 0, "epsilon": 8}}, "noise_multiplier: 0 spends any epsilon in its first step"),
+    ({"dp": "none", "betas": [0.5, 1.0]}, r"betas must lie in \[0, 1\)"),
+    ({"dp": "none", "find_lr": True}, "find_lr has no effect"),
+    ({"dp": "none", "loop": {"micro_batch": "auto"}}, "micro_batch: auto"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Config.model_validate({**TINY, **changes})
+
+
+def test_slices_in_turn_are_no_poisson_sample() -> None:
+    config, model = make("dpwgan", "patients")
+    with pytest.raises(MedgenError, match="records that are drawn for each update, not on slices in turn"):
+        model.step(replace(training_batch(config, 0), lots=()), context())
+
+
+# which records are drawn
+
+
+@pytest.fixture
+def people() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows and patients: the first has one slice, the last forty."""
+    counts = np.arange(1, 41)
+    yield np.arange(counts.sum()) + 7, np.repeat(np.arange(40), counts)
+
+
+def test_each_patient_is_drawn_by_itself_whatever_it_has(people: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, patients = people
+    drawn = records.Records(RecordSampling("patient", 4, 8, 3, poisson=True, secret=True), rows, patients, 1, "test")
+    assert len(drawn) == 40 and drawn.rate == 0.2
+    table = np.zeros((4000, 40), bool)
+    for number in range(4000):
+        table[number, drawn.drawn(number)] = True
+    deviation = math.sqrt(0.2 * 0.8 / 4000)
+    assert np.abs(table.mean(axis=0) - 0.2).max() < 4.5 * deviation, "all alike, few slices or many"
+    together = np.corrcoef(table.T)[~np.eye(40, dtype=bool)]
+    assert np.abs(together).max() < 5 / math.sqrt(4000), "nobody comes with another"
+    sizes = table.sum(axis=1)
+    assert sizes.mean() == pytest.approx(8, abs=0.2) and sizes.var() == pytest.approx(40 * 0.16, rel=0.1)
+
+
+def test_slices_are_of_their_record_and_depend_on_no_other(people: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, patients = people
+    drawn = records.Records(RecordSampling("patient", 1, 8, 3, poisson=True, secret=True), rows, patients, 1, "test")
+    chosen = drawn.rows(5, np.array([0, 3, 39]))
+    assert chosen.shape == (3, 3) and (patients[chosen - 7] == [[0], [3], [39]]).all()
+    assert np.array_equal(drawn.rows(5, np.array([39])), chosen[2:])
+    seen = np.concatenate([drawn.rows(number, np.array([39])).ravel() for number in range(300)])
+    assert len(np.unique(seen)) == 40
+
+
+def test_without_dp_all_slices_come_before_one_comes_again(people: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, patients = people
+    drawn = records.Records(RecordSampling("slice", 1, 20, 1, poisson=False, secret=False), rows, patients, 1, "test")
+    epoch = np.concatenate([drawn.rows(number, drawn.drawn(number)).ravel() for number in range(41)])
+    assert len(drawn) == 820 and sorted(epoch) == sorted(rows)
+
+
+def test_too_few_patients_are_told(people: tuple[np.ndarray, np.ndarray]) -> None:
+    with pytest.raises(InputError, match="batch_size: 64 patients in an update, but the training split has 40; write 40 or fewer"):
+        records.Records(RecordSampling("patient", 1, 64, 1, poisson=True, secret=True), *people, 1, "test")
+
+
+# through the command line
+
+
+def spec_of(dp: Any, **changes: Any) -> dict[str, Any]:
+    config = {"model": "dpwgan", "channels": ["t1_gd"], **TINY, "dp": dp, "loop": {"log_steps": 2, "preview_images": 2, "checkpoint_steps": 3}, **changes}
+    stages = {
+        "train": {"kind": "train", "config": config, "resources": {"cpus": 1}},
+        "images": {"kind": "generate", "from": "train", "count": 4},
+        "evaluate": {"kind": "evaluate", "of": "images", "metrics": ["swd"]},
+        "report": {"kind": "report"},
+    }
+    data = {"format": "phantom", "patients": 10, "size": 16, "window": {"percentiles": [2, 98], "per": "slice"}, "splits": {"train": 0.6, "val": 0.2, "test": 0.2}, "every": 3}
+    return {**tiny_spec(name="private"), "data": data, "stages": stages}
+
+
+def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_spec: WriteSpec, tmp_path: Path) -> None:
+    medgen("submit", write_spec(spec_of({"noise_multiplier": 1.2, "delta": 0.01})), "--local")
+    [run] = (tmp_path / "runs").glob("private-*")
+    facts = files.read_json(run / "outcome" / "train.0.json")["facts"]
+    card = facts["privacy"]
+    assert card["unit"] == "patient" and card["records"] == 6 and card["critic_steps"] == 16 and card["delta"] == 0.01
+    assert card["epsilon_prv"] == pytest.approx(epsilon(model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism and (model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism,), 0.01))
+    assert list(facts["checkpoints"]) == ["last"], "nothing was chosen by real images"
+    assert not (run / "train" / "noise.key").exists(), "nobody can take the noise away any more"
+    log = (run / "train" / "log.jsonl").read_text()
+    assert "critic_of_fakes" in log and "val_" not in log and "real" not in log
+    assert str(round(card["epsilon_prv"], 1)) in (run / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("spec", "told"), [
+    (spec_of({"noise_multiplier": 1}, batch_size=20), r"stages\.train\.config: batch_size: 20 patients in an update, but the training split has 6; write 6 or fewer"),
+    (spec_of({"noise_multiplier": 1, "delta": 0.5}), r"stages\.train\.config: dp\.delta: 0\.5 is not below 1 / 6 records"),
+    (spec_of({"noise_multiplier": 1, "unit": "slice"}) | {"data": {"format": "phantom", "size": 16}}, "dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice}"),
+])  # fmt: skip
+def test_bad_plans_are_told_before_anything_is_queued(medgen: Medgen, write_spec: WriteSpec, spec: dict[str, Any], told: str) -> None:
+    import re
+
+    said = medgen("submit", write_spec(spec), "--local", expect=2).stderr
+    assert re.search(told, said) or told in said, said
+
+
+def test_nothing_is_chosen_by_images_that_are_not_counted(medgen: Medgen, write_spec: WriteSpec) -> None:
+    spec = spec_of({"noise_multiplier": 1})
+    spec["stages"]["images"]["checkpoint"] = "best-val"
+    assert "stages.images.checkpoint: train is not judged by the val split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+    spec["stages"]["images"] |= {"checkpoint": "last", "from": "again"}
+    spec["stages"]["again"] = {"kind": "train", "repeat": "train"}
+    assert "stages.again.repeat: train is not judged by the val split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
