@@ -94,6 +94,10 @@ def price(plan: Priced, cohort: Cohort) -> str:
     Raises ValueError if the plan cannot be: too small an epsilon, a delta that promises nothing, a batch of more than there are."""
     records = cohort.records(plan.unit)
     delta, planned = delta_of(plan, records), mechanism_of(plan, records)
+    if planned.noise_multiplier == 0:
+        raise ValueError("noise_multiplier: 0 promises nothing, so that it has no price; write a number above 0, or an epsilon")
+    if planned.steps < 1:
+        raise ValueError("the budget does not allow a single step; write a larger epsilon or noise_multiplier")
     lines = [_Line("as planned", planned), *_changed(planned), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned, target, delta)) for target in EPSILONS)]
     parts = [
         _folded(f"({told(accounting.epsilon((planned,), delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {planned.steps:,} critic updates, each with {plan.expected_batch:,} of "

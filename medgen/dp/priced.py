@@ -81,10 +81,6 @@ def mechanism_of(plan: Priced, records: int) -> Mechanism:
     if plan.expected_batch > records:
         raise ValueError(f"the expected batch of {plan.expected_batch} is more than there are: {records:,} {plural(plan.unit)}; write a smaller batch, or bring more data")
     rate, steps = plan.expected_batch / records, plan.critic_steps_total(records)
-    if steps < 1:
-        raise ValueError("there are no critic updates: nothing would be learned of the records")
-    if plan.noise_multiplier == 0:
-        raise ValueError("noise_multiplier: 0 promises nothing; write a number above 0, or train without differential privacy")
     if plan.noise_multiplier is not None:
         return Mechanism(rate, plan.noise_multiplier, steps)
     if plan.epsilon is None:
