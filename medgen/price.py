@@ -82,10 +82,10 @@ def _cohort(checked: Spec, stage: object) -> Cohort:
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of the table: what is changed, and the mechanism; None where no noise would do."""
+    """A row of the table: what is changed, and the mechanism; or the noise that would be needed, where it is not a sensible one."""
 
     label: str
-    mechanism: Mechanism | None
+    mechanism: Mechanism | str
 
 
 def price(plan: Priced, cohort: Cohort) -> str:
@@ -94,6 +94,10 @@ def price(plan: Priced, cohort: Cohort) -> str:
     Raises ValueError if the plan cannot be: too small an epsilon, a delta that promises nothing, a batch of more than there are."""
     records = cohort.records(plan.unit)
     delta, planned = delta_of(plan, records), mechanism_of(plan, records)
+    if planned.noise_multiplier == 0:
+        raise ValueError("noise_multiplier: 0 promises nothing, so that it has no price; write a number above 0, or an epsilon")
+    if planned.steps < 1:
+        raise ValueError("the budget does not allow a single step; write a larger epsilon or noise_multiplier")
     lines = [_Line("as planned", planned), *_changed(planned), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned, target, delta)) for target in EPSILONS)]
     parts = [
         _folded(f"({told(accounting.epsilon((planned,), delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {planned.steps:,} critic updates, each with {plan.expected_batch:,} of "
@@ -113,11 +117,13 @@ def _changed(planned: Mechanism) -> list[_Line]:
     return [_Line(label, Mechanism(changed, noise, count)) for label, changed, count in changes if changed <= 1 and count > 0]
 
 
-def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism | None:
+def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism | str:
     try:
         return Mechanism(planned.sampling_rate, budget.noise_multiplier_for(epsilon, delta, planned.sampling_rate, planned.steps), planned.steps)
-    except ValueError:
-        return None
+    except budget.TooSmall:
+        return f"> {budget.MOST_NOISE:g}"
+    except budget.TooLarge:
+        return f"< {budget.LEAST_NOISE:g}"
 
 
 def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
@@ -125,9 +131,9 @@ def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
     return Table("", head, tuple((line.label, *_cells(line.mechanism, records, delta)) for line in lines))
 
 
-def _cells(mechanism: Mechanism | None, records: int, delta: float) -> tuple[str, ...]:
-    if mechanism is None:
-        return ("", "", "", f"none of {budget.LEAST_NOISE:g} to {budget.MOST_NOISE:g}", "", "", "", "")
+def _cells(mechanism: Mechanism | str, records: int, delta: float) -> tuple[str, ...]:
+    if isinstance(mechanism, str):
+        return ("", "", "", mechanism, "", "", "", "")
     spent = accounting.spent((mechanism,), delta)
     ceiling = attack_ceiling(spent.epsilon_prv, delta)
     return (

@@ -209,7 +209,7 @@ def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: fl
 
 
 def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_do() -> None:
-    with pytest.raises(ValueError, match=r"even a noise multiplier of 100 costs .*; what would do: ") as refused:
+    with pytest.raises(budget.TooSmall, match=r"even a noise multiplier of 100 costs .*; what would do: ") as refused:
         budget.noise_multiplier_for(0.5, 1e-5, 0.25, 8_000)
     message = str(refused.value)
     advised = {name: float(message.split(name)[1].split()[0].strip(",;").replace(",", "").rstrip(")")) for name in ("would do: epsilon: ", "at most ", "(sampling rate ")}
@@ -219,7 +219,7 @@ def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_do() -> None:
 
 
 def test_a_budget_that_hardly_needs_noise_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"epsilon: 100 needs a noise multiplier below 0.2 in 1 steps.*write at most 28"):
+    with pytest.raises(budget.TooLarge, match=r"epsilon: 100 needs a noise multiplier below 0.2 in 1 steps.*write at most 28"):
         budget.noise_multiplier_for(100, 1e-5, 0.125, 1)
 
 

@@ -17,7 +17,6 @@ from medgen.dp.card import told
 from medgen.dp.ceiling import attack_ceiling
 from medgen.dp.mechanism import Mechanism
 from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of
-from medgen.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ def test_few_patients_are_told_so() -> None:
 
 def test_what_cannot_be_is_not_priced() -> None:
     """A batch above all records has no row, nor does an epsilon that no sensible noise gives."""
-    assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["none of 0.2 to 100"]
+    assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["< 0.2"]
+    assert cells(price.price(Plan(noise_multiplier=300.0, expected_batch=200, steps=4_000), SMALL), "for epsilon 1") == ["> 100"]
     text = price.price(Plan(unit="slice", expected_batch=300, delta=1e-4, steps=3), Cohort(patients=200, slices=500, most_slices=4))
     assert "half the batch" in rows(text) and "twice the batch" not in rows(text)
     assert cells(text, "patient") == ["200", "above 1", "none"]
@@ -111,6 +111,8 @@ def test_what_cannot_be_is_not_priced() -> None:
     (Plan(delta=0.005), r"delta: 0.005 is not below 1 / 200 records.*write 0.0005"),
     (Plan(epsilon=0.01, noise_multiplier=None, steps=10_000), r"epsilon: 0.01 cannot be kept in 10,000 steps"),
     (Plan(noise_multiplier=None), "neither epsilon nor noise_multiplier"),
+    (Plan(noise_multiplier=0.0), "noise_multiplier: 0 promises nothing"),
+    (Plan(steps=0), "does not allow a single step"),
 ])  # fmt: skip
 def test_what_is_no_plan_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -129,19 +131,30 @@ def test_the_verb_refuses_specs_without_privacy(medgen: Callable[..., subprocess
     assert "--stage trian: there is no such stage" in medgen("privacy", path, "--stage", "trian", expect=2).stderr
 
 
-def test_the_verb_counts_the_patients_that_training_uses(write_spec: Callable[[dict[str, Any]], Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real data, counted from the cache; the plan of a stage stands in for a private family's."""
-    monkeypatch.setenv("MEDGEN_CACHE", str(cache))
-    monkeypatch.setenv("MEDGEN_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(price, "_priced", lambda stage: Plan(expected_batch=1, delta=None, steps=20))
-    path = write_spec(tiny_spec())
-    text = price.privacy(path, [], None)
-    assert text.startswith("train_seg\n") and "\n\ntrain_bravo\n" in text
-    assert "each with 1 of 4 patients expected" in " ".join(text.split())
-    both = accounting.epsilon((Mechanism(0.25, 5.0, 40),), 0.02)
-    assert " ".join(text.split()).endswith(f"All 2 stages learn from the same patients: together they cost epsilon {told(both)} at delta 0.02.")
-    assert "train_seg" not in price.privacy(path, [], "train_bravo")
+@pytest.fixture
+def private_spec(write_spec: Callable[[dict[str, Any]], Path]) -> Callable[..., Path]:
+    """Two private stages and one that is not, over four training patients."""
+    def write(**dp: Any) -> Path:
+        config = {"model": "dpwgan", "channels": ["bravo"], "latent": 4, "features": 4, "steps": 10, "critic_steps": 2, "batch_size": 1}
+        stages = {name: {"kind": "train", "config": {**config, "dp": privacy}} for name, privacy in (("first", dp), ("second", dp), ("open", "none"))}
+        return write_spec({**tiny_spec(), "data": {"format": "phantom", "patients": 6, "size": 32, "every": 2}, "stages": stages})
 
-    monkeypatch.setattr(price, "_priced", lambda stage: Plan(expected_batch=9))
-    with pytest.raises(InputError, match=r"stages.train_seg.config: the expected batch of 9 is more than there are: 4 patients"):
-        price.privacy(path, [], None)
+    return write
+
+
+def test_the_verb_prices_the_private_stages(medgen: Callable[..., subprocess.CompletedProcess[str]], private_spec: Callable[..., Path]) -> None:
+    path = private_spec(noise_multiplier=5.0)
+    text = medgen("privacy", path).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.split())
+    assert text.startswith("first\n") and "\n\nsecond\n" in text and "\nopen\n" not in text
+    assert "each patient: 20 critic updates, each with 1 of 4 patients expected, noise multiplier 5, clip norm 1." in words
+    both = accounting.epsilon((Mechanism(0.25, 5.0, 40),), 0.02)
+    assert words.endswith(f"All 2 stages learn from the same patients: together they cost epsilon {told(both)} at delta 0.02.")
+    assert "first" not in medgen("privacy", path, "--stage", "second", "-o", "stages.second.config.steps=20").stdout
+    assert "--stage open: it does not train with differential privacy; those that do: first, second" in medgen("privacy", path, "--stage", "open", expect=2).stderr
+
+
+def test_the_verb_says_where_a_plan_cannot_be(medgen: Callable[..., subprocess.CompletedProcess[str]], private_spec: Callable[..., Path]) -> None:
+    refused = medgen("privacy", private_spec(noise_multiplier=5.0), "-o", "stages.first.config.dp.noise_multiplier=0", expect=2)
+    assert "stages.first.config: noise_multiplier: 0 promises nothing, so that it has no price" in refused.stderr

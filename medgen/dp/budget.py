@@ -21,6 +21,14 @@ MOST_STEPS = 10_000_000
 ADVISED_SHARE = 10  # delta is advised to be 1 / (this x records)
 
 
+class TooSmall(ValueError):
+    """An epsilon that needs more than MOST_NOISE."""
+
+
+class TooLarge(ValueError):
+    """An epsilon that needs less than LEAST_NOISE."""
+
+
 def advised_delta(records: int) -> float:
     """1 / (10 x records), rounded down to one digit: easy to cite."""
     value = 1 / (ADVISED_SHARE * records)
@@ -43,8 +51,8 @@ def check_delta(delta: float, records: int) -> None:
 def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """The least noise multiplier, to four digits, with which `steps` steps cost at most `epsilon` at `delta` by prv.
 
-    The cost is at most epsilon and at least 99 % of it. Raises ValueError, saying what would do, where no multiplier from 0.2 to 100 does
-    that, and for numbers that are no epsilon, delta, sampling rate or steps."""
+    The cost is at most epsilon and at least 99 % of it. Raises TooSmall or TooLarge, saying what would do, where no multiplier from 0.2 to
+    100 does that, and ValueError for numbers that are no epsilon, delta, sampling rate or steps."""
     _check_epsilon(epsilon)
     if steps < 1:
         raise ValueError(f"steps: {steps}: nothing is released in no steps; write at least 1")
@@ -56,14 +64,14 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, ste
         return quick_bound((Mechanism(sampling_rate, noise, steps),), delta)
 
     if rough_cost(MOST_NOISE) > epsilon and cost(MOST_NOISE) > epsilon:
-        raise ValueError(_too_small(epsilon, delta, sampling_rate, steps, cost(MOST_NOISE)))
+        raise TooSmall(_too_small(epsilon, delta, sampling_rate, steps, cost(MOST_NOISE)))
     enough, too_little = _bracket(rough_cost, epsilon)
     while enough < MOST_NOISE and cost(enough) > epsilon:  # rare: the numerical bound above the Renyi bound, at very small epsilons
         enough, too_little = min(MOST_NOISE, enough * 1.1), enough
     while too_little > LEAST_NOISE and cost(too_little) <= epsilon:
         enough, too_little = too_little, max(LEAST_NOISE, too_little * 0.8)
     if too_little == LEAST_NOISE and cost(LEAST_NOISE) <= epsilon:
-        raise ValueError(
+        raise TooLarge(
             f"epsilon: {epsilon:g} needs a noise multiplier below {LEAST_NOISE:g} in {steps:,} steps, which protects nobody; "
             f"write at most {_rounded_down(cost(LEAST_NOISE)):g}, or noise_multiplier: {LEAST_NOISE:g}"
         )
