@@ -21,6 +21,7 @@ from test_models import assert_same, context, make, state_of, train, training_ba
 
 from medgen import checkpoint, files, records
 from medgen.dp.accounting import epsilon
+from medgen.dp.priced import Priced
 from medgen.errors import InputError, MedgenError
 from medgen.models.base import DataShape, Lot
 from medgen.models.dpwgan.config import Config
@@ -135,7 +136,7 @@ def test_the_budget_decides_the_noise_or_the_steps() -> None:
     assert phase.steps == cut.spending.steps < 5000 and epsilon((cut.spending.mechanism,), 1e-4) <= 1.0
     assert "steps, after which the budget is spent" in " ".join(cut.describe(0))
     assert epsilon((replace(cut.spending.mechanism, steps=cut.spending.mechanism.steps + 4),), 1e-4) > 0.985, "no budget is left over"
-    assert model_of("none").phases()[0].steps == 8
+    assert model_of({"epsilon": 900.0, "noise_multiplier": 50.0}).phases()[0].steps == model_of("none").phases()[0].steps == 8
 
 
 @pytest.mark.parametrize(("dp", "people", "told"), [
@@ -293,3 +294,7 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
     ledger = "modules.ledger spent"
     assert torch.equal(found["secret"][ledger], found["one"][ledger]) and found["one"][ledger][0].tolist() == [1.0, 4 / 6, 16.0]
     assert not torch.equal(found["secret"]["modules.critic score.weight"], found["one"]["modules.critic score.weight"])
+
+
+def test_the_verb_that_prices_plans_knows_this_family() -> None:
+    assert all(isinstance(model_of(dp).config, Priced) for dp in ("none", {"epsilon": 8, "delta": 1e-4}))

@@ -26,7 +26,7 @@ class TooSmall(ValueError):
 
 
 class TooLarge(ValueError):
-    """An epsilon that needs less than LEAST_NOISE."""
+    """An epsilon that needs less than LEAST_NOISE, or allows more than MOST_STEPS."""
 
 
 def advised_delta(records: int) -> float:
@@ -94,7 +94,7 @@ def steps_within(epsilon: float, delta: float, sampling_rate: float, noise_multi
     if cost(1) > epsilon:
         raise ValueError(f"epsilon: {epsilon:g} does not allow a single step with noise_multiplier {noise_multiplier:g}, which costs {cost(1):.3g}; write a larger noise_multiplier")
     if rough_cost(MOST_STEPS) <= epsilon:
-        raise ValueError(f"epsilon: {epsilon:g} allows more than {MOST_STEPS:,} steps with noise_multiplier {noise_multiplier:g}; write a smaller noise_multiplier or epsilon")
+        raise TooLarge(f"epsilon: {epsilon:g} allows more than {MOST_STEPS:,} steps with noise_multiplier {noise_multiplier:g}; write a smaller noise_multiplier or epsilon")
     within = _last(lambda steps: rough_cost(steps) <= epsilon, 1, MOST_STEPS)
     beyond = within + 1
     while beyond < MOST_STEPS and cost(beyond) <= epsilon:

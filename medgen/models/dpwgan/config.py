@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from medgen.dp.budget import steps_within
+from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
 from medgen.models.settings import FamilyConfig, RecordSampling, Settings
 
@@ -128,10 +128,8 @@ class Config(FamilyConfig):
             return wanted
         try:
             within = steps_within(self.budget, delta_of(self, records), self.batch_size / records, self.noise_multiplier)
-        except ValueError as error:
-            if "allows more than" in str(error):
-                return wanted
-            raise
+        except TooLarge:  # of more steps than anybody takes
+            return wanted
         return min(wanted, within // self.critic_steps * self.critic_steps)
 
     @property
