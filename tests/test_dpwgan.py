@@ -298,3 +298,9 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
 
 def test_the_verb_that_prices_plans_knows_this_family() -> None:
     assert all(isinstance(model_of(dp).config, Priced) for dp in ("none", {"epsilon": 8, "delta": 1e-4}))
+
+
+def test_check_tries_a_step_and_the_budget(medgen: Medgen, write_spec: WriteSpec) -> None:
+    told = medgen("check", write_spec(spec_of({"noise_multiplier": 1})), "--local").stdout
+    assert "8 steps" in told and "step, validation, sampling and save work" in told
+    assert "dp: epsilon: 1e-05" in medgen("check", write_spec(spec_of({"epsilon": 1e-5})), "--local", expect=2).stdout

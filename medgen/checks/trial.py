@@ -23,8 +23,11 @@ from medgen.spec import Spec
 from medgen.spec_stages import TrainStage
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from medgen.data.store import SliceStore
     from medgen.models.base import Model
+    from medgen.records import Records
 
 TRIAL_SAMPLES = 2
 TRIAL_SECONDS = 180.0  # longer ones are tried in shape only
@@ -67,6 +70,18 @@ class Trial:
     @property
     def config(self) -> Any:
         return spec.family_config(self.stage.config)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Of the training slices in the store."""
+        return self.store.select("train", self.config.trains_positive_only(self.item.spec.data))
+
+    def records(self) -> Records | None:
+        """Of families that draw records. Raises InputError if there are too few."""
+        from medgen.records import Records
+
+        sampling, patients = self.config.record_sampling, self.store.rows["patient"].to_numpy()[self.rows]
+        return Records(sampling, self.rows, patients, self.item.spec.seed, self.name) if sampling is not None else None
 
 
 def data_key(checked: Spec) -> str:
@@ -118,12 +133,13 @@ def _try_or_tell(trial: Trial, say: Callable[[str], None]) -> Finding:
 
 def _try_model(trial: Trial, say: Callable[[str], None]) -> Finding:
     """One step, validation, sampling and save at full size on the CPU; where that would take too much, the shapes alone."""
-    config = trial.config
-    rows = trial.store.select("train", config.trains_positive_only(trial.item.spec.data))
+    from medgen.training import steps_in
+
+    rows, records = trial.rows, trial.records()
     size = _measure_shapes(trial)
     steps = 0
     for phase in _build(trial, "meta").phases():
-        steps += math.ceil(phase.epochs * len(rows) / phase.batch_size)
+        steps += steps_in(phase, len(records) if records is not None else len(rows))
     facts: dict[str, Any] = {"parameters": size.parameters, "steps": steps, "first_loss": None, "step_seconds": None, "save_seconds": None,
                              "checkpoint_bytes": size.state + 8 * size.parameters}
     too_much, started = _too_much(size), time.monotonic()
@@ -148,7 +164,7 @@ def _build(trial: Trial, device: str) -> Model:
     from medgen.training import build_model, shape_of
     config = trial.config
     with torch.device(device):
-        return build_model(trial.stage.config["model"], config, shape_of(config, trial.store), trial.item.spec.seed, trial.name)
+        return build_model(trial.stage.config["model"], config, shape_of(config, trial.store, trial.records()), trial.item.spec.seed, trial.name)
 
 
 def _measure_shapes(trial: Trial) -> Size:
@@ -213,7 +229,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     import torch
 
     from medgen.checks.shapes import Kept
-    from medgen.models.base import Batch, Given, SampleNoise
+    from medgen.models.base import Batch, Given, Lot, SampleNoise
     from medgen.training import load_channel
 
     model, config, cpu = _build(trial, "cpu"), trial.config, torch.device("cpu")
@@ -221,9 +237,13 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     channels = {channel: load_channel(trial.store, channel, chosen, cpu) for channel in config.input_channels}
     labels = torch.from_numpy(trial.store.labels(chosen)) if config.uses_labels else None
     batch = Batch(channels, list(range(len(chosen))), trial.item.spec.seed, labels=labels)
+    trained = batch
+    if config.record_sampling is not None:
+        lot = Lot({name: images.unsqueeze(1) for name, images in channels.items()}, batch.positions, len(chosen), batch.seed, "check", 0)
+        trained = Batch({}, batch.positions, batch.seed, lots=(lot,))
     kept, context, started = Kept(model), _context(len(rows) / model.phases()[0].batch_size), time.monotonic()
     with kept.counting():
-        loss = float(model.step(batch, context).scalars["loss"])
+        loss = float(model.step(trained, context).scalars["loss"])
     step_seconds = time.monotonic() - started
     with torch.no_grad():
         model.validate(batch, context)
