@@ -21,11 +21,12 @@ from test_models import assert_same, context, make, state_of, train, training_ba
 
 from medgen import checkpoint, files, records
 from medgen.dp.accounting import epsilon
+from medgen.dp.card import from_record
 from medgen.dp.priced import Priced
 from medgen.errors import InputError, MedgenError
 from medgen.models.base import DataShape, Lot
 from medgen.models.dpwgan.config import Config
-from medgen.models.dpwgan.model import Model
+from medgen.models.dpwgan.model import REPRODUCIBLE, Model
 from medgen.models.settings import RecordSampling
 from medgen.training import build_model
 
@@ -304,3 +305,12 @@ def test_check_tries_a_step_and_the_budget(medgen: Medgen, write_spec: WriteSpec
     told = medgen("check", write_spec(spec_of({"noise_multiplier": 1})), "--local").stdout
     assert "8 steps" in told and "step, validation, sampling and save work" in told
     assert "dp: epsilon: 1e-05" in medgen("check", write_spec(spec_of({"epsilon": 1e-5})), "--local", expect=2).stdout
+
+
+def test_a_card_tells_what_its_training_leaves_open(tmp_path: Path) -> None:
+    cards = [model_of({"noise_multiplier": 1.0, "delta": 0.001, **noise}, **start).facts()["privacy"] for noise, start in (
+        ({}, {}), ({"noise": "reproducible"}, {}), ({}, {"start_from": str(tmp_path / "step-000010")}))]  # fmt: skip
+    plain, reproducible, started = (card["not_covered"] for card in cards)
+    assert [text for text in reproducible if text not in plain] == [REPRODUCIBLE]
+    assert [text.partition(":")[0] for text in started if text not in plain] == [f"Training began with the weights of {tmp_path / 'step-000010'}"]
+    assert from_record(cards[1]).record() == cards[1] and any("dp.noise: secret" in line for line in from_record(cards[1]).words())

@@ -33,7 +33,7 @@ class Card:
     """A guarantee and what it rests on.
 
     unit: what one record is. most_records: of one patient, 1 where the unit is the patient. history: the critic's updates, in stretches that
-    were alike. spent: infinite epsilons where there was no noise. accountants: who counted, with versions."""
+    were alike. limits: sentences on what this training leaves open beyond NOT_COVERED. spent: infinite epsilons where there was no noise. accountants: who counted, with versions."""
 
     unit: Unit
     records: int
@@ -42,6 +42,7 @@ class Card:
     clip_norm: float
     spent: Spent
     accountants: Mapping[str, str]
+    limits: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -57,7 +58,7 @@ class Card:
             "critic_steps": self.steps, "clip_norm": self.clip_norm,
             "history": [{**asdict(stretch), "expected_batch": round(stretch.sampling_rate * self.records, 6)} for stretch in self.history],
             "attack_at_most": {"advantage": ceiling.advantage, "auc": ceiling.auc, "true_positive_rate_at_0.01": ceiling.true_positive_rate(0.01)},
-            "not_covered": list(NOT_COVERED),
+            "not_covered": [*self.limits, *NOT_COVERED],
         }  # fmt: skip
 
     def words(self) -> list[str]:
@@ -75,7 +76,7 @@ class Card:
         indent = max(len(name) for name in facts) + 4
         lines = [f"({told(self.spent.epsilon_prv)}, {self.spent.delta:.3g})-differential privacy of each {self.unit}"]
         lines += [line for name, text in facts.items() for line in hung(f"  {name}", text, indent)]
-        return [*lines, "not covered", *(line for text in NOT_COVERED for line in hung("  -", text, 4))]
+        return [*lines, "not covered", *(line for text in (*self.limits, *NOT_COVERED) for line in hung("  -", text, 4))]
 
     def _stretch_in_words(self, stretch: Mechanism) -> str:
         return (f"{stretch.steps:,} critic updates, {stretch.sampling_rate * self.records:.4g} {plural(self.unit)} expected in each (sampling rate {stretch.sampling_rate:.3g}), "
@@ -91,10 +92,10 @@ class Card:
         return f"one with {self.most_records} slices has epsilon {told(epsilon)}, {worth}"
 
 
-def issue(unit: Unit, records: int, most_records: int, history: History, clip_norm: float, delta: float) -> Card:
+def issue(unit: Unit, records: int, most_records: int, history: History, clip_norm: float, delta: float, limits: tuple[str, ...] = ()) -> Card:
     """Count what was done and write it down. Raises ValueError if delta is not below 1 / records."""
     check_delta(delta, records)
-    return Card(unit, records, most_records, merged(history), clip_norm, accounting.spent(history, delta), accounting.accountants())
+    return Card(unit, records, most_records, merged(history), clip_norm, accounting.spent(history, delta), accounting.accountants(), limits)
 
 
 def from_record(record: Mapping[str, Any]) -> Card:
@@ -104,7 +105,8 @@ def from_record(record: Mapping[str, Any]) -> Card:
             raise ValueError(f"a privacy card of version {record['version']}; this medgen reads version {CARD_VERSION}")
         history = tuple(Mechanism(item["sampling_rate"], item["noise_multiplier"], item["steps"]) for item in record["history"])
         prv, rdp = (math.inf if record[name] is None else record[name] for name in ("epsilon_prv", "epsilon_rdp"))
-        return Card(record["unit"], record["records"], record["most_records_of_one_patient"], history, record["clip_norm"], Spent(prv, rdp, record["delta"]), record["accountants"])
+        return Card(record["unit"], record["records"], record["most_records_of_one_patient"], history, record["clip_norm"], Spent(prv, rdp, record["delta"]), record["accountants"],
+                    tuple(text for text in record["not_covered"] if text not in NOT_COVERED))  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"no privacy card: {error!r}") from None
 

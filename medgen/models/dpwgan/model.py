@@ -38,6 +38,8 @@ from medgen.models.settings import Settings
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
 
+REPRODUCIBLE = "The noise was drawn from the spec's seed: whoever knows that can take it away again, and nothing is promised. Train with dp.noise: secret before the model is given away."
+STARTED_FROM = "Training began with the weights of {}: what these were trained on is covered only as far as it was noised and is counted above, and must be public else."
 DIRECTIONS = 64  # of the sliced distance
 CHUNK_SLICES = 16  # computed at once: more take more memory and hardly less time
 
@@ -164,10 +166,13 @@ class Model(Family):
 
     def facts(self) -> dict[str, Any]:
         """The privacy card, from what was really released."""
-        if self.config.dp is None:
+        config, shape, dp = self.config, self.shape, self.config.dp
+        if dp is None:
             return {}
-        history, shape = self.ledger.history, self.shape
-        return {"privacy": issue(self.config.unit, shape.records, shape.most_records, history, self.config.clip_norm, self.spending.delta).record()}
+        limits = [REPRODUCIBLE] if dp.noise == "reproducible" else []
+        limits += [STARTED_FROM.format(config.start_from)] if config.start_from is not None else []
+        card = issue(config.unit, shape.records, shape.most_records, self.ledger.history, config.clip_norm, self.spending.delta, tuple(limits))
+        return {"privacy": card.record()}
 
     def describe(self, total_steps: int) -> list[str]:
         lines = [f"generator {count_parameters(self.generator):,} parameters, critic {count_parameters(self.critic):,}, {self.config.critic_steps} critic updates per generator update"]
