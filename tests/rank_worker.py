@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_models import VARIANTS, batch_of, make, state_of, within_last_phase
+from test_models import VARIANTS, make, state_of, training_batch, within_last_phase
 
 from medgen import dist
 from medgen.context import Context
@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
             config, model = make(family, name)
             context = within_last_phase(Context(ranks, "fp32", micro_batch=2), len(model.phases()))
             for context.step in range(3):
-                model.step(batch_of(config, context.step, size=8, first=4 * ranks.rank, count=4), context)
+                model.step(training_batch(config, context.step, 8, ranks.rank, ranks.world_size), context)
             torch.save(state_of(model), folder / f"{family}-{name}-{ranks.rank}.pt")
         assert dist.largest(ranks.rank, ranks) == 1
 

@@ -41,14 +41,15 @@ def images_of(config: Any, count: int, generator: torch.Generator) -> dict[str, 
     return channels
 
 
-def training_batch(config: Any, step: int, size: int = 4) -> Batch:
-    """What the loop would feed: slices in turn, or records drawn for each update; the same for the same step."""
+def training_batch(config: Any, step: int, size: int = 4, rank: int = 0, world_size: int = 1) -> Batch:
+    """What the loop would feed to a rank: slices in turn, or records drawn for each update; the same for the same step."""
     if config.record_sampling is None:
-        return batch_of(config, step, size)
+        share = size // world_size
+        return batch_of(config, step, size, rank * share, share)
     records, every = records_of(config), images_of(config, 20, torch.Generator().manual_seed(0))
     lots = []
     for number in range(step * records.sampling.updates, (step + 1) * records.sampling.updates):
-        drawn = records.drawn(number)
+        drawn = records.drawn(number)[rank::world_size]
         rows = torch.from_numpy(records.rows(number, drawn))
         channels = {name: images[rows] for name, images in every.items()}
         lots.append(Lot(channels, [number * len(records) + int(record) for record in drawn], records.sampling.size, 1, "test", number))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_NET, tiny_spec
-from test_models import CPU, SIZE, VARIANTS, assert_same, batch_of, context, make, state_of, train
+from test_models import CPU, SIZE, VARIANTS, assert_same, context, make, state_of, train, training_batch
 from torch import Tensor, nn
 
 from medgen import device, models
@@ -83,7 +83,7 @@ def test_losses_in_mixed_precision_are_float32_and_near_those_without(family: st
         where.use_bf16 = bf16
         curve = []
         for where.step in range(2):
-            scalars = model.step(batch_of(config, where.step), where).scalars
+            scalars = model.step(training_batch(config, where.step), where).scalars
             assert all(value.dtype in (torch.float32, torch.float64) for value in scalars.values()), "a loss rounded to bf16 is too low"
             curve.append(float(scalars["loss"]))
         curves.append(curve)

@@ -92,7 +92,7 @@ class Model(Family):
             raise MedgenError("this family is trained on records that are drawn for each update, not on slices in turn")
         for lot in batch.lots:
             score_of_fakes = self._update_critic(lot, context)
-        loss = self._update_generator(batch)
+        loss = self._update_generator(batch, context)
         # of real images nothing is told: what is not noised is not accounted for
         return StepReport({"loss": loss, "critic_of_fakes": score_of_fakes})
 
@@ -100,8 +100,8 @@ class Model(Family):
         real = joined({name: tensor.flatten(0, 1) for name, tensor in lot.channels.items()}, self.config.channels)
         slices = next(iter(lot.channels.values())).shape[1]
         latent, mix = lot.normal("latent", (slices, self.config.latent)), lot.uniform("mix", slices)
-        with torch.no_grad():  # in evaluation mode: batch statistics would tell each image how many others were drawn
-            fake = self.generator(latent.flatten(0, 1))
+        with torch.no_grad(), context.autocast():  # in evaluation mode: batch statistics would tell each image how many others were drawn
+            fake = self.generator(latent.flatten(0, 1)).to(real.dtype)
         records = Records(real.unflatten(0, (len(lot), slices)), fake.unflatten(0, (len(lot), slices)), mix)
         clip_norm = self.config.dp.clip_norm if self.config.dp is not None else None
         summed = clipped_sum(self.critic, records, self.config.penalty, clip_norm, context.part_size(max(1, CHUNK_SLICES // slices)))
@@ -128,11 +128,13 @@ class Model(Family):
         score: Tensor = self.critic(self.generator(latent.to(next(self.critic.parameters()).device))).mean()
         return score
 
-    def _update_generator(self, batch: Batch) -> Tensor:
+    def _update_generator(self, batch: Batch, context: StepContext) -> Tensor:
         """The same on all ranks: its batch norm must see all images, and next to the critic's updates it costs little."""
         self.critic.requires_grad_(False)
         self.generator.train()
-        loss: Tensor = -self.critic(self.generator(batch.normal("latent/generator", (self.config.latent,)))).mean()
+        with context.autocast():
+            scores = self.critic(self.generator(batch.normal("latent/generator", (self.config.latent,))))
+        loss: Tensor = -scores.float().mean()
         loss.backward()
         self.generator.eval()
         self.critic.requires_grad_(True)
