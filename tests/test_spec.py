@@ -143,7 +143,7 @@ def test_missing_or_empty_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_jobs_people_copy_are_right(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MEDGEN_GLIOMA", "MEDGEN_ADNI", "MEDGEN_WEIGHTS", "DATA"):
+    for name in ("MEDGEN_GLIOMA", "MEDGEN_ADNI", "MEDGEN_NII", "MEDGEN_WEIGHTS", "DATA"):
         monkeypatch.setenv(name, "/data")
     assert spec.load(path).stages
 

@@ -100,6 +100,7 @@ class Model(Family):
         real = joined({name: tensor.flatten(0, 1) for name, tensor in lot.channels.items()}, self.config.channels)
         slices = next(iter(lot.channels.values())).shape[1]
         latent, mix = lot.normal("latent", (slices, self.config.latent)), lot.uniform("mix", slices)
+        self.generator.eval()  # also after a step that was broken off
         with torch.no_grad(), context.autocast():  # in evaluation mode: batch statistics would tell each image how many others were drawn
             fake = self.generator(latent.flatten(0, 1)).to(real.dtype)
         records = Records(real.unflatten(0, (len(lot), slices)), fake.unflatten(0, (len(lot), slices)), mix)
@@ -107,6 +108,8 @@ class Model(Family):
         summed = clipped_sum(self.critic, records, self.config.penalty, clip_norm, context.part_size(max(1, CHUNK_SLICES // slices)))
         gradients = list(summed.gradients.values())
         context.sum(gradients)
+        if self.config.dp is not None:
+            self.noisy_critic.zero_grad(set_to_none=True)  # it adds up sums until they are released
         for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
             parameter.grad = gradient
         if self.config.dp is None:
@@ -117,7 +120,6 @@ class Model(Family):
             device = next(self.critic.parameters()).device
             self.noisy_critic.generator = torch.Generator(device).manual_seed(rng.derive_seed(lot.seed, f"{lot.stream}/noise", lot.number))
             self.noisy_critic.step()
-            self.noisy_critic.zero_grad(set_to_none=True)
         self.players["critic"].zero_grad(set_to_none=True)
         return self._score_of_fakes(lot)
 

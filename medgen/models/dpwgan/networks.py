@@ -26,7 +26,7 @@ def initialize(module: nn.Module) -> None:
 
 
 class Generator(nn.Module):
-    """Latent numbers to an image in [-1, 1]. In training mode BatchNorm makes each image depend on the others of the call; in eval() it does not.
+    """Latent numbers to an image in [-1, 1]. In training mode BatchNorm makes each image depend on the others of the call; in evaluation mode it does not.
 
     features: channels before the last layer; size: pixels per side. What is no multiple of 16 is cut out of the middle of a larger image."""
 
