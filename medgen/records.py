@@ -27,8 +27,9 @@ class Records:
         self._starts = np.cumsum(self._counts) - self._counts
         self._rows = np.concatenate(of_record)
         self._most_slices = int(np.unique(patients, return_counts=True)[1].max())
-        if sampling.size > len(self):
-            raise InputError(f"batch_size: {sampling.size} {sampling.unit}s in an update, but the training split has {len(self)}; write {len(self)} or fewer")
+        problem = sampling.too_few(len(self))
+        if problem is not None:
+            raise InputError(problem)
 
     def __len__(self) -> int:
         return len(self._counts)

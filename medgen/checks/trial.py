@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +72,12 @@ class Trial:
     def config(self) -> Any:
         return spec.family_config(self.stage.config)
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """Of the training slices in the store."""
         return self.store.select("train", self.config.trains_positive_only(self.item.spec.data))
 
+    @cached_property
     def records(self) -> Records | None:
         """Of families that draw records. Raises InputError if there are too few."""
         from medgen.records import Records
@@ -135,7 +137,7 @@ def _try_model(trial: Trial, say: Callable[[str], None]) -> Finding:
     """One step, validation, sampling and save at full size on the CPU; where that would take too much, the shapes alone."""
     from medgen.training import steps_in
 
-    rows, records = trial.rows, trial.records()
+    rows, records = trial.rows, trial.records
     size = _measure_shapes(trial)
     steps = 0
     for phase in _build(trial, "meta").phases():
@@ -164,7 +166,7 @@ def _build(trial: Trial, device: str) -> Model:
     from medgen.training import build_model, shape_of
     config = trial.config
     with torch.device(device):
-        return build_model(trial.stage.config["model"], config, shape_of(config, trial.store, trial.records()), trial.item.spec.seed, trial.name)
+        return build_model(trial.stage.config["model"], config, shape_of(config, trial.store, trial.records), trial.item.spec.seed, trial.name)
 
 
 def _measure_shapes(trial: Trial) -> Size:

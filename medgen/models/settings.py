@@ -110,6 +110,12 @@ class RecordSampling:
     poisson: bool  # each record is drawn or not, by itself; else the records are shuffled, and none comes twice before all have come
     secret: bool  # what is drawn depends on a key of the run instead of the plan's seed
 
+    def too_few(self, records: int) -> str | None:
+        """Why so many records in the training split are not enough, in words; None if they are."""
+        if self.size <= records:
+            return None
+        return f"batch_size: {self.size} {self.unit}s in an update, but the training split has {records}; write {records} or fewer"
+
 
 class FamilyConfig(Settings):
     """Base of every family's Config. Properties tell the planner what the model eats and makes."""

@@ -174,8 +174,9 @@ class Config(FamilyConfig):
     def check_patients(self, patients: int) -> None:
         if self.dp is None or self.dp.unit != "patient":
             return  # slices are counted when they are made
-        if self.batch_size > patients:
-            raise ValueError(f"batch_size: {self.batch_size} patients in an update, but the training split has {patients}; write {patients} or fewer")
+        problem = self.record_sampling.too_few(patients)
+        if problem is not None:
+            raise ValueError(problem)
         try:
             delta_of(self, patients)
         except ValueError as error:

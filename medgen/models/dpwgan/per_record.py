@@ -1,6 +1,6 @@
 """The clipped sum by the definition: torch.func makes the gradient of every record, second derivatives and all. The reference for two_pass.py.
 
-Used by model.py for critics that two_pass.py does not know, and by tests. Takes the memory of a whole gradient for each record of a chunk."""
+Used by tests and benchmarks: model.py takes two_pass.py. Takes the memory of a whole gradient for each record of a chunk."""
 
 from __future__ import annotations
 
