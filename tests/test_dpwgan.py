@@ -157,7 +157,7 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
     ({"dp": {"noise_multiplier": 1, "clip_norm": None}}, "clip_norm: null leaves the influence of a record without limit"),
     ({"dp": {"noise_multiplier": 1, "unit": "slice", "slices": 2}}, "slices has no effect with unit: slice"),
     ({"dp": {"noise_multiplier": 0, "epsilon": 8}}, "noise_multiplier: 0 spends any epsilon in its first step"),
-    ({"dp": "none", "betas": [0.5, 1.0]}, r"betas must lie in \[0, 1\)"),
+    ({"dp": "none", "betas": [0.5, 1.0]}, r"both must lie in \[0, 1\)"),
     ({"dp": "none", "find_lr": True}, "find_lr has no effect"),
     ({"dp": "none", "loop": {"micro_batch": "auto"}}, "micro_batch: auto"),
     ({"dp": "none", "frozen_critic_layers": 2}, "frozen_critic_layers: 2 would leave layers as chance made them; name what they were trained to in start_from"),

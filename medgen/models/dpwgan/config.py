@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
+from medgen.models.adversarial import AdversarialConfig, Betas
 from medgen.models.settings import (
     EmaSettings,
-    FamilyConfig,
     RecordSampling,
     Settings,
     check_weights,
@@ -65,10 +65,9 @@ def _none_is_said(value: Any) -> Any:
     return None if value == "none" else value
 
 
-class Config(FamilyConfig):
+class Config(AdversarialConfig):
     """A DCGAN generator and a convolutional critic with gradient penalty, trained with or without differential privacy."""
 
-    channels: tuple[str, ...] = Field(("image",), min_length=1)  # names of data.images
     latent: int = Field(128, ge=1)
     features: int = Field(64, ge=1)  # of the widest image; doubled at every halving
 
@@ -77,7 +76,7 @@ class Config(FamilyConfig):
     batch_size: int = Field(32, ge=1)  # records of a critic update: the mean of a random number with dp; images of a generator update
     critic_steps: int = Field(4, ge=1)
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: Betas = (0.5, 0.9)
     penalty: float = Field(10.0, ge=0)
 
     ema: EmaSettings | None = None  # averages of the generator's weights; it costs no privacy
@@ -87,8 +86,6 @@ class Config(FamilyConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.loop.micro_batch == "auto":
             raise ValueError("loop.micro_batch: auto would search for a batch, and records come in batches of chance; write how many are computed at once, or leave it out")
         if self.frozen_critic_layers and self.start_from is None:
@@ -154,28 +151,8 @@ class Config(FamilyConfig):
         return self.dp is None
 
     @property
-    def output_kind(self) -> Literal["image", "mask"]:
-        return "image"
-
-    @property
-    def output_channels(self) -> tuple[str, ...]:
-        return self.channels
-
-    @property
-    def input_channels(self) -> tuple[str, ...]:
-        return self.channels
-
-    @property
     def form(self) -> dict[str, Any]:
         return {"channels": self.channels, "latent": self.latent, "features": self.features, "ema": self.ema and tuple(self.ema.betas)}
-
-    @property
-    def loss_falls(self) -> bool:
-        return False
-
-    @property
-    def attackable(self) -> bool:
-        return True
 
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
