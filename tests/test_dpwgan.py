@@ -315,6 +315,9 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
             run = create_run(write_spec(spec), (), tmp_path / "runs")[0].root
             killed = subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=5,action=kill9"}, capture_output=True)
             assert killed.returncode == -signal.SIGKILL and (run / "train" / "noise.key").exists() == (noise == "secret")
+            if noise == "secret":
+                assert (run / "train" / "noise.key").stat().st_mode & 0o777 == 0o600
+                assert "with this key the noise of a private training can be taken away again" in " ".join(medgen("fsck", run).stdout.split())
             medgen("train", run)
         else:
             medgen("submit", write_spec(spec), "--local")
