@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medgen import checkpoint, commits, files, plan, rundir, spec
+from medgen import checkpoint, commits, csv_files, files, plan, rundir, spec
 from medgen.checkpoint import Checkpoint
-from medgen.data import csv_files, stacks
+from medgen.data import stacks
 from medgen.errors import InputError
 from medgen.evaluate import classification
 from medgen.evaluate.classification import Classifier, Estimate, Performance

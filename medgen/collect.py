@@ -13,9 +13,8 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from medgen import files
+from medgen import csv_files, files
 from medgen.collected import INDEX, MANIFEST, SHA_SUFFIX
-from medgen.data import csv_files
 from medgen.data.image_files import read_slice
 from medgen.errors import MedgenError
 from medgen.gate import accounts

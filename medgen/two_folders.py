@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from medgen import files, rundir
-from medgen.data.csv_files import write_rows
+from medgen.csv_files import write_rows
 from medgen.errors import InputError
 from medgen.evaluate import folders, scores
 from medgen.evaluate.folders import Compared, Request

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medgen import files
-from medgen.data import csv_files, stacks
+from medgen import csv_files, files
+from medgen.data import stacks
 from medgen.errors import InputError, MedgenError
 from medgen.prepare import split, stack
 from medgen.prepare.match import Limits, Matching, _Pool, by_group, match_subjects

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgen.data import csv_files
+from medgen import csv_files
 from medgen.data.splits import assign_splits
 from medgen.data.stacks import Stack, open_stack, require_disjoint, require_subjects_of_every_class
 from medgen.errors import InputError

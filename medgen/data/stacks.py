@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medgen import files
-from medgen.data import csv_files
+from medgen import csv_files, files
 from medgen.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 
 from medgen import collected, files, rng
 from medgen import plan as plans
-from medgen.data.csv_files import write_rows
+from medgen.csv_files import write_rows
 from medgen.data.store import open_store
 from medgen.evaluate import (
     auc,

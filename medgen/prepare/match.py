@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from medgen import files, rng
-from medgen.data import csv_files
+from medgen import csv_files, files, rng
 from medgen.errors import MedgenError
 from medgen.prepare import page, words
 from medgen.prepare.page import Section, Table

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medgen.data import csv_files
+from medgen import csv_files
 from medgen.data.volumes import Header, display_slices, read_header, read_volume, require_same_grid
 from medgen.errors import InputError
 from medgen.prepare.split import COLUMN as SPLIT_COLUMN

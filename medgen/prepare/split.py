@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from medgen import files
-from medgen.data import csv_files
+from medgen import csv_files, files
 from medgen.errors import InputError, MedgenError
 from medgen.prepare import page, words
 from medgen.prepare.match import by_group

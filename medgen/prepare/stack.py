@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from medgen import files
-from medgen.data import csv_files, stacks
+from medgen import csv_files, files
+from medgen.data import stacks
 from medgen.data.image_files import FLAT_AFFINE
 from medgen.data.phantoms import write_volume
 from medgen.data.resize import pad_to_square

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from medgen.data import csv_files
+from medgen import csv_files
 from medgen.errors import InputError
 
 OLDEST_YEARS = 130.0

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medgen import files
-from medgen.data import csv_files
+from medgen import csv_files, files
 from medgen.errors import InputError
 from medgen.evaluate.scores import MEANINGS
 from medgen.watch.sweep import Score, SweepPoint, points_of, short, shown, sortable

@@ -1,4 +1,4 @@
-"""Tables as people save them, checked line by line; read by index.py, stacks.py and medgen/prepare, written by medgen/prepare."""
+"""Tables as people save them, checked line by line; read by medgen/data, medgen/cardiac and medgen/prepare, written by medgen/prepare."""
 
 from __future__ import annotations
 
