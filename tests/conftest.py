@@ -73,6 +73,15 @@ def glioma() -> Path:
     return folder
 
 
+@pytest.fixture
+def sunnybrook() -> Path:
+    """Real cine slices with contours: $MEDGEN_SUNNYBROOK, or shared/data/scd_cardiac beside the checkout."""
+    folder = Path(os.environ.get("MEDGEN_SUNNYBROOK", REPOSITORY.parent / "shared" / "data" / "scd_cardiac"))
+    if not folder.is_dir():
+        unavailable(f"no real data at {folder}; set MEDGEN_SUNNYBROOK")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One slice cache per test process: phantoms are drawn once."""
