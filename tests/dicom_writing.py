@@ -14,8 +14,8 @@ ORIENTATION, POSITION = [1, 0, 0, 0, 0.8, -0.6], [-120.5, -90.25, 33.0]
 
 
 def values(rows: int = 24, columns: int = 20) -> np.ndarray:
-    """Another value everywhere, from 900 to 2000."""
-    return (900 + np.arange(rows * columns) * 2.29).astype(np.uint16).reshape(rows, columns)
+    """From 900 to 4000, so that 12 bits hold them; no two neighbours are equal."""
+    return np.linspace(900, 4000, rows * columns).astype(np.uint16).reshape(rows, columns)
 
 
 def map_dataset(pixels: np.ndarray | None = None, image_type: tuple[str, ...] = ("DERIVED", "PRIMARY", "T1 MAP"), **attributes: Any) -> FileDataset:
