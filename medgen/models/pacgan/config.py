@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from medgen.models.settings import FamilyConfig, Settings
+from medgen.models.settings import Curves, FamilyConfig, Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -145,6 +145,17 @@ class Config(FamilyConfig):
     @property
     def loss_falls(self) -> bool:
         return False
+
+    @property
+    def curves(self) -> tuple[Curves, ...]:
+        return (
+            Curves("Scores of the critic", "score", {"critic_real_score": "real images", "critic_fake_score": "generated images"},
+                   "The gap is the critic's estimate of the Wasserstein distance between both."),
+            Curves("Losses of the players", "loss", {"critic_loss": "critic", "generator_loss": "generator"}),
+            Curves("Gradient penalty", "penalty", {"critic_penalty": "penalty, without its weight"}, "0 where the critic's gradient is 1 long, as it should be."),
+            Curves("Errors of the classification", "cross entropy", {"critic_real_class": "real images", "generator_class": "generated images"}),
+            Curves("Classes told apart on the val split", "AUC", {"val_auc_real": "real images", "val_auc_fake": "generated images"}),
+        )  # fmt: skip
 
     @property
     def classifies(self) -> bool:
