@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +105,18 @@ def test_without_dp_it_is_the_same_training_as_without_noise_and_clipping() -> N
             model._update_critic(lot, context())
         states.append({name: state for name, state in state_of(model).items() if "ledger" not in name})
     assert_same(*states)
+
+
+def test_what_is_logged_of_real_images_is_logged_without_dp_alone() -> None:
+    private = {"noise_multiplier": 0.0, "clip_norm": None, "delta": 0.001}  # the same updates, and no less private a log
+    told = [model_of(dp)._update_critic(lot_of(4), context()) for dp in ("none", private)]
+    assert set(told[1]) == {"critic_of_fakes"} and torch.equal(told[0]["critic_of_fakes"], told[1]["critic_of_fakes"])
+    model, real = model_of("none"), lot_of(4).channels["image"].flatten(0, 1) * 2 - 1
+    torch.testing.assert_close(told[0]["critic_real_score"], model.critic(real).mean().detach())
+    assert told[0]["wasserstein"] == told[0]["critic_real_score"] - told[0]["critic_fake_score"] and told[0]["critic_penalty"] >= 0
+    for dp in ("none", private):
+        drawn = {name for curves in model_of(dp).config.curves for name in curves.lines}
+        assert drawn == (set(told[0]) - {"critic_of_fakes"} if dp == "none" else {"critic_of_fakes"})
 
 
 def test_a_resumed_training_has_spent_what_an_uninterrupted_one_has() -> None:
@@ -223,7 +237,7 @@ def test_too_few_patients_are_told(people: tuple[np.ndarray, np.ndarray]) -> Non
 
 
 def spec_of(dp: Any, **changes: Any) -> dict[str, Any]:
-    config = {"model": "dpwgan", "channels": ["t1_gd"], **TINY, "dp": dp, "loop": {"log_steps": 2, "preview_images": 2, "checkpoint_steps": 3}, **changes}
+    config = {"model": "dpwgan", "channels": ["t1_gd"], **TINY, "dp": dp, "loop": {"log_steps": 2, "preview_images": 2, "checkpoint_steps": 3, "validate_epochs": 1.4}, **changes}
     stages = {
         "train": {"kind": "train", "config": config, "resources": {"cpus": 1}},
         "images": {"kind": "generate", "from": "train", "count": 4},
@@ -243,9 +257,12 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
     assert card["epsilon_prv"] == pytest.approx(epsilon(model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism and (model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism,), 0.01))
     assert list(facts["checkpoints"]) == ["last"], "nothing was chosen by real images"
     assert not (run / "train" / "noise.key").exists(), "nobody can take the noise away any more"
-    log = (run / "train" / "log.jsonl").read_text()
-    assert "critic_of_fakes" in log and "val_" not in log and "real" not in log
-    assert str(round(card["epsilon_prv"], 1)) in (run / "report" / "index.html").read_text()
+    lines = [json.loads(line) for line in (run / "train" / "log.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} == {"step", "epoch", "loss", "critic_of_fakes", "seconds_per_step", "time"}, "nothing of real images"
+    page = (run / "report" / "index.html").read_text()
+    assert str(round(card["epsilon_prv"], 1)) in page
+    assert "Critic&#39;s score of generated images" in page and "Wasserstein" not in page and "real images</span>" not in page
+    assert list(grids_of(run)) == [f"step-{step:06d}.png" for step in (2, 4, 6, 8)] and "step 2</figcaption>" in page, "pictures cost nothing, and need no validation"
 
 
 @pytest.mark.parametrize(("spec", "told"), [
@@ -267,6 +284,10 @@ def test_nothing_is_chosen_by_images_that_are_not_counted(medgen: Medgen, write_
     assert "stages.again.repeat: train is not judged by the val split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
 
 
+def grids_of(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "train" / "previews").iterdir())}
+
+
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
     newest = checkpoint.newest(run / "train" / "ckpt", print)
     assert newest is not None and newest.step == 8
@@ -275,7 +296,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec, medgen: Medgen, environment: dict[str, str], tmp_path: Path) -> None:
     """With noise that can be drawn again; a secret one is another in every run, and the key of it outlives a kill."""
-    found = {}
+    found, grids = {}, {}
     for name, noise, resources in (("one", "reproducible", {"cpus": 1}), ("two", "reproducible", {"processes": 2, "cpus": 2}),
                                    ("cut", "reproducible", {"cpus": 1}), ("secret", "secret", {"cpus": 1})):  # fmt: skip
         spec = spec_of({"noise_multiplier": 1, "noise": noise})
@@ -284,11 +305,17 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
             run = create_run(write_spec(spec), (), tmp_path / "runs")[0].root
             killed = subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=5,action=kill9"}, capture_output=True)
             assert killed.returncode == -signal.SIGKILL and (run / "train" / "noise.key").exists() == (noise == "secret")
+            if name == "cut":
+                shutil.copy(run / "train" / "previews" / "step-000004.png", run / "train" / "previews" / "step-000007.png")  # of steps that it has not behind it any more
+                stopped = subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=6,action=term"}, capture_output=True)
+                assert stopped.returncode == 3 and list(grids_of(run)) == ["step-000002.png", "step-000004.png"], "no time for a picture"
             medgen("train", run)
         else:
             medgen("submit", write_spec(spec), "--local")
             [run] = (tmp_path / "runs").glob(f"{name}-*")
         found[name] = last_weights(run)
+        grids[name] = grids_of(run)
+    assert grids["cut"] == grids["one"] and list(grids["two"]) == list(grids["one"]) and len(set(grids["one"].values())) > 1
     for key, tensor in found["one"].items():
         torch.testing.assert_close(found["two"][key], tensor, rtol=1e-4, atol=1e-5)
         assert torch.equal(found["cut"][key], tensor), key

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
-from medgen.models.settings import FamilyConfig, RecordSampling, Settings
+from medgen.models.settings import Curves, FamilyConfig, RecordSampling, Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -155,6 +155,16 @@ class Config(FamilyConfig):
     @property
     def loss_falls(self) -> bool:
         return False
+
+    @property
+    def curves(self) -> tuple[Curves, ...]:
+        if self.dp is not None:
+            return (Curves("Critic's score of generated images", "score", {"critic_of_fakes": "generated images"}, "What it says of real images is private, and is not logged."),)
+        return (
+            Curves("Scores of the critic", "score", {"critic_real_score": "real images", "critic_fake_score": "generated images"}),
+            Curves("Critic's estimate of the Wasserstein distance", "score", {"wasserstein": "estimate"}, "The gap between both scores. While the critic keeps up, it falls as images get better."),
+            Curves("Gradient penalty", "penalty", {"critic_penalty": "penalty, without its weight"}, "0 where the critic's gradient is 1 long, as it should be."),
+        )
 
     @property
     def attackable(self) -> bool:

@@ -31,7 +31,7 @@ from medgen.models.dpwgan.config import Config
 from medgen.models.dpwgan.ledger import Ledger
 from medgen.models.dpwgan.networks import Critic, Generator
 from medgen.models.dpwgan.plan import Spending, spending
-from medgen.models.dpwgan.records import Records
+from medgen.models.dpwgan.records import Records, told_of
 from medgen.models.dpwgan.two_pass import clipped_sum
 from medgen.models.settings import Settings
 
@@ -91,12 +91,12 @@ class Model(Family):
         if not batch.lots:
             raise MedgenError("this family is trained on records that are drawn for each update, not on slices in turn")
         for lot in batch.lots:
-            score_of_fakes = self._update_critic(lot, context)
+            told = self._update_critic(lot, context)
         loss = self._update_generator(batch, context)
-        # of real images nothing is told: what is not noised is not accounted for
-        return StepReport({"loss": loss, "critic_of_fakes": score_of_fakes})
+        return StepReport({"loss": loss, **told})
 
-    def _update_critic(self, lot: Lot, context: StepContext) -> Tensor:
+    def _update_critic(self, lot: Lot, context: StepContext) -> dict[str, Tensor]:
+        """Returns what may be told of it. With dp that is nothing of real images: what is not noised is not accounted for."""
         real = joined({name: tensor.flatten(0, 1) for name, tensor in lot.channels.items()}, self.config.channels)
         slices = next(iter(lot.channels.values())).shape[1]
         latent, mix = lot.normal("latent", (slices, self.config.latent)), lot.uniform("mix", slices)
@@ -121,7 +121,8 @@ class Model(Family):
             self.noisy_critic.generator = torch.Generator(device).manual_seed(rng.derive_seed(lot.seed, f"{lot.stream}/noise", lot.number))
             self.noisy_critic.step()
         self.players["critic"].zero_grad(set_to_none=True)
-        return self._score_of_fakes(lot)
+        openly = told_of(summed.terms) if self.config.dp is None else {}
+        return {"critic_of_fakes": self._score_of_fakes(lot), **openly}
 
     @torch.no_grad()
     def _score_of_fakes(self, lot: Lot) -> Tensor:
