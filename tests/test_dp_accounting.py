@@ -24,6 +24,7 @@ from scipy.stats import norm
 from medgen.dp import accounting, budget, card
 from medgen.dp.ceiling import attack_ceiling, group
 from medgen.dp.mechanism import History, Mechanism, merged
+from medgen.dp.profile import constant
 
 
 def steps(sampling_rate: float, noise_multiplier: float, count: int) -> History:
@@ -202,7 +203,7 @@ def test_counting_is_not_imported_before_it_is_asked_for() -> None:
     (1, 1e-5, 0.0032, 2_000), (8, 1e-5, 0.0032, 31_300), (20, 1e-3, 0.16, 1_000), (0.1, 1e-3, 0.16, 1_000), (8, 1e-5, 0.125, 24), (20, 1e-5, 0.125, 1), (1, 1e-5, 1.0, 100),
 ])  # fmt: skip
 def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: float, count: int) -> None:
-    noise = budget.noise_multiplier_for(epsilon, delta, rate, count)
+    noise = budget.noise_multiplier_for(epsilon, delta, rate, constant(count))
     assert 0.99 * epsilon <= accounting.epsilon(steps(rate, noise, count), delta) <= epsilon
     assert accounting.epsilon(steps(rate, 0.985 * noise, count), delta) > epsilon
     assert float(f"{noise:.4g}") == noise, "it can be written down as it is"
@@ -210,43 +211,43 @@ def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: fl
 
 def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_do() -> None:
     with pytest.raises(budget.TooSmall, match=r"even a noise multiplier of 100 costs .*; what would do: ") as refused:
-        budget.noise_multiplier_for(0.5, 1e-5, 0.25, 8_000)
+        budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(8_000))
     message = str(refused.value)
     advised = {name: float(message.split(name)[1].split()[0].strip(",;").replace(",", "").rstrip(")")) for name in ("would do: epsilon: ", "at most ", "(sampling rate ")}
     assert accounting.epsilon(steps(0.25, budget.MOST_NOISE, 8_000), 1e-5) <= advised["would do: epsilon: "]
-    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, int(advised["at most "])) <= budget.MOST_NOISE
-    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], 8_000) <= budget.MOST_NOISE
+    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(int(advised["at most "]))) <= budget.MOST_NOISE
+    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], constant(8_000)) <= budget.MOST_NOISE
 
 
 def test_a_budget_that_hardly_needs_noise_is_refused() -> None:
     with pytest.raises(budget.TooLarge, match=r"epsilon: 100 needs a noise multiplier below 0.2 in 1 steps.*write at most 28"):
-        budget.noise_multiplier_for(100, 1e-5, 0.125, 1)
+        budget.noise_multiplier_for(100, 1e-5, 0.125, constant(1))
 
 
 @pytest.mark.parametrize("epsilon", [0, -1, math.inf, math.nan])
 def test_no_budget(epsilon: float) -> None:
     with pytest.raises(ValueError, match="is no budget"):
-        budget.noise_multiplier_for(epsilon, 1e-5, 0.1, 10)
+        budget.noise_multiplier_for(epsilon, 1e-5, 0.1, constant(10))
     with pytest.raises(ValueError, match="is no budget"):
-        budget.steps_within(epsilon, 1e-5, 0.1, 1.0)
+        budget.steps_within(epsilon, 1e-5, 0.1, 1.0, constant(1))
 
 
 def test_no_noise_for_no_steps() -> None:
     with pytest.raises(ValueError, match="steps: 0"):
-        budget.noise_multiplier_for(1, 1e-5, 0.1, 0)
+        budget.noise_multiplier_for(1, 1e-5, 0.1, constant(0))
 
 
 @pytest.mark.parametrize(("epsilon", "delta", "rate", "noise"), [(1, 1e-3, 0.16, 5.0), (4, 1e-5, 0.125, 1.1), (3, 1e-5, 0.01, 0.7)])
 def test_the_most_steps_are_the_most(epsilon: float, delta: float, rate: float, noise: float) -> None:
-    count = budget.steps_within(epsilon, delta, rate, noise)
+    count = budget.steps_within(epsilon, delta, rate, noise, constant(1))
     assert accounting.epsilon(steps(rate, noise, count), delta) <= epsilon < accounting.epsilon(steps(rate, noise, count + 1), delta)
 
 
 def test_steps_of_no_budget_and_of_any_number() -> None:
     with pytest.raises(ValueError, match=r"does not allow a single step with noise_multiplier 0.5, which costs"):
-        budget.steps_within(0.1, 1e-5, 0.5, 0.5)
+        budget.steps_within(0.1, 1e-5, 0.5, 0.5, constant(1))
     with pytest.raises(ValueError, match="allows more than 10,000,000 steps"):
-        budget.steps_within(8, 1e-5, 1e-6, 50.0)
+        budget.steps_within(8, 1e-5, 1e-6, 50.0, constant(1))
 
 
 @pytest.mark.parametrize(("records", "delta"), [(1, 0.1), (4, 0.02), (100, 0.001), (300, 3e-4), (10_000, 1e-5), (240_000, 4e-7)])
@@ -355,7 +356,7 @@ def test_a_card_says_all_and_reads_back() -> None:
     lines = issued.words()
     assert max(map(len, lines)) <= card.WIDTH
     text = " ".join(" ".join(lines).split())
-    assert "1,000 critic updates, 32 slices expected in each" in text and "noise multiplier 2, clip norm 1.5" in text and "one with 50 slices has epsilon" in text
+    assert "1,500 critic updates, 32 slices expected in each" in text and "noise multiplier 1.1 in 1,000, then 2 in 500, clip norm 1.5" in text and "one with 50 slices has epsilon" in text
 
 
 def test_a_card_of_patients_does_not_speak_of_slices() -> None:

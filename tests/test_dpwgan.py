@@ -22,6 +22,7 @@ from test_models import assert_same, context, make, state_of, train, training_ba
 from medgen import checkpoint, files, records
 from medgen.dp.accounting import epsilon
 from medgen.dp.card import from_record
+from medgen.dp.mechanism import steps_of
 from medgen.dp.priced import Priced
 from medgen.errors import InputError, MedgenError
 from medgen.models.base import DataShape, Lot
@@ -130,13 +131,14 @@ def test_other_weights_that_were_private_before_are_counted_too() -> None:
 
 def test_the_budget_decides_the_noise_or_the_steps() -> None:
     by_budget = model_of({"epsilon": 3.0, "delta": 1e-4}, people=1000, steps=50)
-    planned = by_budget.spending.mechanism
-    assert planned.steps == 100 and 2.9 < epsilon((planned,), 1e-4) <= 3.0
+    planned = by_budget.spending.history
+    assert steps_of(planned) == 100 and 2.9 < epsilon(planned, 1e-4) <= 3.0
     cut = model_of({"epsilon": 1.0, "noise_multiplier": 0.8, "delta": 1e-4}, people=1000, steps=5000)
     [phase] = cut.phases()
-    assert phase.steps == cut.spending.steps < 5000 and epsilon((cut.spending.mechanism,), 1e-4) <= 1.0
+    assert phase.steps == cut.spending.steps < 5000 and epsilon(cut.spending.history, 1e-4) <= 1.0
     assert "steps, after which the budget is spent" in " ".join(cut.describe(0))
-    assert epsilon((replace(cut.spending.mechanism, steps=cut.spending.mechanism.steps + 4),), 1e-4) > 0.985, "no budget is left over"
+    [only] = cut.spending.history
+    assert epsilon((replace(only, steps=only.steps + 4),), 1e-4) > 0.985, "no budget is left over"
     assert model_of({"epsilon": 900.0, "noise_multiplier": 50.0}).phases()[0].steps == model_of("none").phases()[0].steps == 8
 
 
@@ -240,7 +242,7 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
     facts = files.read_json(run / "outcome" / "train.0.json")["facts"]
     card = facts["privacy"]
     assert card["unit"] == "patient" and card["records"] == 6 and card["critic_steps"] == 16 and card["delta"] == 0.01
-    assert card["epsilon_prv"] == pytest.approx(epsilon(model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism and (model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism,), 0.01))
+    assert card["epsilon_prv"] == pytest.approx(epsilon(model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.history, 0.01))
     assert list(facts["checkpoints"]) == ["last"], "nothing was chosen by real images"
     assert not (run / "train" / "noise.key").exists(), "nobody can take the noise away any more"
     log = (run / "train" / "log.jsonl").read_text()

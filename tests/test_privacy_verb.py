@@ -16,7 +16,8 @@ from medgen.dp import accounting, budget
 from medgen.dp.card import told
 from medgen.dp.ceiling import attack_ceiling
 from medgen.dp.mechanism import Mechanism
-from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of
+from medgen.dp.priced import Cohort, Priced, Unit, delta_of, history_of, is_private
+from medgen.dp.profile import Profile, constant
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Plan:
     clip_norm: float = 1.0
     expected_batch: int = 32
     steps: int = 300
+
+    @property
+    def noise_profile(self) -> Profile:
+        return constant(self.steps)
 
     def critic_steps_total(self, records: int) -> int:
         return self.steps
@@ -63,14 +68,14 @@ def test_the_screen_tells_the_plan_and_others() -> None:
         assert cells(text, label)[4] == told(accounting.epsilon((mechanism,), 1e-3))
     for target in (1, 3, 8, 20):
         noise, epsilon = cells(text, f"for epsilon {target}")[3:5]
-        assert float(noise) == budget.noise_multiplier_for(target, 1e-3, 0.16, 300) and 0.99 * target <= float(epsilon) <= target
+        assert float(noise) == budget.noise_multiplier_for(target, 1e-3, 0.16, constant(300)) and 0.99 * target <= float(epsilon) <= target
 
 
 def test_a_budget_is_turned_into_noise() -> None:
     plan = Plan(epsilon=8.0, noise_multiplier=None, delta=None)
     text = price.price(plan, LARGE)
-    noise = budget.noise_multiplier_for(8.0, 1e-5, 0.0032, 300)
-    assert mechanism_of(plan, 10_000) == Mechanism(0.0032, noise, 300) and delta_of(plan, 10_000) == 1e-5
+    noise = budget.noise_multiplier_for(8.0, 1e-5, 0.0032, constant(300))
+    assert history_of(plan, 10_000) == (Mechanism(0.0032, noise, 300),) and delta_of(plan, 10_000) == 1e-5
     assert cells(text, "as planned")[3] == f"{noise:.4g}" and f"noise multiplier {noise:.4g}" in text
     assert float(cells(text, "as planned")[4]) <= 8
 

@@ -4,6 +4,7 @@ Nothing on it is private: numbers of records and steps, noise, and what they cos
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from medgen.dp import accounting
 from medgen.dp.accounting import Spent
 from medgen.dp.budget import check_delta, rounded_up
 from medgen.dp.ceiling import attack_ceiling, group
-from medgen.dp.mechanism import History, Mechanism, merged
+from medgen.dp.mechanism import History, Mechanism, merged, steps_of
 from medgen.dp.priced import Unit, plural
 
 CARD_VERSION = 1
@@ -47,7 +48,7 @@ class Card:
     @property
     def steps(self) -> int:
         """Updates of the critic, each of which is charged; the generator's are free, as they see no records."""
-        return sum(stretch.steps for stretch in self.history)
+        return steps_of(self.history)
 
     def record(self) -> dict[str, Any]:
         """For JSON, complete without the code: an infinite epsilon is null, which is no guarantee."""
@@ -69,7 +70,7 @@ class Card:
             "epsilon": f"{told(self.spent.epsilon_prv)} by {self.accountants['prv']}; {told(self.spent.epsilon_rdp)} by {self.accountants['rdp']}",
             "delta": f"{self.spent.delta:.3g}, of {self.records:,} {plural(self.unit)}",
             "unit": f"one {self.unit}, added or removed" + (" with all its slices" if self.unit == "patient" else ""),
-            "steps": "; ".join(self._stretch_in_words(stretch) for stretch in self.history) or "none",
+            "steps": "; ".join(self._alike_in_words(rate, tuple(stretches)) for rate, stretches in itertools.groupby(self.history, lambda stretch: stretch.sampling_rate)) or "none",
             "attacks": self._attacks_in_words(),
             **({"patients": self._patients_in_words()} if self.most_records > 1 else {}),
         }
@@ -78,9 +79,11 @@ class Card:
         lines += [line for name, text in facts.items() for line in hung(f"  {name}", text, indent)]
         return [*lines, "not covered", *(line for text in (*self.limits, *NOT_COVERED) for line in hung("  -", text, 4))]
 
-    def _stretch_in_words(self, stretch: Mechanism) -> str:
-        return (f"{stretch.steps:,} critic updates, {stretch.sampling_rate * self.records:.4g} {plural(self.unit)} expected in each (sampling rate {stretch.sampling_rate:.3g}), "
-                f"noise multiplier {stretch.noise_multiplier:.4g}, clip norm {self.clip_norm:g}")  # fmt: skip
+    def _alike_in_words(self, sampling_rate: float, stretches: History) -> str:
+        """Stretches of one sampling rate."""
+        noise = [f"{stretch.noise_multiplier:.4g}" + (f" in {stretch.steps:,}" if len(stretches) > 1 else "") for stretch in stretches]
+        return (f"{steps_of(stretches):,} critic updates, {sampling_rate * self.records:.4g} {plural(self.unit)} expected in each (sampling rate {sampling_rate:.3g}), "
+                f"noise multiplier {', then '.join(noise)}, clip norm {self.clip_norm:g}")  # fmt: skip
 
     def _attacks_in_words(self) -> str:
         ceiling = attack_ceiling(self.spent.epsilon_prv, self.spent.delta)

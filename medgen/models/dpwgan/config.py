@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
+from medgen.dp.profile import Profile, constant
 from medgen.models.settings import FamilyConfig, RecordSampling, Settings
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ class Config(FamilyConfig):
         return self.dp.noise_multiplier if self.dp is not None else None
 
     @property
+    def noise_profile(self) -> Profile:
+        return constant(self.steps * self.critic_steps)
+
+    @property
     def delta(self) -> float | None:
         return self.dp.delta if self.dp is not None else None
 
@@ -127,7 +132,7 @@ class Config(FamilyConfig):
         if self.budget is None or not self.noise_multiplier:
             return wanted
         try:
-            within = steps_within(self.budget, delta_of(self, records), self.batch_size / records, self.noise_multiplier)
+            within = steps_within(self.budget, delta_of(self, records), self.batch_size / records, self.noise_multiplier, self.noise_profile)
         except TooLarge:  # of more steps than anybody takes
             return wanted
         return min(wanted, within // self.critic_steps * self.critic_steps)

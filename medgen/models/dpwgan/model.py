@@ -70,13 +70,10 @@ class Model(Family):
         """The critic's optimizer, which adds the noise to the sum of clipped gradients that it finds in `.grad`."""
         from opacus.optimizers import DPOptimizerFastGradientClipping
 
-        noise = self.spending.mechanism.noise_multiplier
-        made = DPOptimizerFastGradientClipping(
-            self.players["critic"], noise_multiplier=noise, max_grad_norm=self.config.clip_norm, expected_batch_size=self.config.batch_size,
+        return DPOptimizerFastGradientClipping(
+            self.players["critic"], noise_multiplier=self.spending.release(0).noise_multiplier, max_grad_norm=self.config.clip_norm, expected_batch_size=self.config.batch_size,
             secure_mode=True,  # sums of several draws: the bits of a single float would tell what they were added to
         )  # fmt: skip
-        made.attach_step_hook(lambda _: self.ledger.add(self.spending.mechanism))
-        return made
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self.players
@@ -119,6 +116,9 @@ class Model(Family):
         else:
             device = next(self.critic.parameters()).device
             self.noisy_critic.generator = torch.Generator(device).manual_seed(rng.derive_seed(lot.seed, f"{lot.stream}/noise", lot.number))
+            release = self.spending.release(lot.number)
+            self.noisy_critic.noise_multiplier = release.noise_multiplier
+            self.ledger.add(release)
             self.noisy_critic.step()
         self.players["critic"].zero_grad(set_to_none=True)
         return self._score_of_fakes(lot)
