@@ -16,7 +16,7 @@ from medgen.dp import accounting, budget
 from medgen.dp.card import WIDTH, told
 from medgen.dp.ceiling import attack_ceiling, group
 from medgen.dp.mechanism import History, steps_of
-from medgen.dp.priced import Cohort, Priced, Unit, delta_of, history_of, is_private, plural
+from medgen.dp.priced import Cohort, Priced, Unit, clip_norms, delta_of, history_of, is_private, plural
 from medgen.dp.profile import Profile, course
 from medgen.errors import InputError
 from medgen.prepare.page import Table
@@ -103,7 +103,7 @@ def price(plan: Priced, cohort: Cohort) -> str:
     lines = [_Line("as planned", planned), *_changed(planned, noise), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned[0].sampling_rate, noise, target, delta)) for target in EPSILONS)]
     parts = [
         _folded(f"({told(accounting.epsilon(planned, delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {steps:,} critic updates, each with {plan.expected_batch:,} of "
-                f"{records:,} {plural(plan.unit)} expected, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, clip norm {plan.clip_norm:g}."),
+                f"{records:,} {plural(plan.unit)} expected, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, clip norm {course(*clip_norms(plan, steps))}."),
         _table(lines, records, delta).text(),
         _folded("epsilon: by the PRV accountant, to be cited; RDP: an older bound, which is higher. AUC, TPR: the most that any attack on the membership of one "
                 f"{plan.unit} may reach, TPR at 1 % false positives. All are rounded up."),

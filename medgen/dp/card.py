@@ -17,6 +17,7 @@ from medgen.dp.budget import check_delta, rounded_up
 from medgen.dp.ceiling import attack_ceiling, group
 from medgen.dp.mechanism import History, Mechanism, merged, steps_of
 from medgen.dp.priced import Unit, plural
+from medgen.dp.profile import course
 
 CARD_VERSION = 1
 WIDTH = 100  # columns of a screen
@@ -34,7 +35,7 @@ class Card:
     """A guarantee and what it rests on.
 
     unit: what one record is. most_records: of one patient, 1 where the unit is the patient. history: the critic's updates, in stretches that
-    were alike. limits: sentences on what this training leaves open beyond NOT_COVERED. spent: infinite epsilons where there was no noise. accountants: who counted, with versions."""
+    were alike. last_clip_norm: where the clip norm changed on the way, which costs nothing. limits: sentences on what this training leaves open beyond NOT_COVERED. spent: infinite epsilons where there was no noise. accountants: who counted, with versions."""
 
     unit: Unit
     records: int
@@ -44,6 +45,7 @@ class Card:
     spent: Spent
     accountants: Mapping[str, str]
     limits: tuple[str, ...] = ()
+    last_clip_norm: float | None = None
 
     @property
     def steps(self) -> int:
@@ -56,7 +58,7 @@ class Card:
         return {
             "version": CARD_VERSION, "unit": self.unit, "adjacency": ADJACENCY, "records": self.records, "most_records_of_one_patient": self.most_records,
             "delta": self.spent.delta, "epsilon_prv": _finite(self.spent.epsilon_prv), "epsilon_rdp": _finite(self.spent.epsilon_rdp), "accountants": dict(self.accountants),
-            "critic_steps": self.steps, "clip_norm": self.clip_norm,
+            "critic_steps": self.steps, "clip_norm": self.clip_norm, **({} if self.last_clip_norm is None else {"last_clip_norm": self.last_clip_norm}),
             "history": [{**asdict(stretch), "expected_batch": round(stretch.sampling_rate * self.records, 6)} for stretch in self.history],
             "attack_at_most": {"advantage": ceiling.advantage, "auc": ceiling.auc, "true_positive_rate_at_0.01": ceiling.true_positive_rate(0.01)},
             "not_covered": [*self.limits, *NOT_COVERED],
@@ -83,7 +85,10 @@ class Card:
         """Stretches of one sampling rate."""
         noise = [f"{stretch.noise_multiplier:.4g}" + (f" in {stretch.steps:,}" if len(stretches) > 1 else "") for stretch in stretches]
         return (f"{steps_of(stretches):,} critic updates, {sampling_rate * self.records:.4g} {plural(self.unit)} expected in each (sampling rate {sampling_rate:.3g}), "
-                f"noise multiplier {', then '.join(noise)}, clip norm {self.clip_norm:g}")  # fmt: skip
+                f"noise multiplier {', then '.join(noise)}, clip norm {self._clip_in_words()}")  # fmt: skip
+
+    def _clip_in_words(self) -> str:
+        return course(self.clip_norm, self.clip_norm if self.last_clip_norm is None else self.last_clip_norm)
 
     def _attacks_in_words(self) -> str:
         ceiling = attack_ceiling(self.spent.epsilon_prv, self.spent.delta)
@@ -95,10 +100,10 @@ class Card:
         return f"one with {self.most_records} slices has epsilon {told(epsilon)}, {worth}"
 
 
-def issue(unit: Unit, records: int, most_records: int, history: History, clip_norm: float, delta: float, limits: tuple[str, ...] = ()) -> Card:
-    """Count what was done and write it down. Raises ValueError if delta is not below 1 / records."""
+def issue(unit: Unit, records: int, most_records: int, history: History, clip_norm: float, delta: float, limits: tuple[str, ...] = (), last_clip_norm: float | None = None) -> Card:
+    """Count what was done and write it down; last_clip_norm: where it changed on the way. Raises ValueError if delta is not below 1 / records."""
     check_delta(delta, records)
-    return Card(unit, records, most_records, merged(history), clip_norm, accounting.spent(history, delta), accounting.accountants(), limits)
+    return Card(unit, records, most_records, merged(history), clip_norm, accounting.spent(history, delta), accounting.accountants(), limits, last_clip_norm)
 
 
 def from_record(record: Mapping[str, Any]) -> Card:
@@ -109,7 +114,8 @@ def from_record(record: Mapping[str, Any]) -> Card:
         history = tuple(Mechanism(item["sampling_rate"], item["noise_multiplier"], item["steps"]) for item in record["history"])
         prv, rdp = (math.inf if record[name] is None else record[name] for name in ("epsilon_prv", "epsilon_rdp"))
         return Card(record["unit"], record["records"], record["most_records_of_one_patient"], history, record["clip_norm"], Spent(prv, rdp, record["delta"]), record["accountants"],
-                    tuple(text for text in record["not_covered"] if text not in NOT_COVERED))  # fmt: skip
+                    tuple(text for text in record["not_covered"] if text not in NOT_COVERED),
+                    record.get("last_clip_norm"))  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"no privacy card: {error!r}") from None
 

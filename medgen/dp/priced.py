@@ -45,7 +45,12 @@ class Priced(Protocol):
         ...
 
     @property
-    def clip_norm(self) -> float: ...
+    def clip_norm(self) -> float:
+        """Of the first step."""
+        ...
+
+    @property
+    def clip_profile(self) -> Profile: ...
 
     @property
     def expected_batch(self) -> int:
@@ -96,6 +101,11 @@ def history_of(plan: Priced, records: int) -> History:
     if plan.epsilon is None:
         raise ValueError("neither epsilon nor noise_multiplier is given: nothing is promised of this training")
     return noise.history(rate, budget.noise_multiplier_for(plan.epsilon, delta_of(plan, records), rate, noise))
+
+
+def clip_norms(plan: Priced, steps: int) -> tuple[float, float]:
+    """Of the first and of the last of so many steps."""
+    return plan.clip_norm, plan.clip_norm * plan.clip_profile.share(steps - 1)
 
 
 def plural(unit: Unit) -> str:

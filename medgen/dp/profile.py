@@ -1,4 +1,4 @@
-"""How the noise multiplier goes over a training: stretches of updates, with the share of the first value that each has.
+"""How the noise multiplier or the clip norm goes over a training: stretches of updates, with the share of the first value that each has.
 
 Plain facts that look at no data. Used by budget.py, priced.py, price.py and private families."""
 
@@ -8,6 +8,8 @@ import itertools
 from dataclasses import dataclass
 
 from medgen.dp.mechanism import History, Mechanism
+
+STRETCHES = 8  # of a value that changes: each of other noise takes the accountant as long as a whole training of one noise
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Profile:
         return self._ending_at([-(-end * updates // self.updates) for end in self._ends()])
 
     def history(self, sampling_rate: float, first_noise: float) -> History:
+        """Where the value is the noise multiplier."""
         return tuple(Mechanism(sampling_rate, first_noise * share, count) for count, share in self.stretches)
 
     def _ends(self) -> list[int]:
@@ -50,6 +53,15 @@ class Profile:
 
 def constant(updates: int) -> Profile:
     return Profile(((updates, 1.0),))
+
+
+def geometric(updates: int, last_share: float) -> Profile:
+    """From 1 to `last_share` in stretches of equal length, each by the same factor from the one before; fewer than STRETCHES only for fewer updates.
+
+    Changing noise and clipping on the way is dynamic DP-SGD: Du et al. 2021, arXiv:2111.00173."""
+    count = min(STRETCHES, updates)
+    even = Profile(tuple((1, last_share ** (place / max(1, count - 1))) for place in range(count)))
+    return even.resized(updates)
 
 
 def course(first: float, last: float) -> str:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
-from medgen.dp.profile import Profile, constant
+from medgen.dp.profile import Profile, constant, geometric
 from medgen.models.settings import FamilyConfig, RecordSampling, Settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ class DpSettings(Settings):
     delta: float | None = Field(None, gt=0, lt=1)  # default: 1 / (10 x records)
     noise_multiplier: float | None = Field(None, ge=0, le=1000)  # standard deviation of the noise over clip_norm; 0: no guarantee at all
     clip_norm: float | None = Field(1.0, gt=0)  # the longest gradient of a record; null only without noise
+    # at the end of training as shares of those at the start; what a record is clipped to costs nothing, less noise late is paid by more early
+    noise_decay: float | None = Field(None, ge=0.01, le=100)
+    clip_decay: float | None = Field(None, ge=0.01, le=100)
     slices: int | None = Field(None, ge=1)  # of a patient, drawn at random each time; their mean loss is the record's; default 4
     # secret: from a key that only the run's folder has, until training ends. reproducible: from the spec's seed, which its readers know
     noise: Literal["secret", "reproducible"] = "secret"
@@ -41,6 +44,13 @@ class DpSettings(Settings):
             raise ValueError("clip_norm: null leaves the influence of a record without limit, and noise without scale; give it a number")
         if self.epsilon is not None and self.noise_multiplier == 0:
             raise ValueError("noise_multiplier: 0 spends any epsilon in its first step; leave one of them out")
+        if self.noise_multiplier == 0 and self.noise_decay is not None:
+            raise ValueError("noise_decay has no effect with noise_multiplier: 0, where there is no noise; remove it")
+        if self.clip_norm is None and self.clip_decay is not None:
+            raise ValueError("clip_decay has no effect with clip_norm: null, which clips nothing; remove it")
+        for name, last_share in (("noise_decay", self.noise_decay), ("clip_decay", self.clip_decay)):
+            if last_share == 1:
+                raise ValueError(f"{name}: 1 has no effect: the end is as the start; remove it, or write another share, such as 0.5")
         if self.unit == "slice" and self.slices is not None:
             raise ValueError("slices has no effect with unit: slice, where a record is one slice; remove it")
         return self
@@ -75,6 +85,8 @@ class Config(FamilyConfig):
     def _consistent(self) -> Config:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self._updates == 1 and self.dp is not None and (self.dp.noise_decay or self.dp.clip_decay) is not None:
+            raise ValueError("dp: noise_decay and clip_decay have no effect on a single update; remove them, or write more steps")
         if self.loop.micro_batch == "auto":
             raise ValueError("loop.micro_batch: auto would search for a batch, and records come in batches of chance; write how many are computed at once, or leave it out")
         return self
@@ -111,7 +123,19 @@ class Config(FamilyConfig):
 
     @property
     def noise_profile(self) -> Profile:
-        return constant(self.steps * self.critic_steps)
+        return self._profile(self.dp.noise_decay if self.dp is not None else None)
+
+    @property
+    def clip_profile(self) -> Profile:
+        return self._profile(self.dp.clip_decay if self.dp is not None else None)
+
+    def _profile(self, last_share: float | None) -> Profile:
+        return constant(self._updates) if last_share is None else geometric(self._updates, last_share)
+
+    @property
+    def _updates(self) -> int:
+        """Of the critic, if no budget ends them earlier."""
+        return self.steps * self.critic_steps
 
     @property
     def delta(self) -> float | None:
@@ -128,7 +152,7 @@ class Config(FamilyConfig):
 
     def critic_steps_total(self, records: int) -> int:
         """As many as the steps need, or whole steps of what the budget allows with a noise that is given too."""
-        wanted = self.steps * self.critic_steps
+        wanted = self._updates
         if self.budget is None or not self.noise_multiplier:
             return wanted
         try:

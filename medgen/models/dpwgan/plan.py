@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from medgen.dp.accounting import epsilon
 from medgen.dp.mechanism import History, Mechanism, steps_of
-from medgen.dp.priced import delta_of, history_of, plural
+from medgen.dp.priced import clip_norms, delta_of, history_of, plural
 from medgen.dp.profile import course
 from medgen.errors import InputError
 from medgen.models.dpwgan.config import Config
@@ -34,7 +34,7 @@ class Spending:
         return [
             f"differential privacy of each {unit} of {self.records:,}: epsilon {epsilon(planned, self.delta):.4g} at delta {self.delta:.2g} after {cut}",
             f"{steps_of(planned):,} critic updates, each with {self.config.batch_size:,} {plural(unit)} on average, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, "
-            f"clip norm {self.config.clip_norm:g}",
+            f"clip norm {course(*clip_norms(self.config, steps_of(planned)))}",
         ]  # fmt: skip
 
 
