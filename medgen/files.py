@@ -73,6 +73,14 @@ def write_text(target: Path, text: str) -> None:
     write_bytes(target, text.encode())
 
 
+def write_private_text(target: Path, text: str) -> None:
+    """Of a file that only this user can read, whatever the umask."""
+    with temporary_beside(target) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as handle:
+            handle.write(text)
+
+
 def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=1) + "\n")
 

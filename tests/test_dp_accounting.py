@@ -283,7 +283,7 @@ def test_a_course_is_geometric_in_stretches_of_equal_length(count: int, last: fl
     assert geometric(3_000, last).resized(1_500) == geometric(1_500, last)
 
 
-@pytest.mark.parametrize(("epsilon", "delta", "rate", "noise"), [(8, 1e-3, 0.16, geometric(60, 0.5)), (3, 1e-5, 0.01, geometric(80, 3.0)), (1, 1e-3, 0.16, geometric(40, 0.3).first(24))])
+@pytest.mark.parametrize(("epsilon", "delta", "rate", "noise"), [(3, 1e-3, 0.16, geometric(60, 0.5)), (3, 1e-5, 0.01, geometric(80, 3.0)), (1, 1e-3, 0.16, geometric(40, 0.3).first(24))])
 def test_the_noise_of_a_course_is_enough_and_not_too_much(epsilon: float, delta: float, rate: float, noise: Profile) -> None:
     first = budget.noise_multiplier_for(epsilon, delta, rate, noise)
     history = noise.history(rate, first)

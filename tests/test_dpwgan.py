@@ -190,13 +190,22 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
     ({"dp": {"noise_multiplier": 0, "clip_norm": None, "clip_decay": 0.5}}, "clip_decay has no effect with clip_norm: null"),
     ({"dp": {"epsilon": 8, "noise_decay": 0}}, "noise_decay"),
     ({"dp": {"epsilon": 8, "clip_decay": 0.5}, "steps": 1, "critic_steps": 1}, "noise_decay and clip_decay have no effect on a single update"),
-    ({"dp": "none", "betas": [0.5, 1.0]}, r"betas must lie in \[0, 1\)"),
+    ({"dp": "none", "betas": [0.5, 1.0]}, r"both must lie in \[0, 1\)"),
     ({"dp": "none", "find_lr": True}, "find_lr has no effect"),
     ({"dp": "none", "loop": {"micro_batch": "auto"}}, "micro_batch: auto"),
+    ({"dp": "none", "frozen_critic_layers": 2}, "frozen_critic_layers: 2 would leave layers as chance made them; name what they were trained to in start_from"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Config.model_validate({**TINY, **changes})
+
+
+def test_frozen_layers_get_no_noise(tmp_path: Path) -> None:
+    model = model_of({"noise_multiplier": 1.0, "delta": 0.001}, frozen_critic_layers=2, start_from=str(tmp_path / "step-000010"))
+    before = {name: weight.clone() for name, weight in model.critic.named_parameters()}
+    train(model, model.config, range(2))
+    moved = {name for name, weight in model.critic.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved == set(before) - {"convolutions.0.weight", "convolutions.1.weight"}
 
 
 def test_slices_in_turn_are_no_poisson_sample() -> None:
@@ -284,6 +293,7 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
 @pytest.mark.parametrize(("spec", "told"), [
     (spec_of({"noise_multiplier": 1}, batch_size=20), r"stages\.train\.config: batch_size: 20 patients in an update, but the training split has 6; write 6 or fewer"),
     (spec_of({"noise_multiplier": 1, "delta": 0.5}), r"stages\.train\.config: dp\.delta: 0\.5 is not below 1 / 6 records"),
+    (spec_of({"noise_multiplier": 1}, frozen_critic_layers=5, start_from=str(Path(__file__))), "frozen_critic_layers: 5, but at 16 px the critic has 4 convolutions"),
     (spec_of({"noise_multiplier": 1, "unit": "slice"}) | {"data": {"format": "phantom", "size": 16}}, "dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice}"),
 ])  # fmt: skip
 def test_bad_plans_are_told_before_anything_is_queued(medgen: Medgen, write_spec: WriteSpec, spec: dict[str, Any], told: str) -> None:
@@ -298,6 +308,27 @@ def test_nothing_is_chosen_by_images_that_are_not_counted(medgen: Medgen, write_
     spec["stages"]["images"] |= {"checkpoint": "last", "from": "again"}
     spec["stages"]["again"] = {"kind": "train", "repeat": "train"}
     assert "stages.again.repeat: train is not judged by the val split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+
+
+def test_public_weights_are_tuned_with_privacy(medgen: Medgen, write_spec: WriteSpec, tmp_path: Path) -> None:
+    """From a training without it, with the first layers of the critic as they were, sampled by an average of the generator."""
+    ema = {"beta": 0.5, "update_after_step": 1, "update_every": 1}
+    public = spec_of("none", ema=ema) | {"name": "public", "seed": 3}
+    medgen("submit", write_spec(public | {"stages": {"train": public["stages"]["train"]}}), "--local")
+    [start] = (tmp_path / "runs").glob("public-*/train/ckpt/step-*8")
+    private = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(start), frozen_critic_layers=2)
+    images = private["stages"]["images"]
+    private["stages"] = {"train": private["stages"]["train"], "images": images, "raw": {**images, "sampling": {"weights": "raw"}}}
+    medgen("submit", write_spec(private), "--local")
+    [run] = (tmp_path / "runs").glob("private-*")
+    newest = checkpoint.newest(run / "train" / "ckpt", print)
+    assert newest is not None
+    before, after = (found.tensors("modules.critic") for found in (checkpoint.open_verified(start), newest))
+    assert [torch.equal(before[f"convolutions.{number}.weight"], after[f"convolutions.{number}.weight"]) for number in range(4)] == [True, True, False, False]
+    averaged, raw = (sorted((run / name / "dataset").rglob("*.nii.gz")) for name in ("images", "raw"))
+    assert len(averaged) == len(raw) == 4 and averaged[0].read_bytes() != raw[0].read_bytes()
+    unlike = spec_of({"noise_multiplier": 1}, start_from=str(start))
+    assert "ema" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -318,6 +349,9 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
             run = create_run(write_spec(spec), (), tmp_path / "runs")[0].root
             killed = subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=5,action=kill9"}, capture_output=True)
             assert killed.returncode == -signal.SIGKILL and (run / "train" / "noise.key").exists() == (noise == "secret")
+            if noise == "secret":
+                assert (run / "train" / "noise.key").stat().st_mode & 0o777 == 0o600
+                assert "with this key the noise of a private training can be taken away again" in " ".join(medgen("fsck", run).stdout.split())
             medgen("train", run)
         else:
             medgen("submit", write_spec(spec), "--local")

@@ -116,6 +116,22 @@ def test_two_passes_are_a_double_backward_of_each_record(made: Callable[[], nn.M
         assert_is(two_pass.clipped_sum(critic, records, PENALTY, clip_norm, 3), critic, rows, terms, clip_norm)
 
 
+@ROUTES
+def test_frozen_layers_have_no_gradient_and_no_part_in_the_norm(route: ModuleType) -> None:
+    critic = random_critic(lambda: Critic(2, 32, 2))
+    critic.convolutions[:2].requires_grad_(False)
+    records = random_records(critic, 4, 2)
+    rows = []
+    trained = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
+    for real, fake, mix in zip(records.real, records.fake, records.mix, strict=True):
+        loss, _ = loss_by_definition(critic, real, fake, mix)
+        rows.append(flat(list(torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True))))
+    clip_norm = torch.stack(rows).norm(dim=1).median().item()
+    found = route.clipped_sum(critic, records, PENALTY, clip_norm, 3)
+    assert list(trained) == list(found.gradients) == list(route.clipped_sum(critic, chosen(records, []), PENALTY, clip_norm, 3).gradients) and len(trained) == 5
+    assert (flat(found.gradients) - clipped(torch.stack(rows), clip_norm)).abs().max() <= 1e-9
+    assert torch.allclose(found.norms, torch.stack(rows).norm(dim=1), rtol=1e-9)
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("made", CRITICS.values(), ids=CRITICS)
 def test_the_reference_is_a_double_backward_of_each_record(made: Callable[[], nn.Module], k: int) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from medgen.context import Context
 from medgen.dist import Ranks
+from medgen.models.averages import horizon
 from medgen.models.base import Batch, DataShape, Given, SampleNoise
-from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
-from medgen.models.diffusion.model import Model, ema_horizon, learning_rate
+from medgen.models.diffusion.config import Config, SamplingSettings
+from medgen.models.diffusion.model import Model, learning_rate
 from medgen.models.diffusion.samplers import (
     Level,
     adams_bashforth_2,
@@ -27,6 +28,7 @@ from medgen.models.diffusion.samplers import (
     posterior_std,
 )
 from medgen.models.diffusion.strategies import DDPM, RFlow, Strategy, cosine_alpha_bar, linear_alpha_bar
+from medgen.models.settings import EmaSettings
 
 CPU = torch.device("cpu")
 TARGET_STD = 0.25
@@ -364,9 +366,9 @@ def test_the_ema_horizon_is_the_true_one() -> None:
     from ema_pytorch import EMA
 
     settings = EmaSettings()
-    told = ema_horizon(settings.beta, settings, 438_500)
+    told = horizon(settings.beta, settings, 438_500)
     assert "decay 0.99983" in told and "57,7" in told
     ema = EMA(torch.nn.Linear(1, 1), beta=settings.beta, update_after_step=settings.update_after_step)
     ema.step.fill_(438_500)
     assert f"decay {ema.get_current_decay():.5f}" in told
-    assert "a copy of the weights" in ema_horizon(settings.beta, settings, 50)
+    assert "a copy of the weights" in horizon(settings.beta, settings, 50)

@@ -87,7 +87,7 @@ def examine(run: RunDir) -> Examined:
         parts = verify.parts(run, plan, problem, working, hasher)
     is_seen = plan is not None and working.words is None and not any(part.name == verify.FOLDERS for part in parts)
     safe = leftovers.find(run, plan, parts, hasher) if plan is not None and is_seen else []
-    return Examined(run.run_id, str(run.root), parts, working.words, working.is_certain, safe, leftovers.notes(run), hasher.files, hasher.bytes, round(hasher.seconds, 1))
+    return Examined(run.run_id, str(run.root), parts, working.words, working.is_certain, safe, [*leftovers.notes(run), *leftovers.keys_left(run)], hasher.files, hasher.bytes, round(hasher.seconds, 1))
 
 
 def _plan(run: RunDir) -> tuple[Plan | None, str | None]:

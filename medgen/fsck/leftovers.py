@@ -225,6 +225,14 @@ def notes(run: RunDir) -> list[str]:
             f"other folders may, so they are left alone: {listing}"]
 
 
+def keys_left(run: RunDir) -> list[str]:
+    """Keys of private trainings that have not ended."""
+    return [
+        f"{path}: with this key the noise of a private training can be taken away again. The training removes it when it ends; until then, and if it never shall, give nobody the folder with it"
+        for path in sorted(run.root.glob(f"*/{run.noise_key('').name}"))
+    ]
+
+
 def _caches_of(run: RunDir) -> set[str] | None:
     """None if it cannot be told yet, or not any more."""
     try:

@@ -40,6 +40,36 @@ class SteppedSampling(Settings):
         return self.steps
 
 
+class EmaSettings(Settings):
+    """ema-pytorch's knobs. The decay ramps up as 1 - (1 + n)^(-2/3); the log states the horizon really reached."""
+
+    beta: float = Field(0.9999, gt=0, lt=1)  # the average that is validated, and sampled unless a generate stage says otherwise
+    more: tuple[float, ...] = ()  # further averages kept beside it, for `sampling: {weights: ema_0.999}`
+    update_after_step: int = Field(100, ge=0)
+    update_every: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _different_betas(self) -> EmaSettings:
+        for beta in self.more:
+            if not 0 < beta < 1:
+                raise ValueError(f"more: a beta lies between 0 and 1, got {beta:g}")
+        if len({self.beta, *self.more}) != 1 + len(self.more):
+            raise ValueError(f"more: {list(self.more)} beside beta: {self.beta:g} names an average twice; name each once")
+        return self
+
+    @property
+    def betas(self) -> dict[str, float]:
+        """Name of each average, as in `weights` and in checkpoints -> its beta."""
+        return {"ema": self.beta, **{f"ema_{beta}": beta for beta in self.more}}
+
+
+def check_weights(name: str, ema: EmaSettings | None) -> None:
+    """Raise ValueError if a training with these averages keeps no weights of that name: `raw`, or one of `EmaSettings.betas`."""
+    kept = ["raw", *(ema.betas if ema is not None else {})]
+    if name not in kept:
+        raise ValueError(f"weights: {name!r} was not kept; this training has: {', '.join(kept)} (ema.more keeps further averages)")
+
+
 class LoopSettings(Settings):
     """What the training loop does around the model's steps; the same for every family."""
 

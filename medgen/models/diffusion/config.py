@@ -19,7 +19,13 @@ from medgen.models.diffusion.network_settings import (
     with_unet_defaults,
 )
 from medgen.models.diffusion.perceptual_settings import Perceptual
-from medgen.models.settings import FamilyConfig, Offer, Settings, SteppedSampling
+from medgen.models.settings import (
+    EmaSettings,
+    FamilyConfig,
+    Offer,
+    SteppedSampling,
+    check_weights,
+)
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -39,29 +45,6 @@ WHY_NOT = {
 }
 
 AtLeastOne = Annotated[int, Field(ge=1)]
-
-
-class EmaSettings(Settings):
-    """ema-pytorch's knobs. The decay ramps up as 1 - (1 + n)^(-2/3); the log states the horizon really reached."""
-
-    beta: float = Field(0.9999, gt=0, lt=1)  # the average that is validated, and sampled unless a generate stage says otherwise
-    more: tuple[float, ...] = ()  # further averages kept beside it, for `sampling: {weights: ema_0.999}`
-    update_after_step: int = Field(100, ge=0)
-    update_every: int = Field(10, ge=1)
-
-    @model_validator(mode="after")
-    def _different_betas(self) -> EmaSettings:
-        for beta in self.more:
-            if not 0 < beta < 1:
-                raise ValueError(f"more: a beta lies between 0 and 1, got {beta:g}")
-        if len({self.beta, *self.more}) != 1 + len(self.more):
-            raise ValueError(f"more: {list(self.more)} beside beta: {self.beta:g} names an average twice; name each once")
-        return self
-
-    @property
-    def betas(self) -> dict[str, float]:
-        """Name of each average, as in `weights` and in checkpoints -> its beta."""
-        return {"ema": self.beta, **{f"ema_{beta}": beta for beta in self.more}}
 
 
 class SamplingSettings(SteppedSampling):
@@ -306,9 +289,7 @@ class Config(FamilyConfig):
             raise ValueError(f"steps: {settings.steps} is more than the {self.timesteps or 1000} timesteps trained")
         if settings.guidance != 1 and not self.condition_dropout:
             raise ValueError("guidance needs a training with condition_dropout (0.1, say): this one never saw images without their condition")
-        weights = ["raw", *(self.ema.betas if self.ema is not None else {})]
-        if settings.weights not in weights:
-            raise ValueError(f"weights: {settings.weights!r} was not kept; this training has: {', '.join(weights)} (ema.more keeps further averages)")
+        check_weights(settings.weights, self.ema)
 
     def preview_sampling(self) -> SamplingSettings:
         sampler = "ddim" if self.strategy_kind == "ddpm" and "ddim" in self.samplers else self.samplers[0]

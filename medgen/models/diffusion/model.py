@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from ema_pytorch import EMA
 from torch import Tensor, nn
 
 from medgen import rng
+from medgen.models.averages import averages_of, horizons, keep_counters_on_cpu
 from medgen.models.base import (
     BINS,
     Batch,
@@ -23,7 +23,7 @@ from medgen.models.base import (
     joined,
 )
 from medgen.models.base import Model as Family
-from medgen.models.diffusion.config import Config, EmaSettings, SamplingSettings
+from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.networks import build_network, describe_network
 from medgen.models.diffusion.perceptual import PerceptualLoss
 from medgen.models.diffusion.strategies import NETWORK_TIME_SCALE, make_strategy
@@ -86,7 +86,7 @@ class Model(Family):
         self.shape = shape
         channels_in = len(self.mode.targets) + len(self.mode.conditions) + self._says_if_conditioned
         self.network = build_network(config, channels_in, len(self.mode.targets), shape.size)
-        self.averages = {name: averaged(self.network, beta, config.ema) for name, beta in config.ema.betas.items()} if config.ema else {}
+        self.averages = averages_of(self.network, config.ema)
         self.guard = SpikeGuard(config.loop)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -104,9 +104,7 @@ class Model(Family):
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        for average in self.averages.values():
-            # ema-pytorch reads its counters every step: on the CPU that does not wait for the GPU
-            average.step, average.initted = average.step.cpu(), average.initted.cpu()
+        keep_counters_on_cpu(self.averages)
         # fused: one pass over the weights instead of a dozen, four times faster on the CPU
         return torch.optim.AdamW(self.network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
 
@@ -250,7 +248,7 @@ class Model(Family):
             f"{config.strategy} x {config.mode}: {', '.join(self.mode.conditions) or 'noise'} -> {', '.join(self.mode.targets)}, "
             f"{describe_network(config, self.network, self.shape.size)}",
             *([config.perceptual.words] if config.perceptual is not None else []),
-            *ema_horizons(config.ema, total_steps),
+            *horizons(config.ema, total_steps),
         ]
 
 
@@ -260,31 +258,3 @@ def learning_rate(config: Config, epoch: float) -> float:
         return config.lr * (WARMUP_START + (1 - WARMUP_START) * epoch / config.warmup_epochs)
     progress = min(1.0, (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs))
     return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def averaged(network: nn.Module, beta: float, settings: EmaSettings) -> EMA:
-    """An exponential moving average of the network's weights, which `update` moves on."""
-    return EMA(
-        network, beta=beta, update_after_step=settings.update_after_step, update_every=settings.update_every,
-        include_online_model=False, use_foreach=True,
-    )  # fmt: skip
-
-
-def ema_horizons(settings: EmaSettings | None, total_steps: int) -> list[str]:
-    """A line for each average that is kept."""
-    if settings is None:
-        return ["no EMA: the weights themselves are validated and sampled"]
-    return [ema_horizon(beta, settings, total_steps) for beta in settings.betas.values()]
-
-
-def ema_horizon(beta: float, settings: EmaSettings, total_steps: int) -> str:
-    """What the average really covers at the end: beta is a ceiling that short runs never reach."""
-    updates = max(0, total_steps - settings.update_after_step - 1)
-    if updates == 0:
-        return f"EMA: a copy of the weights, renewed every {settings.update_every} steps, since averaging starts after step {settings.update_after_step}"
-    decay = min(beta, 1 - (1 + updates) ** (-2 / 3))
-    horizon = settings.update_every / (1 - decay)
-    return (
-        f"EMA: decay {decay:.5f} every {settings.update_every} steps at the end of {total_steps:,} steps "
-        f"(ceiling {beta:g}), so it averages about the last {horizon:,.0f} steps"
-    )

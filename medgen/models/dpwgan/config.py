@@ -11,13 +11,25 @@ from pydantic import BeforeValidator, Field, model_validator
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
 from medgen.dp.profile import Profile, constant, geometric
-from medgen.models.settings import FamilyConfig, RecordSampling, Settings
+from medgen.models.adversarial import AdversarialConfig, Betas
+from medgen.models.settings import (
+    EmaSettings,
+    RecordSampling,
+    Settings,
+    check_weights,
+)
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
 
 
+HALVINGS = 5  # of the critic, where images are large enough
 USUAL_SLICES = 4  # of a patient: more of them tell more of the patient, and cost time
+
+
+def critic_depth(size: int) -> int:
+    """How many convolutions judge images of so many pixels per side; each halves them."""
+    return min(HALVINGS, size.bit_length() - 1)
 
 
 class DpSettings(Settings):
@@ -29,7 +41,7 @@ class DpSettings(Settings):
     delta: float | None = Field(None, gt=0, lt=1)  # default: 1 / (10 x records)
     noise_multiplier: float | None = Field(None, ge=0, le=1000)  # standard deviation of the noise over clip_norm; 0: no guarantee at all
     clip_norm: float | None = Field(1.0, gt=0)  # the longest gradient of a record; null only without noise
-    # at the end of training as shares of those at the start; what a record is clipped to costs nothing, less noise late is paid by more early
+    # noise multiplier and clip norm in the last updates, as shares of those in the first; the clip norm's course costs nothing
     noise_decay: float | None = Field(None, ge=0.01, le=100)
     clip_decay: float | None = Field(None, ge=0.01, le=100)
     slices: int | None = Field(None, ge=1)  # of a patient, drawn at random each time; their mean loss is the record's; default 4
@@ -64,10 +76,9 @@ def _none_is_said(value: Any) -> Any:
     return None if value == "none" else value
 
 
-class Config(FamilyConfig):
+class Config(AdversarialConfig):
     """A DCGAN generator and a convolutional critic with gradient penalty, trained with or without differential privacy."""
 
-    channels: tuple[str, ...] = Field(("image",), min_length=1)  # names of data.images
     latent: int = Field(128, ge=1)
     features: int = Field(64, ge=1)  # of the widest image; doubled at every halving
 
@@ -76,19 +87,22 @@ class Config(FamilyConfig):
     batch_size: int = Field(32, ge=1)  # records of a critic update: the mean of a random number with dp; images of a generator update
     critic_steps: int = Field(4, ge=1)
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: Betas = (0.5, 0.9)
     penalty: float = Field(10.0, ge=0)
+
+    ema: EmaSettings | None = None  # averages of the generator's weights; it costs no privacy
+    frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
 
     dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said)]  # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self._updates == 1 and self.dp is not None and (self.dp.noise_decay or self.dp.clip_decay) is not None:
             raise ValueError("dp: noise_decay and clip_decay have no effect on a single update; remove them, or write more steps")
         if self.loop.micro_batch == "auto":
             raise ValueError("loop.micro_batch: auto would search for a batch, and records come in batches of chance; write how many are computed at once, or leave it out")
+        if self.frozen_critic_layers and self.start_from is None:
+            raise ValueError(f"frozen_critic_layers: {self.frozen_critic_layers} would leave layers as chance made them; name what they were trained to in start_from, or remove it")
         return self
 
     @property
@@ -166,37 +180,20 @@ class Config(FamilyConfig):
         return self.dp is None
 
     @property
-    def output_kind(self) -> Literal["image", "mask"]:
-        return "image"
-
-    @property
-    def output_channels(self) -> tuple[str, ...]:
-        return self.channels
-
-    @property
-    def input_channels(self) -> tuple[str, ...]:
-        return self.channels
-
-    @property
     def form(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("channels", "latent", "features")}
-
-    @property
-    def loss_falls(self) -> bool:
-        return False
-
-    @property
-    def attackable(self) -> bool:
-        return True
+        return {"channels": self.channels, "latent": self.latent, "features": self.features, "ema": self.ema and tuple(self.ema.betas)}
 
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
-        tiny = {"latent": 4, "features": 4, "steps": 8, "batch_size": 4, "critic_steps": 2, "lr": 1e-3}
+        tiny: dict[str, Any] = {"latent": 4, "features": 4, "steps": 8, "batch_size": 4, "critic_steps": 2, "lr": 1e-3}
         private = {"noise_multiplier": 0.3, "noise": "reproducible"}
-        return {"plain": {**tiny, "dp": "none"}, "patients": {**tiny, "dp": {**private, "slices": 2}}, "slices": {**tiny, "dp": {**private, "unit": "slice"}}}
+        ema = {"beta": 0.5, "more": [0.9], "update_after_step": 1, "update_every": 1}
+        return {"plain": {**tiny, "dp": "none", "ema": ema}, "patients": {**tiny, "dp": {**private, "slices": 2}}, "slices": {**tiny, "dp": {**private, "unit": "slice"}}}
 
     def check_data(self, data: DataSpec) -> None:
         super().check_data(data)
+        if self.frozen_critic_layers > critic_depth(data.size):
+            raise ValueError(f"frozen_critic_layers: {self.frozen_critic_layers}, but at {data.size} px the critic has {critic_depth(data.size)} convolutions")
         if self.dp is not None and self.dp.unit == "slice" and data.window.percentiles is not None and data.window.per != "slice":
             raise ValueError("dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice} or fixed: a window of the whole volume lets every slice of it depend on the others")
 
@@ -212,13 +209,18 @@ class Config(FamilyConfig):
             raise ValueError(f"dp.{error}") from None
 
     def sampling(self, raw: dict[str, Any]) -> SamplingSettings:
-        if raw:
-            raise ValueError(f"unknown key {min(raw)!r}: this family has nothing to choose")
-        return SamplingSettings()
+        unknown = sorted(set(raw) - set(SamplingSettings.model_fields))
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}; the valid keys are: {', '.join(SamplingSettings.model_fields)}")
+        settings = SamplingSettings(**{"weights": "ema" if self.ema is not None else "raw", **raw})
+        check_weights(settings.weights, self.ema)
+        return settings
 
     def preview_sampling(self) -> SamplingSettings:
-        return SamplingSettings()
+        return self.sampling({})
 
 
 class SamplingSettings(Settings):
-    """How a generate stage samples: there is nothing to choose."""
+    """How a generate stage samples."""
+
+    weights: str  # ema | ema_<beta> of ema.more | raw: of the generator

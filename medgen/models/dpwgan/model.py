@@ -16,6 +16,7 @@ from medgen.dp.card import issue
 from medgen.dp.mechanism import steps_of
 from medgen.dp.priced import clip_norms
 from medgen.errors import MedgenError
+from medgen.models.averages import averages_of, horizons, keep_counters_on_cpu
 from medgen.models.base import (
     Batch,
     DataShape,
@@ -29,7 +30,7 @@ from medgen.models.base import (
     joined,
 )
 from medgen.models.base import Model as Family
-from medgen.models.dpwgan.config import Config
+from medgen.models.dpwgan.config import Config, SamplingSettings
 from medgen.models.dpwgan.ledger import Ledger
 from medgen.models.dpwgan.networks import Critic, Generator
 from medgen.models.dpwgan.plan import Spending, spending
@@ -53,13 +54,21 @@ class Model(Family):
         self.config, self.shape = config, shape
         self.generator = Generator(config.latent, config.features, shape.size, len(config.channels)).eval()
         self.critic = Critic(config.features, shape.size, len(config.channels))
+        for layer in self.critic.convolutions[: config.frozen_critic_layers]:
+            layer.requires_grad_(False)
+        self.averages = averages_of(self.generator, config.ema)
         self.ledger = Ledger()
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"generator": self.generator, "critic": self.critic, "ledger": self.ledger}
+        return {"generator": self.generator, **self.averages, "critic": self.critic, "ledger": self.ledger}
+
+    def generator_of(self, weights: str) -> nn.Module:
+        """With the weights of that name: raw, or those of an average."""
+        return self.generator if weights == "raw" else self.averages[weights].ema_model
 
     @cached_property
     def players(self) -> dict[str, torch.optim.Optimizer]:
+        keep_counters_on_cpu(self.averages)
         return {name: torch.optim.Adam(module.parameters(), self.config.lr, self.config.betas, fused=True) for name, module in (("generator", self.generator), ("critic", self.critic))}
 
     @cached_property
@@ -110,8 +119,8 @@ class Model(Family):
         context.sum(gradients)
         if self.config.dp is not None:
             self.noisy_critic.zero_grad(set_to_none=True)  # it adds up sums until they are released
-        for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
-            parameter.grad = gradient
+        for name, parameter in self.critic.named_parameters():
+            parameter.grad = summed.gradients.get(name)  # none of those that are frozen
         if self.config.dp is None:
             for gradient in gradients:
                 gradient /= lot.expected
@@ -135,23 +144,23 @@ class Model(Family):
 
     def _update_generator(self, batch: Batch, context: StepContext) -> Tensor:
         """The same on all ranks: its batch norm must see all images, and next to the critic's updates it costs little."""
-        self.critic.requires_grad_(False)
         self.generator.train()
         with context.autocast():
             scores = self.critic(self.generator(batch.normal("latent/generator", (self.config.latent,))))
         loss: Tensor = -scores.float().mean()
-        loss.backward()
+        loss.backward(inputs=list(self.generator.parameters()))
         self.generator.eval()
-        self.critic.requires_grad_(True)
         self.players["generator"].step()
         self.players["generator"].zero_grad(set_to_none=True)
+        for average in self.averages.values():
+            average.update()
         return loss.detach()
 
     def validate(self, batch: Batch, context: StepContext) -> StepReport:
         """`loss`: sliced Wasserstein distance between real and generated images. The critic's own judgement starts at 0, before it knows anything.
 
         Rabin et al., SSVM 2011, with the same directions every time. Only without dp does the loop ask for it."""
-        fake = self.generator(batch.normal("latent", (self.config.latent,))).flatten(1)
+        fake = self.generator_of(self.config.preview_sampling().weights)(batch.normal("latent", (self.config.latent,))).flatten(1)
         real = joined(batch.channels, self.config.channels).flatten(1)
         directions = rng.normal_per_sample((real.shape[1],), 0, "directions", [(number,) for number in range(DIRECTIONS)]).to(real)
         directions /= directions.norm(dim=1, keepdim=True)
@@ -160,7 +169,8 @@ class Model(Family):
 
     @torch.no_grad()
     def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
-        images = (self.generator(noise.normal((self.config.latent,))) + 1) / 2
+        assert isinstance(settings, SamplingSettings)
+        images = (self.generator_of(settings.weights)(noise.normal((self.config.latent,))) + 1) / 2
         return {name: images[:, place : place + 1].clamp(0, 1) for place, name in enumerate(self.config.channels)}
 
     @torch.no_grad()
@@ -183,7 +193,7 @@ class Model(Family):
         return {"privacy": card.record()}
 
     def describe(self, total_steps: int) -> list[str]:
-        lines = [f"generator {count_parameters(self.generator):,} parameters, critic {count_parameters(self.critic):,}, {self.config.critic_steps} critic updates per generator update"]
+        lines = [f"generator {count_parameters(self.generator):,} parameters, critic {count_parameters(self.critic):,}, {self.config.critic_steps} critic updates per generator update", *horizons(self.config.ema, total_steps)]
         if self.config.dp is None:
             return [*lines, "no differential privacy: whoever has the weights may learn who was trained on"]
         return [*lines, *(self.spending.words if self.shape.records else [])]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medgen.models.dpwgan.config import critic_depth
+
 SLOPE = 0.2  # of the leaky ReLU below zero
 WEIGHT_STD = 0.02  # of all convolutions at the start, and of BatchNorm's scales around 1
 DOUBLINGS = 4  # of the generator
-HALVINGS = 5  # of the critic, where images are large enough
 
 
 def initialize(module: nn.Module) -> None:
@@ -61,7 +62,7 @@ class Critic(nn.Module):
 
     def __init__(self, features: int, size: int, channels: int):
         super().__init__()
-        halvings = min(HALVINGS, size.bit_length() - 1)
+        halvings = critic_depth(size)
         self.image_shape = (channels, size, size)
         self.slope = SLOPE
         widths = [channels, *(features * 2**level for level in range(halvings))]

@@ -29,7 +29,7 @@ def clipped_sum(critic: nn.Module, records: Records, penalty: float, clip_norm: 
     total = empty_sum(critic, records)
     if not len(records):
         return total
-    weights = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in critic.named_parameters() if parameter.requires_grad}  # functional_call keeps the others
     norms, terms = [], []
     for part in records.split(chunk):
         gradients, found = _gradients(critic, weights, part, penalty)

@@ -63,7 +63,8 @@ class RecordTerms:
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """gradients: name of a parameter -> sum over records of their clipped gradients, of its shape, divided by nothing. 0 if there are no records.
+    """gradients: name of a parameter that is trained (requires_grad) -> sum over records of their clipped gradients, of its shape, divided
+    by nothing. 0 if there are no records. Frozen parameters have no part in norms either.
 
     norms: [N], of the whole gradients before clipping; private like the terms. Those that are not finite had no part in the sum."""
 
@@ -80,7 +81,7 @@ def clip_factors(norms: Tensor, clip_norm: float | None) -> Tensor:
 
 def empty_sum(critic: nn.Module, records: Records) -> ClippedSum:
     none = records.mix.new_zeros(0)
-    gradients = {name: torch.zeros_like(parameter) for name, parameter in critic.named_parameters()}
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in critic.named_parameters() if parameter.requires_grad}
     return ClippedSum(gradients, none, RecordTerms(none, none, none, none))
 
 

@@ -106,7 +106,7 @@ def clipped_sum(critic: nn.Module, records: Records, penalty: float, clip_norm: 
         for name, gradient in gradients.items():
             scaled = gradient.scaled_sum(factors)
             sums[name] = sums[name].add_(scaled) if name in sums else scaled
-    shaped = {name: _as_parameter(sums[name], parameter) for name, parameter in critic.named_parameters()}
+    shaped = {name: _as_parameter(sums[name], parameter) for name, parameter in critic.named_parameters() if parameter.requires_grad}
     return ClippedSum(shaped, torch.cat(norms), joined_terms(terms))
 
 
@@ -236,13 +236,15 @@ def _gradients(critic: LeakyChain, passes: Passes, records: Records) -> dict[str
     gradients: dict[str, Formed | Factored] = {}
     for number, layer in enumerate(critic.convolutions):
         inputs, outputs = ([kind.unflatten(0, (n, k)) for kind in values.tensor_split(3)] for values in (passes.inputs[number], passes.outputs[number]))
-        gradients[f"convolutions.{number}.weight"] = _of_weight(layer, inputs, outputs)
-        if layer.bias is not None:
+        if layer.weight.requires_grad:
+            gradients[f"convolutions.{number}.weight"] = _of_weight(layer, inputs, outputs)
+        if layer.bias is not None and layer.bias.requires_grad:
             biases = (outputs[0] + outputs[1]).sum(dim=(1, 3, 4))  # the penalty does not depend on them
             gradients[f"convolutions.{number}.bias"] = Formed(biases[:, None])
-    seen = passes.inputs[-1].flatten(1) * _shares(records)[:, None]
-    gradients["score.weight"] = Formed(seen.view(3, n, k, -1).sum(dim=(0, 2))[:, None])
-    if critic.score.bias is not None:  # real and fake images have as much of it
+    if critic.score.weight.requires_grad:
+        seen = passes.inputs[-1].flatten(1) * _shares(records)[:, None]
+        gradients["score.weight"] = Formed(seen.view(3, n, k, -1).sum(dim=(0, 2))[:, None])
+    if critic.score.bias is not None and critic.score.bias.requires_grad:  # real and fake images have as much of it
         gradients["score.bias"] = Formed(records.mix.new_zeros((n, 1, 1)))
     return gradients
 

@@ -5,11 +5,12 @@ Defaults are the published system's (Lai et al., Scientific Reports 2025); what 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from medgen.models.settings import FamilyConfig, Settings
+from medgen.models.adversarial import AdversarialConfig, Betas
+from medgen.models.settings import Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -25,10 +26,9 @@ class SamplingSettings(Settings):
     """How a generate stage samples: there is nothing to choose. The size is that of the checkpoint's phase."""
 
 
-class Config(FamilyConfig):
+class Config(AdversarialConfig):
     """Generator and critic, grown from 4 pixels; one entry per phase in the tuples."""
 
-    channels: tuple[str, ...] = Field(("image",), min_length=1)  # names of data.images: one for grey images, three for colours
     in_channels: int = Field(512, ge=8)
     factors: tuple[float, ...] = Field(FACTORS, min_length=1)  # of in_channels, per phase
     latent: int = Field(512, ge=1)
@@ -39,7 +39,7 @@ class Config(FamilyConfig):
     critic_iterations: tuple[int, ...]  # critic updates per generator update, on the same real images
     fade_share: float = Field(0.5, gt=0, le=1)  # of a phase, in which the new layers are blended in
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: Betas = (0.5, 0.999)
     penalty: float = Field(10.0, ge=0)
     aimed_class: float = Field(4.0, ge=0)  # weight of the classification that a player is to get right: lambda_cls1
     other_class: float = Field(2.0, ge=0)  # of the critic's classification of generated images: lambda_cls2
@@ -77,8 +77,6 @@ class Config(FamilyConfig):
             self._check_groups(self.std_group)
         elif self.loop.micro_batch == "auto":
             raise ValueError("loop.micro_batch: auto would make the training depend on the GPU, because std_group: null compares all images of a part; give std_group a number")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if not self.select and self.select_from != type(self).model_fields["select_from"].default:
             raise ValueError("select_from has no effect with select: false; remove it")
         return self
@@ -123,18 +121,6 @@ class Config(FamilyConfig):
         return [round(self.in_channels * factor) for factor in self.factors]
 
     @property
-    def output_kind(self) -> Literal["image", "mask"]:
-        return "image"
-
-    @property
-    def output_channels(self) -> tuple[str, ...]:
-        return self.channels
-
-    @property
-    def input_channels(self) -> tuple[str, ...]:
-        return self.channels
-
-    @property
     def uses_labels(self) -> bool:
         return True
 
@@ -143,15 +129,7 @@ class Config(FamilyConfig):
         return {name: getattr(self, name) for name in ("channels", "in_channels", "factors", "latent", "embedding")}
 
     @property
-    def loss_falls(self) -> bool:
-        return False
-
-    @property
     def classifies(self) -> bool:
-        return True
-
-    @property
-    def attackable(self) -> bool:
         return True
 
     @classmethod
