@@ -208,6 +208,17 @@ def test_frozen_layers_get_no_noise(tmp_path: Path) -> None:
     assert moved == set(before) - {"convolutions.0.weight", "convolutions.1.weight"}
 
 
+@pytest.mark.parametrize(("spoil", "told"), [
+    (lambda critic: critic.convolutions.insert(1, torch.nn.BatchNorm2d(4)), r"convolutions\[1\] is BatchNorm2d.*, not a Conv2d"),
+    (lambda critic: critic.register_forward_hook(lambda _, given, scores: scores - scores.mean()), "scores images unlike its convolutions"),
+])  # fmt: skip
+def test_a_critic_that_couples_records_is_refused_before_its_first_update(spoil: Callable[[Any], Any], told: str) -> None:
+    model = model_of({"noise_multiplier": 1.0, "delta": 0.001})
+    spoil(model.critic)
+    with pytest.raises(MedgenError, match=f"cannot be trained with differential privacy: .*({told})"):
+        model.noisy_critic.zero_grad()
+
+
 def test_slices_in_turn_are_no_poisson_sample() -> None:
     config, model = make("dpwgan", "patients")
     with pytest.raises(MedgenError, match="records that are drawn for each update, not on slices in turn"):

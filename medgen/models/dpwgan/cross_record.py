@@ -1,4 +1,4 @@
-"""Whether a critic judges each record for itself: without that, no clipping bounds what one record can change. Used by tests, of the family's critic.
+"""Whether a critic judges each record for itself: without that, no clipping bounds what one record can change. Used by model.py before training.
 
 Layers that are known to couple records are named; what is written by hand is found by measuring: other records change, one's gradient must not."""
 

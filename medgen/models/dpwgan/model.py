@@ -31,11 +31,12 @@ from medgen.models.base import (
 )
 from medgen.models.base import Model as Family
 from medgen.models.dpwgan.config import Config, SamplingSettings
+from medgen.models.dpwgan.cross_record import cross_record_problem
 from medgen.models.dpwgan.ledger import Ledger
 from medgen.models.dpwgan.networks import Critic, Generator
 from medgen.models.dpwgan.plan import Spending, spending
 from medgen.models.dpwgan.records import Records
-from medgen.models.dpwgan.two_pass import clipped_sum
+from medgen.models.dpwgan.two_pass import clipped_sum, supports
 from medgen.models.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,7 +79,11 @@ class Model(Family):
 
     @cached_property
     def noisy_critic(self) -> DPOptimizer:
-        """The critic's optimizer, which adds the noise to the sum of clipped gradients that it finds in `.grad`."""
+        """The critic's optimizer, which adds the noise to the sum of clipped gradients that it finds in `.grad`. Raises MedgenError for a critic
+        whose records' gradients would not be what is clipped: then the guarantee would be void, and nothing else would tell."""
+        problem = supports(self.critic) or cross_record_problem(self.critic)
+        if problem is not None:
+            raise MedgenError(f"this critic cannot be trained with differential privacy: {problem}")
         from opacus.optimizers import DPOptimizerFastGradientClipping
 
         return DPOptimizerFastGradientClipping(
