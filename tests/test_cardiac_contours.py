@@ -128,6 +128,7 @@ BROKEN = {
     "JSON nested deeply": ("Contours.json", '{"a":' + "[" * 200_000, "not readable JSON"),
     "two points": ("IM-0001-0048-ocontour-manual.txt", "1 2\n3 4\n1 2\n", "at least 3 different points"),
     "points on a line": ("IM-0001-0048-ocontour-manual.txt", "1 2\n3 4\n5 6\n", "lie on one line"),
+    "points without end": ("IM-0001-0048-ocontour-manual.txt", "1 2\n3 4\n5 9\n" * 7000, "has 21000 points, at most 20000"),
     "text line": ("IM-0001-0048-ocontour-manual.txt", "1 2\n3 4\nfive 6\n", r"manual.txt:3: expected two numbers"),
     "text of no kind": ("contour.txt", "1 2\n3 4\n5 7\n", "the name does not say which contour"),
     "papillary muscle": ("IM-0001-0048-p1contour-manual.txt", "1 2\n3 4\n5 7\n", "the name does not say which contour"),

@@ -15,6 +15,7 @@ from medgen.errors import InputError
 Kind = Literal["epicardium", "endocardium", "right_ventricle"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LARGEST_COORDINATE = 1e5  # pixels; no image is that wide, so such a number is a damaged file
+MOST_POINTS = 20_000  # of one curve; every pair of edges is looked at
 OUTSIDE_PX = 1.0  # how far a hand may draw over the edge of an image that its contour belongs to
 
 
@@ -50,6 +51,8 @@ def _checked_points(points: np.ndarray, closed: bool, source: str) -> np.ndarray
     array = np.array(points, np.float64)
     if array.ndim != 2 or array.shape[1] != 2:
         raise InputError(f"{source}: expected points as (column, row), got an array of shape {array.shape}")
+    if len(array) > MOST_POINTS:
+        raise InputError(f"{source}: the contour has {len(array)} points, at most {MOST_POINTS} are read; is this the right file?")
     outside = ~(np.abs(array) <= LARGEST_COORDINATE).all(axis=1)  # a NaN is outside too
     if outside.any():
         column, row = array[outside][0]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 IN_MS = {"ms": 1.0, "msec": 1.0, "s": 1000.0, "us": 0.001}  # UCUM codes of times
-PACKAGE_FOR = {"JPEG 2000": "pylibjpeg-openjpeg", "JPEG-LS": "pylibjpeg-libjpeg", "JPEG": "pylibjpeg-libjpeg", "RLE": "pylibjpeg-rle"}
+PACKAGE_FOR = {"JPEG 2000": "pylibjpeg-openjpeg", "JPEG-LS": "pylibjpeg-libjpeg", "JPEG": "pylibjpeg-libjpeg"}
 MOST_FRAMES = 100_000
 SQUARE = 0.01  # how far the two spacings that private tags give may differ, relatively
 
@@ -174,7 +174,7 @@ def _frames(path: Path, dataset: Dataset) -> int:
 def _header(path: Path, dataset: Dataset, frame: int, frames: int, told: Told) -> Header:
     where = f"{path}, frame {frame}" if frames > 1 else str(path)
     groups = _groups(dataset, frame)
-    image_type = [*_texts(dataset.get("ImageType")), *_texts(_first(groups, "FrameType"))]
+    image_type = _texts(_first(groups, "FrameType")) or _texts(dataset.get("ImageType"))  # the file's, where its frames have none
     description = str(dataset.get("SeriesDescription") or "")
     found = find_type(where, told.type, image_type, description, told.folders)
     spacing, spacing_from = _spacing(where, dataset, groups)
@@ -200,16 +200,15 @@ def _groups(dataset: Dataset, frame: int) -> list[Dataset]:
 
 
 def _first(groups: Sequence[Dataset], keyword: str) -> Any:
-    """The value of a keyword in the first place that has it: directly, or in an item of one of the place's own sequences of one item."""
+    """The value of a keyword in the first place that has it, directly or in one of its MACROS."""
     for group in groups:
         direct = group.get(keyword)
         if direct not in (None, ""):
             return direct
-        for element in group:
-            if element.VR == "SQ" and element.value and element.keyword in MACROS:
-                nested = element.value[0].get(keyword)
-                if nested not in (None, ""):
-                    return nested
+        for macro in MACROS:
+            nested = group[macro].value[0].get(keyword) if group.get(macro) else None
+            if nested not in (None, ""):
+                return nested
     return None
 
 

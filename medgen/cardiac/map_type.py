@@ -41,7 +41,7 @@ class TypeFound:
 def find_type(where: str, told: MapType | None, image_type: Sequence[str], description: str, folders: Sequence[str]) -> TypeFound:
     """The first of manifest, ImageType, SeriesDescription and folder that says it; `folders` are those below the data's root, the innermost first.
 
-    Raises UnknownTypeError if none does, or if the one that decides says two things."""
+    Raises UnknownTypeError if none does, if the one that decides says two things, or if a name calls an acquired image a map."""
     says = {
         "manifest": {told} if told else set(),
         "ImageType": _of_image_type(image_type),
@@ -55,6 +55,9 @@ def find_type(where: str, told: MapType | None, image_type: Sequence[str], descr
     if len(says[deciding]) > 1:
         raise UnknownTypeError(f"{where}: {deciding} says both {' and '.join(sorted(says[deciding]))}; write its type into a manifest")
     (found,) = says[deciding]
+    if found != "cine" and deciding in ("SeriesDescription", "folder") and "ORIGINAL" in image_type:
+        raise UnknownTypeError(f"{where}: {deciding} says {found}, but ImageType is {'/'.join(image_type)}: an acquired image, such as the weighted ones that a map is computed from, "
+                               "and no map; if it is one, write its type into a manifest")  # fmt: skip
     others = [f"{by} says {' and '.join(sorted(other))}" for by, other in says.items() if other and other != {found}]
     return TypeFound(found, deciding, ", ".join(others) or None)
 
