@@ -5,7 +5,7 @@ Contours are carried to the grid and rasterised there; label images are never re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from medgen.errors import InputError
 
 BACKGROUND, MYOCARDIUM, LEFT_VENTRICLE, RIGHT_VENTRICLE = 0, 1, 2, 3
 LABELS = ("background", "myocardium", "left_ventricle", "right_ventricle")
+HALVED = (1e-6, 1.618e-6)  # how far contours are moved for labels, in pixels: in a direction along which hardly any edge lies
 ENDO_OUTSIDE = 0.05  # of the cavity's area; where two curves drawn by hand touch, a little of the inner one lies outside
 
 
@@ -74,13 +75,14 @@ class Anatomy:
     def labels(self, grid: Grid) -> np.ndarray:
         """[H, W] uint8: 0 background, 1 myocardium, 2 left ventricle, 3 right ventricle.
 
-        A pixel belongs to what is inside a contour if that covers at least half of its square. The largest share among four would be no
-        such rule: a pixel with a third of each, on a wall thinner than a pixel, would be taken from the heart although two thirds are in it."""
-        epicardium, left, right = (self._covered(part, grid) for part in (self.epicardium, self.left_ventricle, self.right_ventricle))
-        half = 0.5 - 1e-9  # a pixel that is halved exactly must not depend on rounding
-        found = np.where(epicardium >= half, MYOCARDIUM, BACKGROUND).astype(np.uint8)
-        found[(right >= half) & (epicardium < half)] = RIGHT_VENTRICLE
-        found[left >= half] = LEFT_VENTRICLE
+        A pixel belongs to what is inside a contour if that covers more than half of its square. The largest share among four would be no
+        such rule: a pixel with a third of each, on a wall thinner than a pixel, would be taken from the heart although two thirds are in it.
+        A pixel that is halved exactly, as happens all along curves drawn on half pixels, goes to the side that HALVED says, else areas would grow."""
+        nudged = replace(grid, origin_mm=(grid.origin_mm[0] - HALVED[0] * grid.spacing_mm[0], grid.origin_mm[1] - HALVED[1] * grid.spacing_mm[1]))
+        epicardium, left, right = (self._covered(part, nudged) for part in (self.epicardium, self.left_ventricle, self.right_ventricle))
+        found = np.where(epicardium > 0.5, MYOCARDIUM, BACKGROUND).astype(np.uint8)
+        found[(right > 0.5) & (epicardium <= 0.5)] = RIGHT_VENTRICLE
+        found[left > 0.5] = LEFT_VENTRICLE
         return found
 
     def _covered(self, part: Region | None, grid: Grid) -> np.ndarray:
