@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from conftest import REPOSITORY
 from dicom_writing import enhanced_dataset, map_dataset, save, values
 from pydicom.uid import JPEGLSLossless
 
@@ -251,3 +253,16 @@ def test_the_real_tree(sunnybrook: Path) -> None:
     entry = next(entry for entry in index.entries if entry.id == "SCD0000101_cine_119")
     pixels, labels = entry.load().pixels, entry.anatomy().labels(entry.grid())
     assert entry.header.type == "cine" and pixels[labels == 2].mean() > 1.5 * pixels[labels == 1].mean()  # blood is bright, muscle dark
+
+
+def test_the_documented_lines_run(sunnybrook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of docs/cardiac_data.md prints what stands below it, dots aside."""
+    text = (REPOSITORY / "docs" / "cardiac_data.md").read_text()
+    (code,), (screen,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL), re.findall(r"```\n(scd_cardiac.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "scd_cardiac").symlink_to(sunnybrook)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in screen.splitlines() if line.strip() != "..." and line not in printed] == []
+    assert names["labels"].shape == names["grid"].shape and set(np.unique(names["labels"])) == {0, 1, 2}
