@@ -59,6 +59,6 @@ def _stop_if_collapsed(training: Training, loss: float, constant_loss: float, st
     if limit is not None and clock.steps_constant >= limit:
         raise MedgenError(
             f"collapsed: for {clock.steps_constant} steps, now step {clock.step}, the loss ({loss:.4g}) has been that of predicting one number for every pixel "
-            f"({constant_loss:.4g}): the network says nothing of its input. Look whether the data are what they should be (preview in TensorBoard), "
+            f"({constant_loss:.4g}): the network says nothing of its input. Look whether the data are what they should be (the grids in the stage's folder previews), "
             "raise lr or take a wider network; loop.collapse_steps: null goes on regardless"
         )

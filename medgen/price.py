@@ -8,15 +8,16 @@ import math
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgen import rundir, spec
 from medgen.dp import accounting, budget
 from medgen.dp.card import WIDTH, told
 from medgen.dp.ceiling import attack_ceiling, group
-from medgen.dp.mechanism import History, Mechanism
-from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of, plural
+from medgen.dp.mechanism import History, steps_of
+from medgen.dp.priced import Cohort, Priced, Unit, clip_norms, delta_of, history_of, is_private, plural
+from medgen.dp.profile import Profile, course
 from medgen.errors import InputError
 from medgen.prepare.page import Table
 from medgen.spec import Spec
@@ -39,7 +40,7 @@ def privacy(spec_path: Path, overrides: Sequence[str], stage_name: str | None) -
         print(f"{name}: counting {cohort.patients:,} patients, {cohort.slices:,} slices", file=sys.stderr, flush=True)
         try:
             parts.append(f"{name}\n{price(plan, cohort)}")
-            priced.append((plan.unit, mechanism_of(plan, cohort.records(plan.unit)), delta_of(plan, cohort.records(plan.unit))))
+            priced.append((plan.unit, history_of(plan, cohort.records(plan.unit)), delta_of(plan, cohort.records(plan.unit))))
         except ValueError as error:
             raise InputError(f"stages.{name}.config: {error}") from None
     return "\n\n".join([*parts, *_together(priced)])
@@ -82,10 +83,10 @@ def _cohort(checked: Spec, stage: object) -> Cohort:
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of the table: what is changed, and the mechanism; or the noise that would be needed, where it is not a sensible one."""
+    """A row of the table: what is changed, and the history; or the noise that would be needed, where it is not a sensible one."""
 
     label: str
-    mechanism: Mechanism | str
+    history: History | str
 
 
 def price(plan: Priced, cohort: Cohort) -> str:
@@ -93,15 +94,16 @@ def price(plan: Priced, cohort: Cohort) -> str:
 
     Raises ValueError if the plan cannot be: too small an epsilon, a delta that promises nothing, a batch of more than there are."""
     records = cohort.records(plan.unit)
-    delta, planned = delta_of(plan, records), mechanism_of(plan, records)
-    if planned.noise_multiplier == 0:
+    delta, planned = delta_of(plan, records), history_of(plan, records)
+    if plan.noise_multiplier == 0:
         raise ValueError("noise_multiplier: 0 promises nothing, so that it has no price; write a number above 0, or an epsilon")
-    if planned.steps < 1:
+    if not planned:
         raise ValueError("the budget does not allow a single step; write a larger epsilon or noise_multiplier")
-    lines = [_Line("as planned", planned), *_changed(planned), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned, target, delta)) for target in EPSILONS)]
+    noise, steps = plan.noise_profile.first(steps_of(planned)), steps_of(planned)
+    lines = [_Line("as planned", planned), *_changed(planned, noise), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned[0].sampling_rate, noise, target, delta)) for target in EPSILONS)]
     parts = [
-        _folded(f"({told(accounting.epsilon((planned,), delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {planned.steps:,} critic updates, each with {plan.expected_batch:,} of "
-                f"{records:,} {plural(plan.unit)} expected, noise multiplier {planned.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}."),
+        _folded(f"({told(accounting.epsilon(planned, delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {steps:,} critic updates, each with {plan.expected_batch:,} of "
+                f"{records:,} {plural(plan.unit)} expected, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, clip norm {course(*clip_norms(plan, steps))}."),
         _table(lines, records, delta).text(),
         _folded("epsilon: by the PRV accountant, to be cited; RDP: an older bound, which is higher. AUC, TPR: the most that any attack on the membership of one "
                 f"{plan.unit} may reach, TPR at 1 % false positives. All are rounded up."),
@@ -111,15 +113,15 @@ def price(plan: Priced, cohort: Cohort) -> str:
     return "\n\n".join(parts)
 
 
-def _changed(planned: Mechanism) -> list[_Line]:
-    rate, noise, steps = planned.sampling_rate, planned.noise_multiplier, planned.steps
+def _changed(planned: History, noise: Profile) -> list[_Line]:
+    rate, first_noise, steps = planned[0].sampling_rate, planned[0].noise_multiplier, noise.updates
     changes = [("half the steps", rate, steps // 2), ("twice the steps", rate, 2 * steps), ("half the batch", rate / 2, steps), ("twice the batch", 2 * rate, steps)]
-    return [_Line(label, Mechanism(changed, noise, count)) for label, changed, count in changes if changed <= 1 and count > 0]
+    return [_Line(label, noise.resized(count).history(changed, first_noise)) for label, changed, count in changes if changed <= 1 and count > 0]
 
 
-def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism | str:
+def _for_epsilon(sampling_rate: float, noise: Profile, epsilon: float, delta: float) -> History | str:
     try:
-        return Mechanism(planned.sampling_rate, budget.noise_multiplier_for(epsilon, delta, planned.sampling_rate, planned.steps), planned.steps)
+        return noise.history(sampling_rate, budget.noise_multiplier_for(epsilon, delta, sampling_rate, noise))
     except budget.TooSmall:
         return f"> {budget.MOST_NOISE:g}"
     except budget.TooLarge:
@@ -128,18 +130,23 @@ def _for_epsilon(planned: Mechanism, epsilon: float, delta: float) -> Mechanism 
 
 def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
     head = ("", "batch", "sampling rate", "steps", "noise", "epsilon", "RDP", "AUC", "TPR")
-    return Table("", head, tuple((line.label, *_cells(line.mechanism, records, delta)) for line in lines))
+    return Table("", head, tuple((line.label, *_cells(line.history, records, delta)) for line in lines))
 
 
-def _cells(mechanism: Mechanism | str, records: int, delta: float) -> tuple[str, ...]:
-    if isinstance(mechanism, str):
-        return ("", "", "", mechanism, "", "", "", "")
-    spent = accounting.spent((mechanism,), delta)
+def _cells(history: History | str, records: int, delta: float) -> tuple[str, ...]:
+    if isinstance(history, str):
+        return ("", "", "", history, "", "", "", "")
+    spent = accounting.spent(history, delta)
     ceiling = attack_ceiling(spent.epsilon_prv, delta)
     return (
-        f"{mechanism.sampling_rate * records:,.4g}", f"{mechanism.sampling_rate:.3g}", f"{mechanism.steps:,}", f"{mechanism.noise_multiplier:.4g}",
+        f"{history[0].sampling_rate * records:,.4g}", f"{history[0].sampling_rate:.3g}", f"{steps_of(history):,}", _noise(history),
         told(spent.epsilon_prv), told(spent.epsilon_rdp), _most(ceiling.auc), _most(ceiling.true_positive_rate(0.01)),
     )  # fmt: skip
+
+
+def _noise(history: History) -> str:
+    """Of the first step, and of the last one if it has another."""
+    return "-".join(dict.fromkeys(f"{stretch.noise_multiplier:.4g}" for stretch in (history[0], history[-1])))
 
 
 def _most(share: float) -> str:
@@ -147,9 +154,9 @@ def _most(share: float) -> str:
     return f"{math.ceil(share * 1000 - 1e-9) / 1000:.3f}"
 
 
-def _by_unit(unit: Unit, planned: Mechanism, cohort: Cohort, delta: float) -> Table:
+def _by_unit(unit: Unit, planned: History, cohort: Cohort, delta: float) -> Table:
     """The same steps, batch and noise with patients and with slices as records, and what each promises the patient with most slices."""
-    batch = planned.sampling_rate * cohort.records(unit)
+    batch = planned[0].sampling_rate * cohort.records(unit)
     rows: list[tuple[str, ...]] = []
     units: tuple[Unit, Unit] = ("patient", "slice")
     for counted in units:
@@ -158,7 +165,7 @@ def _by_unit(unit: Unit, planned: Mechanism, cohort: Cohort, delta: float) -> Ta
             rows.append((counted, f"{records:,}", "above 1", "none", "", "", ""))
             continue
         their_delta = min(delta, budget.advised_delta(records)) if counted != unit else delta
-        epsilon = accounting.epsilon((Mechanism(batch / records, planned.noise_multiplier, planned.steps),), their_delta)
+        epsilon = accounting.epsilon(tuple(replace(stretch, sampling_rate=batch / records) for stretch in planned), their_delta)
         of_patient, patients_delta = group(epsilon, their_delta, most)
         kept = patients_delta < 1 / cohort.patients
         rows.append((f"{counted}{' (planned)' if counted == unit else ''}", f"{records:,}", f"{batch / records:.3g}", told(epsilon), f"{their_delta:.2g}",
@@ -177,11 +184,11 @@ def _sentences(unit: Unit, cohort: Cohort) -> list[str]:
     return said
 
 
-def _together(priced: Sequence[tuple[Unit, Mechanism, float]]) -> list[str]:
+def _together(priced: Sequence[tuple[Unit, History, float]]) -> list[str]:
     """What all stages cost whoever gets what all of them made: the same records paid for each."""
     if len(priced) < 2 or len({unit for unit, _, _ in priced}) > 1:
         return []
-    history: History = tuple(mechanism for _, mechanism, _ in priced)
+    history = tuple(stretch for _, planned, _ in priced for stretch in planned)
     delta = max(delta for _, _, delta in priced)
     return [_folded(f"All {len(priced)} stages learn from the same {plural(priced[0][0])}: together they cost epsilon {told(accounting.epsilon(history, delta))} at delta {delta:.3g}.")]
 

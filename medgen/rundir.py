@@ -238,6 +238,18 @@ class RunDir:
     def tensorboard(self, stage: str) -> Path:
         return self.root / stage / "tb"
 
+    def previews(self, stage: str) -> Path:
+        """Sample grids that a training drew on its way, all from the same noise."""
+        return self.root / stage / "previews"
+
+    def preview(self, stage: str, step: int) -> Path:
+        return self.previews(stage) / f"{commits.folder_name(step)}.png"
+
+    def drawn_previews(self, stage: str) -> dict[int, Path]:
+        """By step, the first one first."""
+        found = ((commits.STEP_FOLDER.fullmatch(path.stem), path) for path in self.previews(stage).glob("step-*.png"))
+        return dict(sorted((int(match.group(1)), path) for match, path in found if match is not None))
+
     def training_log(self, stage: str) -> Path:
         """One JSON line per logged step: the source of every curve."""
         return self.root / stage / "log.jsonl"

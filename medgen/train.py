@@ -33,10 +33,9 @@ from medgen.spec_data import DataSpec
 from medgen.task import Done, Work
 from medgen.train_log import Averages, TrainingLog
 from medgen.training import Training, build_model, of_size, shape_of, steps_in
-from medgen.validation import best_epochs, evenly, validate_and_show
+from medgen.validation import best_epochs, evenly, show_what_was_left_out, steps_between, validate_and_show
 
 CPU = torch.device("cpu")
-MIN_VALIDATE_STEPS = 50  # by default: a validation with its pictures costs as much as several steps
 CONTINUE, SAVE, STOP = 0, 1, 2  # what ranks agree on after every step
 
 
@@ -52,6 +51,7 @@ def train(work: Work) -> Done:
         resume(training)
         log = _open_log(training) if ranks.is_main else None
         try:
+            show_what_was_left_out(training, log)
             ahead = reads_ahead(training.config.loop.read_ahead, ranks.device.type)
             with batches_of(lambda step: training.batch_of_step(step - training.clock.phase_start_step, CPU), ranks.device, ahead) as batches:
                 _run(training, batches, log)
@@ -78,7 +78,7 @@ def _run(training: Training, batches: Batches, log: TrainingLog | None) -> None:
         samples = training.samples
         context.steps_per_epoch = samples / phase.batch_size
         phase_end = clock.phase_start_step + steps_in(phase, samples)
-        validate_steps = _validate_steps(loop.validate_epochs, phase, samples)
+        validate_steps = steps_between(training, phase)
         activity.now("working")
         prepare_phase(training)
         window_start = time.monotonic()
@@ -248,20 +248,9 @@ def _select_or_empty(store: SliceStore, split: str, positive_only: bool) -> np.n
         return np.array([], dtype=int)
 
 
-def _validate_steps(validate_epochs: float | None, phase: Phase, samples: int) -> int:
-    if validate_epochs is None and phase.select is not None:
-        validate_epochs = 1.0  # the best can only be found among those that are looked at
-    if validate_epochs is not None:
-        return max(1, round(validate_epochs * samples / phase.batch_size))
-    return max(MIN_VALIDATE_STEPS, round(steps_in(phase, samples) / 50))
-
-
 def _open_log(training: Training) -> TrainingLog:
-    run, stage = training.work.run, training.work.stage.name
-    return TrainingLog(
-        run.training_log(stage), run.tensorboard(stage), training.clock.step, training.context.total_steps,
-        training.work.say, bar=sys.stdout.isatty(),
-    )
+    work = training.work
+    return TrainingLog(work.run, work.stage.name, training.clock.step, training.context.total_steps, work.say, bar=sys.stdout.isatty())
 
 
 def _finish(training: Training) -> Done:

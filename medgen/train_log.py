@@ -1,4 +1,4 @@
-"""What training writes while it runs: log.jsonl, TensorBoard, plain lines or a progress bar. Used by train.py."""
+"""What training writes while it runs: log.jsonl, TensorBoard, sample grids, plain lines or a progress bar. Used by train.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from medgen import dist, files
 from medgen.dist import Ranks
 from medgen.models.base import BINS, Say, StepReport
+from medgen.previews import as_png, sample_grid
+from medgen.rundir import RunDir
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -75,16 +77,18 @@ class Averages:
 
 
 class TrainingLog:
-    """Rank 0's records. Lines after `start_step` from an interrupted attempt are dropped: no step is logged twice."""
+    """Rank 0's records. What an interrupted attempt wrote of steps after `start_step` is dropped: no step is logged twice."""
 
-    def __init__(self, log_file: Path, tensorboard: Path, start_step: int, total_steps: int, say: Say, bar: bool):
+    def __init__(self, run: RunDir, stage: str, start_step: int, total_steps: int, say: Say, bar: bool):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file, self._say, self._total_steps = log_file, say, total_steps
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        log_file.touch()
-        _drop_lines_after(log_file, start_step)
-        self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1 if start_step else None)
+        self._run, self._stage = run, stage
+        self._file, self._say, self._total_steps = run.training_log(stage), say, total_steps
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.touch()
+        _drop_lines_after(self._file, start_step)
+        _drop_previews_after(run, stage, start_step)
+        self._writer = SummaryWriter(str(run.tensorboard(stage)), purge_step=start_step + 1 if start_step else None)
         self._bar = _progress_bar() if bar else None
         self._bar_task = self._bar.add_task("training", total=total_steps, completed=start_step, loss=math.nan) if self._bar else None
         if self._bar:
@@ -103,6 +107,14 @@ class TrainingLog:
     def images(self, name: str, images: Tensor, step: int) -> None:
         """A grid of [N, 1, H, W] images in [0, 1]."""
         self._writer.add_images(f"preview/{name}", images.cpu(), step)
+
+    def grid(self, channels: dict[str, Tensor], step: int) -> None:
+        """One PNG of the images [N, 1, H, W] in [0, 1] of every channel."""
+        drawn = sample_grid([images.squeeze(1).float().cpu().numpy() for images in channels.values()])
+        files.write_bytes(self._run.preview(self._stage, step), as_png(drawn))
+
+    def has_grid(self, step: int) -> bool:
+        return self._run.preview(self._stage, step).is_file()
 
     def say(self, text: str) -> None:
         if self._bar:
@@ -146,6 +158,13 @@ def last_logged_step(path: Path) -> int:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     files.write_text(path, "".join(line + "\n" for logged, line in _lines(path) if logged <= step))
+
+
+def _drop_previews_after(run: RunDir, stage: str, step: int) -> None:
+    files.sweep_temporaries(run.previews(stage), "step-*.png")
+    for drawn, path in run.drawn_previews(stage).items():
+        if drawn > step:
+            path.unlink()
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

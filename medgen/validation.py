@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
 from medgen import commits, dist, fault
-from medgen.models.base import Given, SampleNoise
+from medgen.models.base import Given, Phase, SampleNoise
 from medgen.train_log import Averages, TrainingLog
 from medgen.training import Training, of_phase, steps_in
+
+MIN_STEPS_BETWEEN = 50  # by default: a validation with its pictures costs as much as several steps
+MOST_GRIDS = 100  # of a training on disk, and one more of each phase
 
 
 def evenly(rows: np.ndarray, count: int) -> np.ndarray:
@@ -18,6 +22,16 @@ def evenly(rows: np.ndarray, count: int) -> np.ndarray:
     if len(rows) <= count:
         return rows
     return rows[np.arange(count) * len(rows) // count]
+
+
+def steps_between(training: Training, phase: Phase) -> int:
+    """From one validation of a phase to the next; its last step has one too."""
+    validate_epochs = training.config.loop.validate_epochs
+    if validate_epochs is None and phase.select is not None:
+        validate_epochs = 1.0  # the best can only be found among those that are looked at
+    if validate_epochs is not None:
+        return max(1, round(validate_epochs * training.samples / phase.batch_size))
+    return max(MIN_STEPS_BETWEEN, round(steps_in(phase, training.samples) / 50))
 
 
 def validate_and_show(training: Training, epoch: float, log: TrainingLog | None) -> dict[str, dict[str, Any]]:
@@ -77,16 +91,41 @@ def best_epochs(training: Training) -> dict[str, float]:
     return found
 
 
+def show_what_was_left_out(training: Training, log: TrainingLog | None) -> None:
+    """The preview of the step that it goes on from, for which the attempt before had no time: all ranks call it, rank 0 draws."""
+    clock, steps = training.clock, steps_in(training.phase, training.samples)
+    done = clock.step - clock.phase_start_step
+    if done and (done % steps_between(training, training.phase) == 0 or done == steps) and _is_kept(training):
+        dist.on_main(lambda: _preview(training, log) if log is not None and not log.has_grid(clock.step) else None, training.ranks)
+
+
+def _is_kept(training: Training) -> bool:
+    """True of the first validation, of every n-th after it, and of the last of each phase.
+
+    A function of the step alone: no interruption changes which grids there are."""
+    clock, phase, samples = training.clock, training.phase, training.samples
+    validations = [math.ceil(steps_in(each, samples) / steps_between(training, each)) for each in training.phases]
+    done = clock.step - clock.phase_start_step
+    number = sum(validations[: clock.phase]) + math.ceil(done / steps_between(training, phase))
+    return (number - 1) % math.ceil(sum(validations) / MOST_GRIDS) == 0 or done == steps_in(phase, samples)
+
+
 def _preview(training: Training, log: TrainingLog | None) -> None:
-    """A few samples into TensorBoard, from the same noise and conditions each time; none if the training is to stop."""
+    """A few samples for TensorBoard and the folder of grids, from the same noise and conditions each time; none if the training is to stop.
+
+    Conditions are of validation slices, or of training slices where nothing is held out; of neither where each look at real images counts."""
     config = training.config
     needs_rows = bool(config.condition_channels) or config.uses_labels
-    count = min(config.loop.preview_images, len(training.val_rows)) if needs_rows else config.loop.preview_images
+    rows = training.rows if config.looks_at_val and not len(training.val_rows) else training.val_rows
+    count = min(config.loop.preview_images, len(rows)) if needs_rows else config.loop.preview_images
     if log is None or count == 0 or training.work.stop.is_set:
         return
-    given = training.given(evenly(training.val_rows, count)) if needs_rows else Given({})
+    given = training.given(evenly(rows, count)) if needs_rows else Given({})
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
     images = training.model.sample(noise, given, config.preview_sampling())
-    for name, channel in {**given.channels, **images}.items():
+    shown = {**given.channels, **images}
+    for name, channel in shown.items():
         log.images(name, channel, training.clock.step)
+    if _is_kept(training):
+        log.grid(shown, training.clock.step)

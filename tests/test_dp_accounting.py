@@ -24,6 +24,7 @@ from scipy.stats import norm
 from medgen.dp import accounting, budget, card
 from medgen.dp.ceiling import attack_ceiling, group
 from medgen.dp.mechanism import History, Mechanism, merged
+from medgen.dp.profile import STRETCHES, Profile, constant, course, geometric
 
 
 def steps(sampling_rate: float, noise_multiplier: float, count: int) -> History:
@@ -74,7 +75,7 @@ def elsewhere(accountant: dp_accounting.PrivacyAccountant, history: History, del
 GRID = [
     (steps(0.125, 1.1, 24), 1e-5), (steps(0.01, 0.7, 300), 1e-5), (steps(0.01, 1.1, 1_000), 1e-5), (steps(0.16, 5.0, 1_000), 1e-3), (steps(0.16, 1.1, 1_000), 1e-3),
     (steps(0.5, 8.0, 200), 1e-4), (steps(0.01, 0.3, 100), 1e-5), (steps(1.0, 5.0, 100), 1e-5), (steps(0.001, 2.0, 10_000), 1e-6),
-    (steps(0.01, 1.1, 500) + steps(0.02, 2.2, 300), 1e-5),
+    (steps(0.01, 1.1, 500) + steps(0.02, 2.2, 300), 1e-5), (geometric(200, 0.5).history(0.02, 1.4), 1e-5),
 ]  # fmt: skip
 
 
@@ -202,7 +203,7 @@ def test_counting_is_not_imported_before_it_is_asked_for() -> None:
     (1, 1e-5, 0.0032, 2_000), (8, 1e-5, 0.0032, 31_300), (20, 1e-3, 0.16, 1_000), (0.1, 1e-3, 0.16, 1_000), (8, 1e-5, 0.125, 24), (20, 1e-5, 0.125, 1), (1, 1e-5, 1.0, 100),
 ])  # fmt: skip
 def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: float, count: int) -> None:
-    noise = budget.noise_multiplier_for(epsilon, delta, rate, count)
+    noise = budget.noise_multiplier_for(epsilon, delta, rate, constant(count))
     assert 0.99 * epsilon <= accounting.epsilon(steps(rate, noise, count), delta) <= epsilon
     assert accounting.epsilon(steps(rate, 0.985 * noise, count), delta) > epsilon
     assert float(f"{noise:.4g}") == noise, "it can be written down as it is"
@@ -210,43 +211,43 @@ def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: fl
 
 def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_do() -> None:
     with pytest.raises(budget.TooSmall, match=r"even a noise multiplier of 100 costs .*; what would do: ") as refused:
-        budget.noise_multiplier_for(0.5, 1e-5, 0.25, 8_000)
+        budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(8_000))
     message = str(refused.value)
     advised = {name: float(message.split(name)[1].split()[0].strip(",;").replace(",", "").rstrip(")")) for name in ("would do: epsilon: ", "at most ", "(sampling rate ")}
     assert accounting.epsilon(steps(0.25, budget.MOST_NOISE, 8_000), 1e-5) <= advised["would do: epsilon: "]
-    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, int(advised["at most "])) <= budget.MOST_NOISE
-    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], 8_000) <= budget.MOST_NOISE
+    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(int(advised["at most "]))) <= budget.MOST_NOISE
+    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], constant(8_000)) <= budget.MOST_NOISE
 
 
 def test_a_budget_that_hardly_needs_noise_is_refused() -> None:
     with pytest.raises(budget.TooLarge, match=r"epsilon: 100 needs a noise multiplier below 0.2 in 1 steps.*write at most 28"):
-        budget.noise_multiplier_for(100, 1e-5, 0.125, 1)
+        budget.noise_multiplier_for(100, 1e-5, 0.125, constant(1))
 
 
 @pytest.mark.parametrize("epsilon", [0, -1, math.inf, math.nan])
 def test_no_budget(epsilon: float) -> None:
     with pytest.raises(ValueError, match="is no budget"):
-        budget.noise_multiplier_for(epsilon, 1e-5, 0.1, 10)
+        budget.noise_multiplier_for(epsilon, 1e-5, 0.1, constant(10))
     with pytest.raises(ValueError, match="is no budget"):
-        budget.steps_within(epsilon, 1e-5, 0.1, 1.0)
+        budget.steps_within(epsilon, 1e-5, 0.1, 1.0, constant(1))
 
 
 def test_no_noise_for_no_steps() -> None:
     with pytest.raises(ValueError, match="steps: 0"):
-        budget.noise_multiplier_for(1, 1e-5, 0.1, 0)
+        budget.noise_multiplier_for(1, 1e-5, 0.1, constant(0))
 
 
 @pytest.mark.parametrize(("epsilon", "delta", "rate", "noise"), [(1, 1e-3, 0.16, 5.0), (4, 1e-5, 0.125, 1.1), (3, 1e-5, 0.01, 0.7)])
 def test_the_most_steps_are_the_most(epsilon: float, delta: float, rate: float, noise: float) -> None:
-    count = budget.steps_within(epsilon, delta, rate, noise)
+    count = budget.steps_within(epsilon, delta, rate, noise, constant(1))
     assert accounting.epsilon(steps(rate, noise, count), delta) <= epsilon < accounting.epsilon(steps(rate, noise, count + 1), delta)
 
 
 def test_steps_of_no_budget_and_of_any_number() -> None:
     with pytest.raises(ValueError, match=r"does not allow a single step with noise_multiplier 0.5, which costs"):
-        budget.steps_within(0.1, 1e-5, 0.5, 0.5)
+        budget.steps_within(0.1, 1e-5, 0.5, 0.5, constant(1))
     with pytest.raises(ValueError, match="allows more than 10,000,000 steps"):
-        budget.steps_within(8, 1e-5, 1e-6, 50.0)
+        budget.steps_within(8, 1e-5, 1e-6, 50.0, constant(1))
 
 
 @pytest.mark.parametrize(("records", "delta"), [(1, 0.1), (4, 0.02), (100, 0.001), (300, 3e-4), (10_000, 1e-5), (240_000, 4e-7)])
@@ -261,6 +262,51 @@ def test_a_delta_that_promises_nothing_is_refused() -> None:
         budget.check_delta(0.01, 100)
     with pytest.raises(ValueError, match="not above 0 and below 1"):
         budget.check_delta(0.0, 100)
+
+
+# noise that changes on the way
+
+
+@pytest.mark.parametrize(("count", "last"), [(1, 0.5), (2, 0.5), (5, 3.0), (8, 0.1), (100, 0.5), (3_001, 2.0)])
+def test_a_course_is_geometric_in_stretches_of_equal_length(count: int, last: float) -> None:
+    planned = geometric(count, last)
+    shares = [planned.share(number) for number in range(count)]
+    stretches = min(STRETCHES, count)
+    assert shares == [last ** (number * stretches // count / max(1, stretches - 1)) for number in range(count)]
+    assert [share for updates, share in planned.stretches for _ in range(updates)] == shares and planned.updates == count
+    assert shares[0] == 1 and (count == 1 or shares[-1] == last)
+    for part in (1, count // 2 + 1, count, count + 5):
+        begun = planned.first(part)
+        assert [begun.share(number) for number in range(part)] == (shares + [shares[-1]] * 5)[:part] and begun.updates == part, "the last share goes on"
+    for other in (1, 3, 4_000):
+        assert planned.resized(other).updates == other and planned.resized(other).share(0) == 1
+    assert geometric(3_000, last).resized(1_500) == geometric(1_500, last)
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "rate", "noise"), [(3, 1e-3, 0.16, geometric(60, 0.5)), (3, 1e-5, 0.01, geometric(80, 3.0)), (1, 1e-3, 0.16, geometric(40, 0.3).first(24))])
+def test_the_noise_of_a_course_is_enough_and_not_too_much(epsilon: float, delta: float, rate: float, noise: Profile) -> None:
+    first = budget.noise_multiplier_for(epsilon, delta, rate, noise)
+    history = noise.history(rate, first)
+    assert 0.99 * epsilon <= accounting.epsilon(history, delta) <= epsilon and history[0].noise_multiplier == first
+    assert accounting.epsilon(noise.history(rate, 0.985 * first), delta) > epsilon
+
+
+@pytest.mark.parametrize("planned", [geometric(200, 0.4), geometric(400, 2.5)])
+def test_the_longest_beginning_of_a_course_that_a_budget_allows(planned: Profile) -> None:
+    count = budget.steps_within(1, 1e-3, 0.16, 5.0, planned)
+    costs = [accounting.epsilon(planned.first(updates).history(0.16, 5.0), 1e-3) for updates in (count, count + 1)]
+    assert costs[0] <= 1 < costs[1] and 1 < len(planned.first(count).stretches) < STRETCHES, "it ends in the middle of the course"
+
+
+def test_what_a_course_may_take_instead_does() -> None:
+    with pytest.raises(budget.TooSmall) as refused:
+        budget.noise_multiplier_for(0.2, 1e-5, 1.0, geometric(400, 0.5))
+    allowed = int(str(refused.value).split("at most ")[1].split()[0].replace(",", ""))
+    assert budget.noise_multiplier_for(0.2, 1e-5, 1.0, geometric(allowed, 0.5)) <= budget.MOST_NOISE
+
+
+def test_a_course_in_words() -> None:
+    assert [course(3.9, 3.9), course(3.9, 1.95), course(1.0, 2.5)] == ["3.9", "3.9 falling to 1.95", "1 rising to 2.5"]
 
 
 # what an attack may reach
@@ -355,12 +401,23 @@ def test_a_card_says_all_and_reads_back() -> None:
     lines = issued.words()
     assert max(map(len, lines)) <= card.WIDTH
     text = " ".join(" ".join(lines).split())
-    assert "1,000 critic updates, 32 slices expected in each" in text and "noise multiplier 2, clip norm 1.5" in text and "one with 50 slices has epsilon" in text
+    assert "1,500 critic updates, 32 slices expected in each" in text and "noise multiplier 1.1 in 1,000, then 2 in 500, clip norm 1.5" in text and "one with 50 slices has epsilon" in text
 
 
 def test_a_card_of_patients_does_not_speak_of_slices() -> None:
     text = " ".join(card.issue("patient", 1_000, 1, steps(0.032, 2.0, 100), 1.0, 1e-4).words())
     assert "each patient" in text and "with all its slices" in text and "one with" not in text
+
+
+def test_a_card_of_changing_noise_and_clipping_tells_all_of_it() -> None:
+    issued = card.issue("patient", 1_000, 1, geometric(20, 0.5).history(0.032, 2.0), 1.0, 1e-4, last_clip_norm=0.3)
+    written = json.loads(json.dumps(issued.record(), allow_nan=False))
+    assert card.from_record(written) == issued and written["last_clip_norm"] == 0.3
+    assert [stretch["steps"] for stretch in written["history"]] == [3, 2, 3, 2, 3, 2, 3, 2] and written["history"][-1]["noise_multiplier"] == 1.0
+    text = " ".join(" ".join(issued.words()).split())
+    assert "20 critic updates, 32 patients expected in each (sampling rate 0.032), noise multiplier 2 in 3, then 1.811 in 2, then " in text
+    assert "then 1 in 2, clip norm 1 falling to 0.3" in text
+    assert "last_clip_norm" not in card.issue("patient", 1_000, 1, steps(0.032, 2.0, 20), 1.0, 1e-4).record()
 
 
 def test_a_card_without_noise_promises_nothing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from test_models import assert_same, context, make, state_of, train, training_ba
 from medgen import checkpoint, files, records
 from medgen.dp.accounting import epsilon
 from medgen.dp.card import from_record
+from medgen.dp.mechanism import steps_of
 from medgen.dp.priced import Priced
 from medgen.errors import InputError, MedgenError
 from medgen.models.base import DataShape, Lot
@@ -70,6 +73,21 @@ def test_the_noise_is_what_the_accountant_is_told() -> None:
     assert (spent.noise_multiplier, spent.sampling_rate, spent.steps) == (1.5, 0.04, 3)
 
 
+def test_the_noise_of_every_update_is_that_of_its_place_in_the_course() -> None:
+    """Also of a model that begins in the middle of it, as after a resumption."""
+    dp = {"noise_multiplier": 1.5, "noise_decay": 0.5, "clip_norm": 2.0, "clip_decay": 0.25, "delta": 0.001}
+    model = model_of(dp, features=32)
+    for number in range(16):
+        share = number // 2 / 7
+        found = gradient_of(model, lot_of(0, number=number))
+        assert float(found.std()) == pytest.approx(1.5 * 0.5**share * 2.0 * 0.25**share / 4, rel=0.02), number
+    assert model.ledger.history == model.spending.history and len(model.ledger.history) == 8
+    assert model.facts()["privacy"]["last_clip_norm"] == 0.5
+    later = model_of(dp, features=32)
+    gradient_of(later, lot_of(0, number=15))
+    assert later.ledger.history == (replace(model.spending.history[-1], steps=1),)
+
+
 def test_one_record_moves_a_release_by_no_more_than_the_clip_norm() -> None:
     whole = lot_of(5)
     for gone in range(5):
@@ -77,6 +95,12 @@ def test_one_record_moves_a_release_by_no_more_than_the_clip_norm() -> None:
         part = replace(whole, channels={"image": whole.channels["image"][kept]}, positions=kept)
         moved = [gradient_of(model_of({"noise_multiplier": 0.0, "clip_norm": 0.005, "delta": 0.001}), lot) for lot in (whole, part)]
         assert float((moved[0] - moved[1]).norm()) == pytest.approx(0.005 / 4, rel=1e-4), "divided by the expected number, not by that of those drawn"
+
+
+@pytest.mark.parametrize(("number", "longest"), [(0, 0.005), (15, 0.0005)])
+def test_a_clip_norm_that_falls_is_that_of_the_update(number: int, longest: float) -> None:
+    dp = {"noise_multiplier": 0.0, "clip_norm": 0.005, "clip_decay": 0.1, "delta": 0.001}
+    assert float(gradient_of(model_of(dp), lot_of(1, number=number)).norm()) == pytest.approx(longest / 4, rel=1e-4)
 
 
 def test_what_is_made_beside_a_record_does_not_depend_on_the_others() -> None:
@@ -105,6 +129,18 @@ def test_without_dp_it_is_the_same_training_as_without_noise_and_clipping() -> N
     assert_same(*states)
 
 
+def test_what_is_logged_of_real_images_is_logged_without_dp_alone() -> None:
+    private = {"noise_multiplier": 0.0, "clip_norm": None, "delta": 0.001}  # the same updates, and no less private a log
+    told = [model_of(dp)._update_critic(lot_of(4), context()) for dp in ("none", private)]
+    assert set(told[1]) == {"critic_of_fakes"} and torch.equal(told[0]["critic_of_fakes"], told[1]["critic_of_fakes"])
+    model, real = model_of("none"), lot_of(4).channels["image"].flatten(0, 1) * 2 - 1
+    torch.testing.assert_close(told[0]["critic_real_score"], model.critic(real).mean().detach())
+    assert told[0]["wasserstein"] == told[0]["critic_real_score"] - told[0]["critic_fake_score"] and told[0]["critic_penalty"] >= 0
+    for dp in ("none", private):
+        drawn = {name for curves in model_of(dp).config.curves for name in curves.lines}
+        assert drawn == (set(told[0]) - {"critic_of_fakes"} if dp == "none" else {"critic_of_fakes"})
+
+
 def test_a_resumed_training_has_spent_what_an_uninterrupted_one_has() -> None:
     config, whole = make("dpwgan", "patients")
     train(whole, config, range(6))
@@ -130,13 +166,18 @@ def test_other_weights_that_were_private_before_are_counted_too() -> None:
 
 def test_the_budget_decides_the_noise_or_the_steps() -> None:
     by_budget = model_of({"epsilon": 3.0, "delta": 1e-4}, people=1000, steps=50)
-    planned = by_budget.spending.mechanism
-    assert planned.steps == 100 and 2.9 < epsilon((planned,), 1e-4) <= 3.0
+    planned = by_budget.spending.history
+    assert steps_of(planned) == 100 and 2.9 < epsilon(planned, 1e-4) <= 3.0
     cut = model_of({"epsilon": 1.0, "noise_multiplier": 0.8, "delta": 1e-4}, people=1000, steps=5000)
     [phase] = cut.phases()
-    assert phase.steps == cut.spending.steps < 5000 and epsilon((cut.spending.mechanism,), 1e-4) <= 1.0
+    assert phase.steps == cut.spending.steps < 5000 and epsilon(cut.spending.history, 1e-4) <= 1.0
     assert "steps, after which the budget is spent" in " ".join(cut.describe(0))
-    assert epsilon((replace(cut.spending.mechanism, steps=cut.spending.mechanism.steps + 4),), 1e-4) > 0.985, "no budget is left over"
+    [only] = cut.spending.history
+    assert epsilon((replace(only, steps=only.steps + 4),), 1e-4) > 0.985, "no budget is left over"
+    falling = model_of({"epsilon": 1.0, "noise_multiplier": 1.2, "noise_decay": 0.3, "delta": 1e-4}, people=1000, steps=5000)
+    begun, whole = falling.spending.history, falling.config.noise_profile.history(0.004, 1.2)
+    assert steps_of(begun) == 2 * falling.spending.steps < 10_000 and epsilon(begun, 1e-4) <= 1.0 < epsilon(falling.config.noise_profile.first(steps_of(begun) + 10).history(0.004, 1.2), 1e-4)
+    assert len(begun) > 1 and begun[:-1] == whole[: len(begun) - 1] and begun[-1].noise_multiplier == whole[len(begun) - 1].noise_multiplier, "the course is that of all steps"
     assert model_of({"epsilon": 900.0, "noise_multiplier": 50.0}).phases()[0].steps == model_of("none").phases()[0].steps == 8
 
 
@@ -157,6 +198,12 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
     ({"dp": {"noise_multiplier": 1, "clip_norm": None}}, "clip_norm: null leaves the influence of a record without limit"),
     ({"dp": {"noise_multiplier": 1, "unit": "slice", "slices": 2}}, "slices has no effect with unit: slice"),
     ({"dp": {"noise_multiplier": 0, "epsilon": 8}}, "noise_multiplier: 0 spends any epsilon in its first step"),
+    ({"dp": {"noise_multiplier": 0, "noise_decay": 0.5}}, "noise_decay has no effect with noise_multiplier: 0"),
+    ({"dp": {"epsilon": 8, "noise_decay": 1}}, "noise_decay: 1 has no effect: the end is as the start"),
+    ({"dp": {"epsilon": 8, "clip_decay": 1.0}}, "clip_decay: 1 has no effect: the end is as the start"),
+    ({"dp": {"noise_multiplier": 0, "clip_norm": None, "clip_decay": 0.5}}, "clip_decay has no effect with clip_norm: null"),
+    ({"dp": {"epsilon": 8, "noise_decay": 0}}, "noise_decay"),
+    ({"dp": {"epsilon": 8, "clip_decay": 0.5}, "steps": 1, "critic_steps": 1}, "noise_decay and clip_decay have no effect on a single update"),
     ({"dp": "none", "betas": [0.5, 1.0]}, r"both must lie in \[0, 1\)"),
     ({"dp": "none", "find_lr": True}, "find_lr has no effect"),
     ({"dp": "none", "loop": {"micro_batch": "auto"}}, "micro_batch: auto"),
@@ -243,7 +290,7 @@ def test_too_few_patients_are_told(people: tuple[np.ndarray, np.ndarray]) -> Non
 
 
 def spec_of(dp: Any, **changes: Any) -> dict[str, Any]:
-    config = {"model": "dpwgan", "channels": ["t1_gd"], **TINY, "dp": dp, "loop": {"log_steps": 2, "preview_images": 2, "checkpoint_steps": 3}, **changes}
+    config = {"model": "dpwgan", "channels": ["t1_gd"], **TINY, "dp": dp, "loop": {"log_steps": 2, "preview_images": 2, "checkpoint_steps": 3, "validate_epochs": 1.4}, **changes}
     stages = {
         "train": {"kind": "train", "config": config, "resources": {"cpus": 1}},
         "images": {"kind": "generate", "from": "train", "count": 4},
@@ -260,12 +307,15 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
     facts = files.read_json(run / "outcome" / "train.0.json")["facts"]
     card = facts["privacy"]
     assert card["unit"] == "patient" and card["records"] == 6 and card["critic_steps"] == 16 and card["delta"] == 0.01
-    assert card["epsilon_prv"] == pytest.approx(epsilon(model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism and (model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.mechanism,), 0.01))
+    assert card["epsilon_prv"] == pytest.approx(epsilon(model_of({"noise_multiplier": 1.2, "delta": 0.01}, 6).spending.history, 0.01))
     assert list(facts["checkpoints"]) == ["last"], "nothing was chosen by real images"
     assert not (run / "train" / "noise.key").exists(), "nobody can take the noise away any more"
-    log = (run / "train" / "log.jsonl").read_text()
-    assert "critic_of_fakes" in log and "val_" not in log and "real" not in log
-    assert str(round(card["epsilon_prv"], 1)) in (run / "report" / "index.html").read_text()
+    lines = [json.loads(line) for line in (run / "train" / "log.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} == {"step", "epoch", "loss", "critic_of_fakes", "seconds_per_step", "time"}, "nothing of real images"
+    page = (run / "report" / "index.html").read_text()
+    assert str(round(card["epsilon_prv"], 1)) in page
+    assert "Critic&#39;s score of generated images" in page and "Wasserstein" not in page and "real images</span>" not in page
+    assert list(grids_of(run)) == [f"step-{step:06d}.png" for step in (2, 4, 6, 8)] and "step 2</figcaption>" in page, "pictures cost nothing, and need no validation"
 
 
 @pytest.mark.parametrize(("spec", "told"), [
@@ -305,8 +355,12 @@ def test_public_weights_are_tuned_with_privacy(medgen: Medgen, write_spec: Write
     assert [torch.equal(before[f"convolutions.{number}.weight"], after[f"convolutions.{number}.weight"]) for number in range(4)] == [True, True, False, False]
     averaged, raw = (sorted((run / name / "dataset").rglob("*.nii.gz")) for name in ("images", "raw"))
     assert len(averaged) == len(raw) == 4 and averaged[0].read_bytes() != raw[0].read_bytes()
-    unlike = spec_of({"noise_multiplier": 1}, start_from=str(start))
+    unlike = spec_of({"noise_multiplier": 1}, ema=None, start_from=str(start))
     assert "ema" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
+
+
+def grids_of(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "train" / "previews").iterdir())}
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -316,11 +370,12 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec, medgen: Medgen, environment: dict[str, str], tmp_path: Path) -> None:
-    """With noise that can be drawn again; a secret one is another in every run, and the key of it outlives a kill."""
-    found = {}
+    """With noise and clipping that fall, and noise that can be drawn again; a secret one is another in every run, and the key of it outlives a kill."""
+    found, grids = {}, {}
     for name, noise, resources in (("one", "reproducible", {"cpus": 1}), ("two", "reproducible", {"processes": 2, "cpus": 2}),
                                    ("cut", "reproducible", {"cpus": 1}), ("secret", "secret", {"cpus": 1})):  # fmt: skip
-        spec = spec_of({"noise_multiplier": 1, "noise": noise})
+        dp = {"noise_multiplier": 1, "noise_decay": 0.5, "clip_decay": 0.5, "noise": noise}
+        spec = spec_of(dp)
         spec |= {"name": name, "stages": {"train": spec["stages"]["train"] | {"resources": resources}}}
         if name in ("cut", "secret"):
             run = create_run(write_spec(spec), (), tmp_path / "runs")[0].root
@@ -329,16 +384,26 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
             if noise == "secret":
                 assert (run / "train" / "noise.key").stat().st_mode & 0o777 == 0o600
                 assert "with this key the noise of a private training can be taken away again" in " ".join(medgen("fsck", run).stdout.split())
+            if name == "cut":
+                shutil.copy(run / "train" / "previews" / "step-000004.png", run / "train" / "previews" / "step-000007.png")  # of steps that it has not behind it any more
+                stopped = subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=6,action=term"}, capture_output=True)
+                assert stopped.returncode == 3 and list(grids_of(run)) == ["step-000002.png", "step-000004.png"], "no time for a picture"
             medgen("train", run)
         else:
             medgen("submit", write_spec(spec), "--local")
             [run] = (tmp_path / "runs").glob(f"{name}-*")
         found[name] = last_weights(run)
+        grids[name] = grids_of(run)
+    assert grids["cut"] == grids["one"] and list(grids["two"]) == list(grids["one"]) and len(set(grids["one"].values())) > 1
     for key, tensor in found["one"].items():
         torch.testing.assert_close(found["two"][key], tensor, rtol=1e-4, atol=1e-5)
         assert torch.equal(found["cut"][key], tensor), key
     ledger = "modules.ledger spent"
-    assert torch.equal(found["secret"][ledger], found["one"][ledger]) and found["one"][ledger][0].tolist() == [1.0, 4 / 6, 16.0]
+    assert torch.equal(found["secret"][ledger], found["one"][ledger]) and found["one"][ledger][0].tolist() == [1.0, 4 / 6, 2.0]
+    [run] = (tmp_path / "runs").glob("cut-*")
+    planned = model_of(dp, 6).spending.history
+    card = files.read_json(run / "outcome" / "train.0.json")["facts"]["privacy"]
+    assert from_record(card).history == planned and len(planned) == 8 and card["epsilon_prv"] == epsilon(planned, card["delta"])
     assert not torch.equal(found["secret"]["modules.critic score.weight"], found["one"]["modules.critic score.weight"])
 
 

@@ -218,6 +218,19 @@ def test_what_is_sampled_and_validated_are_the_averaged_weights(family: str, nam
     assert outputs() != before, "the averaged weights are used nowhere"
 
 
+@pytest.mark.parametrize(("family", "name"), VARIANTS)
+def test_curves_are_of_what_is_logged(family: str, name: str) -> None:
+    config, model = make(family, name)
+    asked = {line for curves in config.curves for line in curves.lines}
+    if asked:
+        where = context(len(model.phases()))
+        logged = set(model.step(training_batch(config, 0), where).scalars)
+        with torch.no_grad():
+            held_out = model.validate(batch_of(config, 0, size=8), where)
+        assert asked <= logged | {f"val_{scalar}" for scalar in (*held_out.scalars, *model.scores(held_out.samples))}
+    assert all(1 <= len(curves.lines) <= 3 for curves in config.curves)
+
+
 CLASSIFIERS = [(family, name) for family, name in VARIANTS if models.config_class(family).model_validate(models.config_class(family).examples()[name]).classifies]
 
 

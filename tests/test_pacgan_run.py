@@ -126,6 +126,7 @@ def test_phases_selection_and_images_per_class(tmp_path: Path, medgen: Medgen, w
     facts = json.loads((run / "outcome" / "evaluate.0.json").read_text())["facts"]
     assert {"fd_small_n image", "kid image", "ssim_pairs image"} <= set(facts), "of the whole set"
     page = (run / "report" / "index.html").read_text()
+    assert all(f"<figcaption>{title}</figcaption>" in page for title in ("Scores of the critic", "Classes told apart on the val split")) and "6 of 15 grids of train/previews" in page
     assert '<table class="comparisons of3">' in page and 'scope="row">AD</th>' in page
 
 
@@ -150,6 +151,7 @@ def test_what_was_chosen_is_trained_again_on_train_and_val(tmp_path: Path, medge
         assert search["best_epochs"][f"{size}px"] == (scored[0][1] - phase * per_phase) * 8 / 36, "of the earliest of the best"
         steps += math.ceil(search["best_epochs"][f"{size}px"] * 48 / 8)
     assert final["steps"] == steps
+    assert (run / "final" / "previews" / f"step-{steps:06d}.png").exists(), "for the classes of what it is trained on, as nothing is held out"
     assert set(final["checkpoints"]) == {"last", "last-4px", "last-8px", "last-16px"}, "nothing is chosen where nothing is held out"
     (small,) = (run / "smaller" / "dataset" / "images").glob("000000/image.nii.gz")
     assert nibabel.load(small).shape[:2] == (8, 8)
@@ -214,6 +216,8 @@ def test_cut_anywhere_it_gives_the_same_bits(tmp_path: Path, medgen: Medgen, wri
     assert json.loads((run / "outcome" / "train.0.json").read_text())["status"] == "done"
     starts = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if '"task_started"' in line]
     assert len(starts) >= 3, "every kill fell"
+    drawn = [{path.name: path.read_bytes() for path in (folder / "train" / "previews").iterdir()} for folder in (run, only_run(tmp_path, "whole"))]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 5 * len(SIZES), "the same pictures: every two of nine steps, and the last"
     found = weights(run)
     assert found.keys() == expected.keys()
     for name, state in expected.items():

@@ -16,7 +16,8 @@ from medgen.dp import accounting, budget
 from medgen.dp.card import told
 from medgen.dp.ceiling import attack_ceiling
 from medgen.dp.mechanism import Mechanism
-from medgen.dp.priced import Cohort, Priced, Unit, delta_of, is_private, mechanism_of
+from medgen.dp.priced import Cohort, Priced, Unit, delta_of, history_of, is_private
+from medgen.dp.profile import Profile, constant, geometric
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Plan:
     clip_norm: float = 1.0
     expected_batch: int = 32
     steps: int = 300
+    noise_decay: float | None = None
+    clip_decay: float | None = None
+
+    @property
+    def noise_profile(self) -> Profile:
+        return constant(self.steps) if self.noise_decay is None else geometric(self.steps, self.noise_decay)
+
+    @property
+    def clip_profile(self) -> Profile:
+        return constant(self.steps) if self.clip_decay is None else geometric(self.steps, self.clip_decay)
 
     def critic_steps_total(self, records: int) -> int:
         return self.steps
@@ -63,16 +74,33 @@ def test_the_screen_tells_the_plan_and_others() -> None:
         assert cells(text, label)[4] == told(accounting.epsilon((mechanism,), 1e-3))
     for target in (1, 3, 8, 20):
         noise, epsilon = cells(text, f"for epsilon {target}")[3:5]
-        assert float(noise) == budget.noise_multiplier_for(target, 1e-3, 0.16, 300) and 0.99 * target <= float(epsilon) <= target
+        assert float(noise) == budget.noise_multiplier_for(target, 1e-3, 0.16, constant(300)) and 0.99 * target <= float(epsilon) <= target
 
 
 def test_a_budget_is_turned_into_noise() -> None:
     plan = Plan(epsilon=8.0, noise_multiplier=None, delta=None)
     text = price.price(plan, LARGE)
-    noise = budget.noise_multiplier_for(8.0, 1e-5, 0.0032, 300)
-    assert mechanism_of(plan, 10_000) == Mechanism(0.0032, noise, 300) and delta_of(plan, 10_000) == 1e-5
+    noise = budget.noise_multiplier_for(8.0, 1e-5, 0.0032, constant(300))
+    assert history_of(plan, 10_000) == (Mechanism(0.0032, noise, 300),) and delta_of(plan, 10_000) == 1e-5
     assert cells(text, "as planned")[3] == f"{noise:.4g}" and f"noise multiplier {noise:.4g}" in text
     assert float(cells(text, "as planned")[4]) <= 8
+
+
+def test_noise_that_falls_is_priced_in_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(price, "EPSILONS", (1.0, 3.0))  # larger ones take longer to count
+    plan = Plan(steps=40, noise_decay=0.5, clip_decay=0.3)
+    text = price.price(plan, SMALL)
+    assert max(map(len, text.splitlines())) <= 100
+    planned = geometric(40, 0.5).history(0.16, 5.0)
+    assert history_of(plan, 200) == planned
+    assert "40 critic updates, each with 32 of 200 patients expected, noise multiplier 5 falling to 2.5, clip norm 1 falling to 0.3." in " ".join(text.split())
+    assert cells(text, "as planned")[3:5] == ["5-2.5", told(accounting.epsilon(planned, 1e-3))]
+    for label, changed in (("half the steps", geometric(20, 0.5).history(0.16, 5.0)), ("twice the batch", geometric(40, 0.5).history(0.32, 5.0))):
+        assert cells(text, label)[3:5] == ["5-2.5", told(accounting.epsilon(changed, 1e-3))]
+    first = budget.noise_multiplier_for(3, 1e-3, 0.16, geometric(40, 0.5))
+    assert cells(text, "for epsilon 3")[3] == f"{first:.4g}-{first / 2:.4g}"
+    by_slice = accounting.epsilon(geometric(40, 0.5).history(32 / 10_000, 5.0), budget.advised_delta(10_000))
+    assert cells(text, "slice")[2] == told(by_slice)
 
 
 def test_patients_and_slices_stand_side_by_side() -> None:
@@ -151,7 +179,8 @@ def test_the_verb_prices_the_private_stages(medgen: Callable[..., subprocess.Com
     assert "each patient: 20 critic updates, each with 1 of 4 patients expected, noise multiplier 5, clip norm 1." in words
     both = accounting.epsilon((Mechanism(0.25, 5.0, 40),), 0.02)
     assert words.endswith(f"All 2 stages learn from the same patients: together they cost epsilon {told(both)} at delta 0.02.")
-    assert "first" not in medgen("privacy", path, "--stage", "second", "-o", "stages.second.config.steps=20").stdout
+    second = medgen("privacy", path, "--stage", "second", "-o", "stages.second.config.steps=20", "-o", "stages.second.config.dp.noise_decay=0.5").stdout
+    assert "first" not in second and "40 critic updates" in second and "noise multiplier 5 falling to 2.5" in " ".join(second.split())
     assert "--stage open: it does not train with differential privacy; those that do: first, second" in medgen("privacy", path, "--stage", "open", expect=2).stderr
 
 

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medgen.dp.mechanism import History, Mechanism, merged
+from medgen.dp.mechanism import History, Mechanism, merged, steps_of
 
 Accountant = Literal["prv", "rdp"]
 
@@ -130,7 +130,7 @@ def _by_losses(history: History, delta: float) -> float:
         return _by_renyi(history, delta)
     rough = quick_bound(history, delta)
     error = max(min(USUAL_ERROR, ERROR_SHARE_BELOW * rough), ERROR_SHARE_ABOVE * rough, LEAST_ERROR)
-    points = 2 * largest / _mesh(sum(stretch.steps for stretch in history), error, delta_error)
+    points = 2 * largest / _mesh(steps_of(history), error, delta_error)
     accountant = _accountant(largest)
     accountant.history = [(stretch.noise_multiplier, stretch.sampling_rate, stretch.steps) for stretch in history]
     try:
@@ -144,7 +144,7 @@ def _by_losses(history: History, delta: float) -> float:
 
 def _largest_loss(history: History, delta_error: float) -> float:
     """How far the grid must reach so that what lies beyond does not matter: Gopi et al., remark 5.6, with opacus' 3 on top."""
-    steps = sum(stretch.steps for stretch in history)
+    steps = steps_of(history)
     single = (quick_bound((Mechanism(stretch.sampling_rate, stretch.noise_multiplier, 1),), delta_error / (8 * steps)) for stretch in history)
     return max(quick_bound(history, delta_error / 4), *single) + 3
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from medgen.dp.accounting import epsilon as epsilon_of
 from medgen.dp.accounting import quick_bound
-from medgen.dp.mechanism import Mechanism
+from medgen.dp.mechanism import History
+from medgen.dp.profile import Profile
 
 LEAST_NOISE, MOST_NOISE = 0.2, 100.0  # noise multipliers that are sensible: below there is hardly any privacy, above hardly any signal
 DIGITS = 4  # of a noise multiplier that was solved for
@@ -48,23 +49,24 @@ def check_delta(delta: float, records: int) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """The least noise multiplier, to four digits, with which `steps` steps cost at most `epsilon` at `delta` by prv.
+def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, noise: Profile) -> float:
+    """The least first noise multiplier, to four digits, with which steps of this noise profile cost at most `epsilon` at `delta` by prv.
 
     The cost is at most epsilon and at least 99 % of it. Raises TooSmall or TooLarge, saying what would do, where no multiplier from 0.2 to
     100 does that, and ValueError for numbers that are no epsilon, delta, sampling rate or steps."""
     _check_epsilon(epsilon)
+    steps = noise.updates
     if steps < 1:
         raise ValueError(f"steps: {steps}: nothing is released in no steps; write at least 1")
 
-    def cost(noise: float) -> float:
-        return epsilon_of((Mechanism(sampling_rate, noise, steps),), delta)
+    def cost(first: float) -> float:
+        return epsilon_of(noise.history(sampling_rate, first), delta)
 
-    def rough_cost(noise: float) -> float:
-        return quick_bound((Mechanism(sampling_rate, noise, steps),), delta)
+    def rough_cost(first: float) -> float:
+        return quick_bound(noise.history(sampling_rate, first), delta)
 
     if rough_cost(MOST_NOISE) > epsilon and cost(MOST_NOISE) > epsilon:
-        raise TooSmall(_too_small(epsilon, delta, sampling_rate, steps, cost(MOST_NOISE)))
+        raise TooSmall(_too_small(epsilon, delta, sampling_rate, noise, cost(MOST_NOISE)))
     enough, too_little = _bracket(rough_cost, epsilon)
     while enough < MOST_NOISE and cost(enough) > epsilon:  # rare: the numerical bound above the Renyi bound, at very small epsilons
         enough, too_little = min(MOST_NOISE, enough * 1.1), enough
@@ -79,17 +81,23 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, ste
 
 
 @functools.lru_cache(maxsize=256)
-def steps_within(epsilon: float, delta: float, sampling_rate: float, noise_multiplier: float) -> int:
-    """The most steps that cost at most `epsilon` at `delta` by prv, to one in a thousand: exact below two thousand.
+def steps_within(epsilon: float, delta: float, sampling_rate: float, noise_multiplier: float, noise: Profile) -> int:
+    """The most steps of this noise profile, from its beginning and beyond its end, that cost at most `epsilon` at `delta` by prv, to one in a
+    thousand: exact below two thousand. noise_multiplier: of the first step.
 
     Raises ValueError if not even one step does, or ten million do."""
+    return _most_steps(epsilon, delta, noise_multiplier, lambda steps: noise.first(steps).history(sampling_rate, noise_multiplier))
+
+
+def _most_steps(epsilon: float, delta: float, noise_multiplier: float, history: Callable[[int], History]) -> int:
+    """history: of so many steps."""
     _check_epsilon(epsilon)
 
     def cost(steps: int) -> float:
-        return epsilon_of((Mechanism(sampling_rate, noise_multiplier, steps),), delta)
+        return epsilon_of(history(steps), delta)
 
     def rough_cost(steps: int) -> float:
-        return quick_bound((Mechanism(sampling_rate, noise_multiplier, steps),), delta)
+        return quick_bound(history(steps), delta)
 
     if cost(1) > epsilon:
         raise ValueError(f"epsilon: {epsilon:g} does not allow a single step with noise_multiplier {noise_multiplier:g}, which costs {cost(1):.3g}; write a larger noise_multiplier")
@@ -110,21 +118,22 @@ def _check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon: {epsilon:g} is no budget; write a number above 0, such as 8")
 
 
-def _too_small(epsilon: float, delta: float, sampling_rate: float, steps: int, least: float) -> str:
+def _too_small(epsilon: float, delta: float, sampling_rate: float, noise: Profile, least: float) -> str:
     """What would do instead: other steps, another batch, another epsilon."""
+    steps = noise.updates
     ways = [f"epsilon: {rounded_up(least):g}"]
     with contextlib.suppress(ValueError):  # not even one step
-        ways.append(f"at most {steps_within(epsilon, delta, sampling_rate, MOST_NOISE):,} steps")
-    rate = _largest_rate(epsilon, delta, steps)
+        ways.append(f"at most {_most_steps(epsilon, delta, MOST_NOISE, lambda count: noise.resized(count).history(sampling_rate, MOST_NOISE)):,} steps")
+    rate = _largest_rate(epsilon, delta, noise)
     if rate is not None:
         ways.append(f"an expected batch {sampling_rate / rate:.3g} times smaller (sampling rate {rate:.2g})")
     return f"epsilon: {epsilon:g} cannot be kept in {steps:,} steps at sampling rate {sampling_rate:.3g}: even a noise multiplier of {MOST_NOISE:g} costs {least:.3g}; what would do: {', or '.join(ways)}"
 
 
-def _largest_rate(epsilon: float, delta: float, steps: int) -> float | None:
+def _largest_rate(epsilon: float, delta: float, noise: Profile) -> float | None:
     """A sampling rate that keeps the budget with the most noise, found by halving; None if none does."""
     for halvings in range(1, 40):
-        if quick_bound((Mechanism(0.5**halvings, MOST_NOISE, steps),), delta) <= epsilon:
+        if quick_bound(noise.history(0.5**halvings, MOST_NOISE), delta) <= epsilon:
             return 0.5**halvings
     return None
 

@@ -32,6 +32,10 @@ class Mechanism:
 History = tuple[Mechanism, ...]
 
 
+def steps_of(history: History) -> int:
+    return sum(stretch.steps for stretch in history)
+
+
 def merged(history: History) -> History:
     """The same cost in as few stretches as possible: the order of steps does not matter to it, and none of no steps are left."""
     steps: dict[tuple[float, float], int] = {}

@@ -1,6 +1,6 @@
 """What a training must tell of itself to be counted before it starts: `Priced`, which private families' configurations fulfil.
 
-Used by price.py, and by a private training to know its noise: both see the same mechanism."""
+Used by price.py, and by a private training to know its noise: both see the same history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from medgen.dp import budget
-from medgen.dp.mechanism import Mechanism
+from medgen.dp.mechanism import History
+from medgen.dp.profile import Profile
 
 Unit = Literal["patient", "slice"]
 
@@ -29,7 +30,14 @@ class Priced(Protocol):
         ...
 
     @property
-    def noise_multiplier(self) -> float | None: ...
+    def noise_multiplier(self) -> float | None:
+        """Of the first step."""
+        ...
+
+    @property
+    def noise_profile(self) -> Profile:
+        """How it goes on, over all steps that are wanted."""
+        ...
 
     @property
     def delta(self) -> float | None:
@@ -37,7 +45,12 @@ class Priced(Protocol):
         ...
 
     @property
-    def clip_norm(self) -> float: ...
+    def clip_norm(self) -> float:
+        """Of the first step."""
+        ...
+
+    @property
+    def clip_profile(self) -> Profile: ...
 
     @property
     def expected_batch(self) -> int:
@@ -45,7 +58,7 @@ class Priced(Protocol):
         ...
 
     def critic_steps_total(self, records: int) -> int:
-        """How many noisy sums are released in the whole training."""
+        """How many noisy sums are released in the whole training: all that are wanted, or fewer."""
         ...
 
 
@@ -76,16 +89,23 @@ def delta_of(plan: Priced, records: int) -> float:
     return delta
 
 
-def mechanism_of(plan: Priced, records: int) -> Mechanism:
-    """What the plan does to the records, its noise solved for if it names an epsilon. Raises ValueError where that cannot be."""
+def history_of(plan: Priced, records: int) -> History:
+    """What the plan does to the records, its noise solved for if it names an epsilon; empty if nothing is released.
+
+    Raises ValueError where that cannot be."""
     if plan.expected_batch > records:
         raise ValueError(f"the expected batch of {plan.expected_batch} is more than there are: {records:,} {plural(plan.unit)}; write a smaller batch, or bring more data")
-    rate, steps = plan.expected_batch / records, plan.critic_steps_total(records)
+    rate, noise = plan.expected_batch / records, plan.noise_profile.first(plan.critic_steps_total(records))
     if plan.noise_multiplier is not None:
-        return Mechanism(rate, plan.noise_multiplier, steps)
+        return noise.history(rate, plan.noise_multiplier)
     if plan.epsilon is None:
         raise ValueError("neither epsilon nor noise_multiplier is given: nothing is promised of this training")
-    return Mechanism(rate, budget.noise_multiplier_for(plan.epsilon, delta_of(plan, records), rate, steps), steps)
+    return noise.history(rate, budget.noise_multiplier_for(plan.epsilon, delta_of(plan, records), rate, noise))
+
+
+def clip_norms(plan: Priced, steps: int) -> tuple[float, float]:
+    """Of the first and of the last of so many steps."""
+    return plan.clip_norm, plan.clip_norm * plan.clip_profile.share(steps - 1)
 
 
 def plural(unit: Unit) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from medgen.models.settings import FamilyConfig
+from medgen.models.settings import Curves, FamilyConfig
 
 
 def _below_one(betas: tuple[float, float]) -> tuple[float, float]:
@@ -16,6 +16,11 @@ def _below_one(betas: tuple[float, float]) -> tuple[float, float]:
 
 
 Betas = Annotated[tuple[float, float], AfterValidator(_below_one)]  # Adam's
+
+
+SCORES_OF_THE_CRITIC = Curves("Scores of the critic", "score", {"critic_real_score": "real images", "critic_fake_score": "generated images"},
+                              "The gap is the critic's estimate of the Wasserstein distance between both.")  # fmt: skip
+GRADIENT_PENALTY = Curves("Gradient penalty", "penalty", {"critic_penalty": "without its weight"}, "0 where the critic's gradient is 1 long, as it should be.")
 
 
 class AdversarialConfig(FamilyConfig):

@@ -85,7 +85,7 @@ class LoopSettings(Settings):
     checkpoint_steps: int | None = Field(None, ge=1)  # additionally every so many steps
     keep: int = Field(2, ge=2)  # newest checkpoints kept, besides the best ones
     log_steps: int = Field(10, ge=1)
-    preview_images: int = Field(8, ge=0)  # images in TensorBoard at each validation; 0: none
+    preview_images: int = Field(8, ge=0)  # images drawn at each validation, for TensorBoard and the report; 0: none
     # stop when the loss stays this many times above its best ... (of no effect where players work against each other)
     divergence_factor: float = Field(5.0, gt=1)
     divergence_steps: int = Field(500, ge=1)  # ... for so many steps in a row
@@ -145,6 +145,19 @@ class RecordSampling:
         if self.size <= records:
             return None
         return f"batch_size: {self.size} {self.unit}s in an update, but the training split has {records}; write {records} or fewer"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A chart of the report: scalars of the training log that are read together.
+
+    lines: name in the log ("val_..." of validations) -> its words, three at most; what a log does not have is left out.
+    reading: a sentence on what to look for, or nothing."""
+
+    title: str
+    y_label: str
+    lines: dict[str, str]
+    reading: str = ""
 
 
 class FamilyConfig(Settings):
@@ -258,6 +271,11 @@ class FamilyConfig(Settings):
         return True
 
     @property
+    def curves(self) -> tuple[Curves, ...]:
+        """What the report draws of the training log beside the loss."""
+        return ()
+
+    @property
     def classifies(self) -> bool:
         """True if the model tells the class of an image."""
         return False
@@ -304,5 +322,5 @@ class FamilyConfig(Settings):
         raise NotImplementedError
 
     def preview_sampling(self) -> Settings:
-        """A quick setting for the pictures in TensorBoard."""
+        """A quick setting for the pictures that a training draws on its way."""
         raise NotImplementedError

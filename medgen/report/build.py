@@ -1,6 +1,6 @@
 """Assembles the report of a run: page, table of scores, a dataset card for each set. Called by __init__.py.
 
-What is on the page and in which words: summary.py, evaluations.py, gallery.py; the cards: card.py."""
+What is on the page and in which words: summary.py, evaluations.py, gallery.py, trainings.py; the cards: card.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from markupsafe import Markup
 
 from medgen import __version__, collected, files, redact
 from medgen import plan as plans
@@ -21,12 +20,12 @@ from medgen.evaluate.inputs import MASK, Dataset, read_dataset
 from medgen.plan import Plan
 from medgen.report import card, evaluations, gather, page, summary, words
 from medgen.report.card import Fact, Subject
-from medgen.report.charts import Series, bar_chart, line_chart
 from medgen.report.evaluations import Evaluation
 from medgen.report.gallery import Painter, StagePictures, stage_pictures
 from medgen.report.gather import StageFacts
 from medgen.report.selection import Selection, selection, sentences
 from medgen.report.summary import ImageSet, Measurement
+from medgen.report.trainings import training_section
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec, Window
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from medgen.data.store import SliceStore
 
 Say = Callable[[str], None]
-SMOOTH_FROM_POINTS = 40
 MEASURING = ("evaluate", "structure", "utility")
 
 
@@ -51,17 +49,6 @@ class GeneratedSection:
     images: ImageSet
     card: str  # empty without a dataset
     selection: Selection | None = None
-
-
-@dataclass(frozen=True)
-class TrainingSection:
-    facts: StageFacts
-    loss: Markup
-    bins: Markup
-    last_loss: float | None
-    last_val_loss: float | None
-    best_val_loss: float | None
-    guarantee: str  # of differential privacy, and what it does not cover; empty without
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,7 @@ def _page(source: Source, stage_name: str, generated: list[GeneratedSection]) ->
         verdict=words.verdict(stages),
         tiles=words.headline_facts(plan, stages, store),
         generated=generated,
-        training=[section for stage in stages if stage.kind == "train" and (section := _training(run, stage)) is not None],
+        training=[section for stage in stages if stage.kind == "train" and (section := training_section(run, stage, source.say)) is not None],
         splits=words.split_table(store),
         stages=stages,
         timeline=words.timeline(stages),
@@ -258,24 +245,6 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
 
 
 # --- training and provenance -------------------------------------------------------------------------------------------
-
-
-def _training(run: RunDir, facts: StageFacts) -> TrainingSection | None:
-    curves = gather.training_curves(run, facts.name)
-    if curves is None or not curves.steps:
-        return None
-    noisy = len(curves.loss) >= SMOOTH_FROM_POINTS
-    train = Series("training loss", curves.steps, curves.loss, "first", faint=noisy)
-    lines = [train, Series("validation loss", curves.val_steps, curves.val_loss, "second")]
-    if noisy:
-        mean = gather.smoothed(curves.loss, max(2, len(curves.loss) // 25))
-        lines.append(Series("training loss, running mean", curves.steps, mean, "first"))
-    loss = line_chart(lines, "step", "loss", allow_logarithmic=True)
-    bins = bar_chart(curves.bins, [str(number) for number in range(len(curves.bins))], "tenth of the noise levels (0: least noise)", "loss") if curves.bins else Markup("")
-    return TrainingSection(
-        facts, loss, bins, curves.loss[-1], curves.val_loss[-1] if curves.val_loss else None, min(curves.val_loss, default=None),
-        "\n".join(privacy.from_record(facts.facts["privacy"]).words()) if "privacy" in facts.facts else "",
-    )
 
 
 def _provenance(run: RunDir, plan: Plan, store: SliceStore | None) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ Used by build.py; reads the run folder only."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,12 @@ class TrainingCurves:
     val_steps: list[float]
     val_loss: list[float]
     bins: list[float]  # loss per tenth of the timesteps, mean over the last tenth of the log; empty if not logged
+    records: list[dict[str, Any]]  # every line
+
+    def logged(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one scalar where it is a finite number."""
+        found = [(record["step"], record[name]) for record in self.records if isinstance(record.get(name), int | float) and math.isfinite(record[name])]
+        return [step for step, _ in found], [value for _, value in found]
 
 
 def training_curves(run: RunDir, stage: str) -> TrainingCurves | None:
@@ -170,7 +177,7 @@ def training_curves(run: RunDir, stage: str) -> TrainingCurves | None:
     return TrainingCurves(
         [record["step"] for record in losses], [record["loss"] for record in losses],
         [record["step"] for record in validated], [record["val_loss"] for record in validated],
-        _last_bins(losses),
+        _last_bins(losses), records,
     )
 
 

@@ -1,14 +1,16 @@
-"""Slices as inline PNGs with the mask's outline as an SVG path over them. Used by gallery.py."""
+"""Slices as inline PNGs with the mask's outline as an SVG path over them. Used by gallery.py, trainings.py."""
 
 from __future__ import annotations
 
 import base64
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 MOST_PIXELS = 256  # per side: shown smaller than that, and a page is sent by mail
+MOST_GRID_PIXELS = 384  # of a grid of samples
 
 @dataclass(frozen=True)
 class Tile:
@@ -34,6 +36,15 @@ def mask_tile(mask: np.ndarray, label: str, title: str, kind: str = "mask") -> T
     return Tile(_png(np.zeros(mask.shape)), outline(mask), mask.shape[1], mask.shape[0], label, f"{kind} filled", title)
 
 
+def grid_tile(path: Path, label: str, title: str) -> Tile:
+    """A grid of samples that a training has drawn. Raises OSError, ValueError or SyntaxError if the file is no picture."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("L")) / 255
+    return Tile(_png(pixels, MOST_GRID_PIXELS), "", pixels.shape[1], pixels.shape[0], label, "grid", title)
+
+
 def outline(mask: np.ndarray) -> str:
     """The border of a mask {0,1} [H,W] as an SVG path; pixel (row, column) covers [column, column+1] x [row, row+1]."""
     from skimage.measure import approximate_polygon, find_contours
@@ -46,11 +57,11 @@ def outline(mask: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _png(image: np.ndarray) -> str:
+def _png(image: np.ndarray, most_pixels: int = MOST_PIXELS) -> str:
     from PIL import Image
 
     picture = Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
-    picture.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
+    picture.thumbnail((most_pixels, most_pixels), Image.Resampling.LANCZOS)
     packed = io.BytesIO()
     picture.save(packed, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()

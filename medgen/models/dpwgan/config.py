@@ -10,8 +10,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
-from medgen.models.adversarial import AdversarialConfig, Betas
+from medgen.dp.profile import Profile, constant, geometric
+from medgen.models.adversarial import (
+    GRADIENT_PENALTY,
+    SCORES_OF_THE_CRITIC,
+    AdversarialConfig,
+    Betas,
+)
 from medgen.models.settings import (
+    Curves,
     EmaSettings,
     RecordSampling,
     Settings,
@@ -40,6 +47,9 @@ class DpSettings(Settings):
     delta: float | None = Field(None, gt=0, lt=1)  # default: 1 / (10 x records)
     noise_multiplier: float | None = Field(None, ge=0, le=1000)  # standard deviation of the noise over clip_norm; 0: no guarantee at all
     clip_norm: float | None = Field(1.0, gt=0)  # the longest gradient of a record; null only without noise
+    # noise multiplier and clip norm in the last updates, as shares of those in the first; the clip norm's course costs nothing
+    noise_decay: float | None = Field(None, ge=0.01, le=100)
+    clip_decay: float | None = Field(None, ge=0.01, le=100)
     slices: int | None = Field(None, ge=1)  # of a patient, drawn at random each time; their mean loss is the record's; default 4
     # secret: from a key that only the run's folder has, until training ends. reproducible: from the spec's seed, which its readers know
     noise: Literal["secret", "reproducible"] = "secret"
@@ -52,6 +62,13 @@ class DpSettings(Settings):
             raise ValueError("clip_norm: null leaves the influence of a record without limit, and noise without scale; give it a number")
         if self.epsilon is not None and self.noise_multiplier == 0:
             raise ValueError("noise_multiplier: 0 spends any epsilon in its first step; leave one of them out")
+        if self.noise_multiplier == 0 and self.noise_decay is not None:
+            raise ValueError("noise_decay has no effect with noise_multiplier: 0, where there is no noise; remove it")
+        if self.clip_norm is None and self.clip_decay is not None:
+            raise ValueError("clip_decay has no effect with clip_norm: null, which clips nothing; remove it")
+        for name, last_share in (("noise_decay", self.noise_decay), ("clip_decay", self.clip_decay)):
+            if last_share == 1:
+                raise ValueError(f"{name}: 1 has no effect: the end is as the start; remove it, or write another share, such as 0.5")
         if self.unit == "slice" and self.slices is not None:
             raise ValueError("slices has no effect with unit: slice, where a record is one slice; remove it")
         return self
@@ -79,13 +96,16 @@ class Config(AdversarialConfig):
     betas: Betas = (0.5, 0.9)
     penalty: float = Field(10.0, ge=0)
 
-    ema: EmaSettings | None = None  # averages of the generator's weights; it costs no privacy
+    # averages of the generator's weights, which cost no privacy; noise makes the weights themselves wander
+    ema: EmaSettings | None = EmaSettings(beta=0.999, update_every=1)
     frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
 
     dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said)]  # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self._updates == 1 and self.dp is not None and (self.dp.noise_decay or self.dp.clip_decay) is not None:
+            raise ValueError("dp: noise_decay and clip_decay have no effect on a single update; remove them, or write more steps")
         if self.loop.micro_batch == "auto":
             raise ValueError("loop.micro_batch: auto would search for a batch, and records come in batches of chance; write how many are computed at once, or leave it out")
         if self.frozen_critic_layers and self.start_from is None:
@@ -123,6 +143,22 @@ class Config(AdversarialConfig):
         return self.dp.noise_multiplier if self.dp is not None else None
 
     @property
+    def noise_profile(self) -> Profile:
+        return self._profile(self.dp.noise_decay if self.dp is not None else None)
+
+    @property
+    def clip_profile(self) -> Profile:
+        return self._profile(self.dp.clip_decay if self.dp is not None else None)
+
+    def _profile(self, last_share: float | None) -> Profile:
+        return constant(self._updates) if last_share is None else geometric(self._updates, last_share)
+
+    @property
+    def _updates(self) -> int:
+        """Of the critic, if no budget ends them earlier."""
+        return self.steps * self.critic_steps
+
+    @property
     def delta(self) -> float | None:
         return self.dp.delta if self.dp is not None else None
 
@@ -137,11 +173,11 @@ class Config(AdversarialConfig):
 
     def critic_steps_total(self, records: int) -> int:
         """As many as the steps need, or whole steps of what the budget allows with a noise that is given too."""
-        wanted = self.steps * self.critic_steps
+        wanted = self._updates
         if self.budget is None or not self.noise_multiplier:
             return wanted
         try:
-            within = steps_within(self.budget, delta_of(self, records), self.batch_size / records, self.noise_multiplier)
+            within = steps_within(self.budget, delta_of(self, records), self.batch_size / records, self.noise_multiplier, self.noise_profile)
         except TooLarge:  # of more steps than anybody takes
             return wanted
         return min(wanted, within // self.critic_steps * self.critic_steps)
@@ -153,6 +189,13 @@ class Config(AdversarialConfig):
     @property
     def form(self) -> dict[str, Any]:
         return {"channels": self.channels, "latent": self.latent, "features": self.features, "ema": self.ema and tuple(self.ema.betas)}
+
+    @property
+    def curves(self) -> tuple[Curves, ...]:
+        if self.dp is not None:
+            return (Curves("Critic's score of generated images", "score", {"critic_of_fakes": "generated images"}, "What it says of real images is private, and is not logged."),)
+        estimate = Curves("Critic's estimate of the Wasserstein distance", "score", {"wasserstein": "estimate"}, "While the critic keeps up, it falls as images get better.")
+        return (SCORES_OF_THE_CRITIC, estimate, GRADIENT_PENALTY)
 
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:

@@ -24,11 +24,11 @@ class Ledger(nn.Module):
         """In stretches that were alike, in order."""
         return tuple(Mechanism(rate, noise, int(count)) for noise, rate, count in self.spent.tolist() if count)
 
-    def add(self, planned: Mechanism) -> None:
-        """One release of a planned training."""
+    def add(self, released: Mechanism) -> None:
+        """One release."""
         used = len(self.history)
         last = max(used - 1, 0)
-        row = torch.tensor([planned.noise_multiplier, planned.sampling_rate], dtype=torch.float64)
+        row = torch.tensor([released.noise_multiplier, released.sampling_rate], dtype=torch.float64)
         place = last if used and torch.equal(self.spent[last, :2].cpu(), row) else used
         if place == STRETCHES:
             raise RuntimeError(f"more than {STRETCHES} stretches of noise; the ledger cannot hold them")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from medgen import rng
 from medgen.dp.card import issue
+from medgen.dp.mechanism import steps_of
+from medgen.dp.priced import clip_norms
 from medgen.errors import MedgenError
 from medgen.models.averages import averages_of, horizons, keep_counters_on_cpu
 from medgen.models.base import (
@@ -33,7 +35,7 @@ from medgen.models.dpwgan.cross_record import cross_record_problem
 from medgen.models.dpwgan.ledger import Ledger
 from medgen.models.dpwgan.networks import Critic, Generator
 from medgen.models.dpwgan.plan import Spending, spending
-from medgen.models.dpwgan.records import Records
+from medgen.models.dpwgan.records import Records, told_of
 from medgen.models.dpwgan.two_pass import clipped_sum, supports
 from medgen.models.settings import Settings
 
@@ -84,13 +86,10 @@ class Model(Family):
             raise MedgenError(f"this critic cannot be trained with differential privacy: {problem}")
         from opacus.optimizers import DPOptimizerFastGradientClipping
 
-        noise = self.spending.mechanism.noise_multiplier
-        made = DPOptimizerFastGradientClipping(
-            self.players["critic"], noise_multiplier=noise, max_grad_norm=self.config.clip_norm, expected_batch_size=self.config.batch_size,
+        return DPOptimizerFastGradientClipping(
+            self.players["critic"], noise_multiplier=self.spending.release(0).noise_multiplier, max_grad_norm=self.config.clip_norm, expected_batch_size=self.config.batch_size,
             secure_mode=True,  # sums of several draws: the bits of a single float would tell what they were added to
         )  # fmt: skip
-        made.attach_step_hook(lambda _: self.ledger.add(self.spending.mechanism))
-        return made
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self.players
@@ -105,12 +104,12 @@ class Model(Family):
         if not batch.lots:
             raise MedgenError("this family is trained on records that are drawn for each update, not on slices in turn")
         for lot in batch.lots:
-            score_of_fakes = self._update_critic(lot, context)
+            told = self._update_critic(lot, context)
         loss = self._update_generator(batch, context)
-        # of real images nothing is told: what is not noised is not accounted for
-        return StepReport({"loss": loss, "critic_of_fakes": score_of_fakes})
+        return StepReport({"loss": loss, **told})
 
-    def _update_critic(self, lot: Lot, context: StepContext) -> Tensor:
+    def _update_critic(self, lot: Lot, context: StepContext) -> dict[str, Tensor]:
+        """Returns what may be told of it. With dp that is nothing of real images: what is not noised is not accounted for."""
         real = joined({name: tensor.flatten(0, 1) for name, tensor in lot.channels.items()}, self.config.channels)
         slices = next(iter(lot.channels.values())).shape[1]
         latent, mix = lot.normal("latent", (slices, self.config.latent)), lot.uniform("mix", slices)
@@ -118,7 +117,8 @@ class Model(Family):
         with torch.no_grad(), context.autocast():  # in evaluation mode: batch statistics would tell each image how many others were drawn
             fake = self.generator(latent.flatten(0, 1)).to(real.dtype)
         records = Records(real.unflatten(0, (len(lot), slices)), fake.unflatten(0, (len(lot), slices)), mix)
-        clip_norm = self.config.dp.clip_norm if self.config.dp is not None else None
+        scale = self.config.clip_norm * self.config.clip_profile.share(lot.number)
+        clip_norm = scale if self.config.dp is not None and self.config.dp.clip_norm is not None else None
         summed = clipped_sum(self.critic, records, self.config.penalty, clip_norm, context.part_size(max(1, CHUNK_SLICES // slices)))
         gradients = list(summed.gradients.values())
         context.sum(gradients)
@@ -133,9 +133,13 @@ class Model(Family):
         else:
             device = next(self.critic.parameters()).device
             self.noisy_critic.generator = torch.Generator(device).manual_seed(rng.derive_seed(lot.seed, f"{lot.stream}/noise", lot.number))
+            release = self.spending.release(lot.number)
+            self.noisy_critic.noise_multiplier, self.noisy_critic.max_grad_norm = release.noise_multiplier, scale
+            self.ledger.add(release)
             self.noisy_critic.step()
         self.players["critic"].zero_grad(set_to_none=True)
-        return self._score_of_fakes(lot)
+        openly = told_of(summed.terms) if self.config.dp is None else {}
+        return {"critic_of_fakes": self._score_of_fakes(lot), **openly}
 
     @torch.no_grad()
     def _score_of_fakes(self, lot: Lot) -> Tensor:
@@ -190,7 +194,8 @@ class Model(Family):
             return {}
         limits = [REPRODUCIBLE] if dp.noise == "reproducible" else []
         limits += [STARTED_FROM.format(config.start_from)] if config.start_from is not None else []
-        card = issue(config.unit, shape.records, shape.most_records, self.ledger.history, config.clip_norm, self.spending.delta, tuple(limits))
+        last_clip_norm = None if dp.clip_decay is None else clip_norms(config, steps_of(self.spending.history))[1]
+        card = issue(config.unit, shape.records, shape.most_records, self.ledger.history, config.clip_norm, self.spending.delta, tuple(limits), last_clip_norm)
         return {"privacy": card.record()}
 
     def describe(self, total_steps: int) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medgen.dp.accounting import epsilon
-from medgen.dp.mechanism import Mechanism
-from medgen.dp.priced import delta_of, mechanism_of, plural
+from medgen.dp.mechanism import History, Mechanism, steps_of
+from medgen.dp.priced import clip_norms, delta_of, history_of, plural
+from medgen.dp.profile import course
 from medgen.errors import InputError
 from medgen.models.dpwgan.config import Config
 
@@ -17,29 +18,33 @@ class Spending:
 
     config: Config
     records: int
-    mechanism: Mechanism
+    history: History
     delta: float
     steps: int
+
+    def release(self, number: int) -> Mechanism:
+        """What the update of the critic with this number does, counted from the beginning of the training."""
+        return replace(self.history[0], noise_multiplier=self.history[0].noise_multiplier * self.config.noise_profile.share(number), steps=1)
 
     @property
     def words(self) -> list[str]:
         """For the log."""
-        planned, unit = self.mechanism, self.config.unit
+        planned, unit = self.history, self.config.unit
         cut = f"{self.steps:,} of {self.config.steps:,} steps, after which the budget is spent" if self.steps < self.config.steps else f"{self.steps:,} steps"
         return [
-            f"differential privacy of each {unit} of {self.records:,}: epsilon {epsilon((planned,), self.delta):.4g} at delta {self.delta:.2g} after {cut}",
-            f"{planned.steps:,} critic updates, each with {self.config.batch_size:,} {plural(unit)} on average, noise multiplier {planned.noise_multiplier:.4g}, "
-            f"clip norm {self.config.clip_norm:g}",
+            f"differential privacy of each {unit} of {self.records:,}: epsilon {epsilon(planned, self.delta):.4g} at delta {self.delta:.2g} after {cut}",
+            f"{steps_of(planned):,} critic updates, each with {self.config.batch_size:,} {plural(unit)} on average, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, "
+            f"clip norm {course(*clip_norms(self.config, steps_of(planned)))}",
         ]  # fmt: skip
 
 
 def spending(config: Config, records: int) -> Spending:
     """Raises InputError if there are too few records, or no noise keeps the budget."""
     try:
-        planned, delta = mechanism_of(config, records), delta_of(config, records)
+        planned, delta = history_of(config, records), delta_of(config, records)
     except ValueError as error:
         raise InputError(f"dp: {error}") from None
-    steps = planned.steps // config.critic_steps
+    steps = steps_of(planned) // config.critic_steps
     if steps == 0:
-        raise InputError(f"dp: epsilon {config.budget:g} is spent before the first step is over with noise_multiplier {planned.noise_multiplier:g}; write a larger one, or leave it out")
+        raise InputError(f"dp: epsilon {config.budget:g} is spent before the first step is over with noise_multiplier {config.noise_multiplier:g}; write a larger one, or leave it out")
     return Spending(config, records, planned, delta, steps)

@@ -61,6 +61,12 @@ class RecordTerms:
     loss: Tensor
 
 
+def told_of(terms: RecordTerms) -> dict[str, Tensor]:
+    """What is logged of an update, 0-dim means over its records. Never of one that promises privacy."""
+    real, fake = terms.real_score.mean(), terms.fake_score.mean()
+    return {"critic_real_score": real, "critic_fake_score": fake, "wasserstein": real - fake, "critic_penalty": terms.penalty.mean()}
+
+
 @dataclass(frozen=True)
 class ClippedSum:
     """gradients: name of a parameter that is trained (requires_grad) -> sum over records of their clipped gradients, of its shape, divided

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from medgen.models.adversarial import AdversarialConfig, Betas
-from medgen.models.settings import Settings
+from medgen.models.adversarial import (
+    GRADIENT_PENALTY,
+    SCORES_OF_THE_CRITIC,
+    AdversarialConfig,
+    Betas,
+)
+from medgen.models.settings import Curves, Settings
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -127,6 +132,16 @@ class Config(AdversarialConfig):
     @property
     def form(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("channels", "in_channels", "factors", "latent", "embedding")}
+
+    @property
+    def curves(self) -> tuple[Curves, ...]:
+        return (
+            SCORES_OF_THE_CRITIC,
+            Curves("Losses of the players", "loss", {"critic_loss": "critic", "generator_loss": "generator"}),
+            GRADIENT_PENALTY,
+            Curves("Errors of the classification", "cross entropy", {"critic_real_class": "real images", "generator_class": "generated images"}),
+            Curves("Classes told apart on the val split", "AUC", {"val_auc_real": "real images", "val_auc_fake": "generated images"}),
+        )
 
     @property
     def classifies(self) -> bool:
