@@ -254,6 +254,18 @@ def test_rows_and_columns_are_told_apart_and_only_ratios_count() -> None:
     assert sum(parameter.numel() for parameter in embedding.parameters()) < 100_000
 
 
+def test_half_precision_goes_through_with_and_without_the_modulation() -> None:
+    network, conditions = tiny_unet(kinds=2, sizes=True), conditions_of([0, 1])
+    with torch.no_grad():
+        exact = network(reference.CLEAN, TIMES, reference.RINGS, conditions)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            modulation = network.modulate(reference.RINGS)
+            half = network(reference.CLEAN, TIMES, reference.RINGS, conditions)
+            assert torch.equal(network(reference.CLEAN, TIMES, modulation, conditions), half)
+    assert half.dtype == torch.bfloat16 and modulation.blocks[0][0].dtype == torch.bfloat16
+    assert float((half.float() - exact).abs().mean()) < 0.03 * float(exact.abs().mean())
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, object], str]] = [

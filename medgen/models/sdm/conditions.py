@@ -51,7 +51,7 @@ class ConditionEmbedding(nn.Module):
 
     def forward(self, conditions: Conditions) -> Tensor:
         parts = [embedding(conditions) for embedding in (self.kinds, self.size) if embedding is not None]
-        return torch.stack(parts).sum(dim=0)
+        return sum(parts[1:], start=parts[0])
 
 
 class KindEmbedding(nn.Module):

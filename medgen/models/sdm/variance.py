@@ -85,4 +85,4 @@ def normal_share_below(x: Tensor) -> Tensor:
 
 
 def _at(table: Tensor, times: Tensor, like: Tensor) -> Tensor:
-    return table.to(times.device)[times].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return table.to(like)[times].view(-1, *[1] * (like.dim() - 1))
