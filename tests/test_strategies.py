@@ -15,6 +15,7 @@ from medgen.dist import Ranks
 from medgen.models.averages import horizon
 from medgen.models.base import Batch, DataShape, Given, SampleNoise
 from medgen.models.diffusion.config import Config, SamplingSettings
+from medgen.models.diffusion.discrete import cosine_alpha_bar, linear_alpha_bar
 from medgen.models.diffusion.model import Model, learning_rate
 from medgen.models.diffusion.samplers import (
     Level,
@@ -27,7 +28,7 @@ from medgen.models.diffusion.samplers import (
     midpoint,
     posterior_std,
 )
-from medgen.models.diffusion.strategies import DDPM, RFlow, Strategy, cosine_alpha_bar, linear_alpha_bar
+from medgen.models.diffusion.strategies import DDPM, RFlow, Strategy
 from medgen.models.settings import EmaSettings
 
 CPU = torch.device("cpu")

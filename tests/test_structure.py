@@ -61,6 +61,11 @@ def test_every_module_says_what_it_is() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
 
 
+def test_a_wheel_holds_every_module() -> None:
+    """setup.cfg finds packages by their __init__.py: a folder without one is in a clone and in no installation."""
+    assert [folder for folder in {path.parent for path in PACKAGE.rglob("*.py")} if not (folder / "__init__.py").is_file()] == []
+
+
 HEAVY = ("torch", "monai", "nibabel", "pydicom", "pandas", "matplotlib", "scipy", "skimage", "sklearn")
 
 

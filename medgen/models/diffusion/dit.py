@@ -119,14 +119,14 @@ class LastLayer(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Times [N] as cosines and sines of 128 frequencies, through an MLP: [N, width]."""
+    """Times [N] as cosines and sines, `numbers` together, through an MLP: [N, width]."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, numbers: int = FREQUENCIES):
         super().__init__()
-        self.first, self.second = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
+        self.first, self.second = nn.Linear(numbers, width), nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
-        angles = time.float()[:, None] * _frequencies(FREQUENCIES // 2, time.device)
+        angles = time.float()[:, None] * _frequencies(self.first.in_features // 2, time.device)
         embedded: Tensor = self.second(F.silu(self.first(torch.cat([angles.cos(), angles.sin()], dim=1))))
         return embedded
 

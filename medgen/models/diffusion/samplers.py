@@ -1,4 +1,4 @@
-"""Samplers: from noise to images in a given number of steps, written without networks. Used by strategies.py.
+"""Samplers: from noise to images in a given number of steps, written without networks. Used by strategies.py and sdm/process.py.
 
 Two kinds of process: what strategies with discrete times need knows signal and noise levels, what rectified flow needs knows a velocity."""
 
@@ -34,6 +34,8 @@ CLEAN = Level(1.0, 0.0)
 
 # denoise(noisy [N, C, H, W], number of the step) -> (predicted clean image, predicted noise), not clamped
 Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# the same, and instead of the noise the standard deviation of the step from there [N, C, H, W]
+DenoiseWithStd = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # velocity(images [N, C, H, W], time) -> how they change per unit of time on the way to the clean image
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -48,25 +50,35 @@ def ancestral(denoise: Denoise, levels: Sequence[Level], noise: SampleNoise, sha
     images = noise.normal(shape)
     for number, (now, following) in enumerate(_steps(levels)):
         raw_clean, raw_noise = denoise(images, number)
-        clean = raw_clean.clamp(-1, 1)
         std = posterior_std(now, following)
-        kept_noise = math.sqrt(max(0.0, following.noise**2 - std**2))
-        images_mean = following.signal * clean + kept_noise * _noise_in(images, clean, now)
+        images_mean = _moved(images, raw_clean.clamp(-1, 1), now, following, std)
         if following.noise == 0.0:
             return images_mean
-        sensitivity = following.signal - kept_noise * now.signal / now.noise  # of the mean to the clean image
+        sensitivity = following.signal - _kept_noise(following, std) * now.signal / now.noise  # of the mean to the clean image
         variance = std**2 + sensitivity**2 * unknown_variance(raw_noise, now)
         images = images_mean + variance.sqrt().view(-1, *[1] * len(shape)) * noise.normal(shape)
     raise AssertionError("levels end without noise")
+
+
+def ancestral_learned(denoise: DenoiseWithStd, levels: Sequence[Level], noise: SampleNoise, shape: tuple[int, ...]) -> Tensor:
+    """Ancestral sampling in steps whose standard deviation the network says (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
+
+    It was learned for single steps, and says for longer ones what lies between their own bounds (section 4)."""
+    images = noise.normal(shape)
+    for number, (now, following) in enumerate(_steps(levels)):
+        clean, std = denoise(images, number)
+        images = _moved(images, clean.clamp(-1, 1), now, following, posterior_std(now, following))
+        if following.noise > 0:
+            images = images + std * noise.normal(shape)
+    return images
 
 
 def ddim(denoise: Denoise, levels: Sequence[Level], noise: SampleNoise, shape: tuple[int, ...], eta: float) -> Tensor:
     """Song et al. 2021 (arXiv:2010.02502, eq. 12). eta: 0 deterministic; 1 has the variance of eq. 16."""
     images = noise.normal(shape)
     for number, (now, following) in enumerate(_steps(levels)):
-        clean = denoise(images, number)[0].clamp(-1, 1)
         std = eta * posterior_std(now, following)
-        images = following.signal * clean + math.sqrt(max(0.0, following.noise**2 - std**2)) * _noise_in(images, clean, now)
+        images = _moved(images, denoise(images, number)[0].clamp(-1, 1), now, following, std)
         if std > 0:
             images = images + std * noise.normal(shape)
     return images
@@ -168,8 +180,25 @@ def discrete_times(timesteps: int, steps: int) -> list[int]:
     return rising[::-1]
 
 
+def even_times(timesteps: int, steps: int) -> list[int]:
+    """`steps` of the training's times, evenly from the last to the first, both among them: what learned variances are published with."""
+    if steps == 1:
+        return [timesteps - 1]
+    return [round((timesteps - 1) * number / (steps - 1)) for number in reversed(range(steps))]
+
+
 def _steps(levels: Sequence[Level]) -> list[tuple[Level, Level]]:
     return list(zip(levels, [*levels[1:], CLEAN], strict=True))
+
+
+def _moved(images: Tensor, clean: Tensor, now: Level, following: Level, std: float) -> Tensor:
+    """The mean of the next images, where noise of that standard deviation is to be added: arXiv:2010.02502, eq. 12."""
+    return following.signal * clean + _kept_noise(following, std) * _noise_in(images, clean, now)
+
+
+def _kept_noise(following: Level, std: float) -> float:
+    """How much of the noise now is left in the next images."""
+    return math.sqrt(max(0.0, following.noise**2 - std**2))
 
 
 def _noise_in(images: Tensor, clean: Tensor, level: Level) -> Tensor:

@@ -4,9 +4,7 @@ A strategy of your own: subclass Strategy (or DDPM, RFlow) and name it as `strat
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -16,12 +14,7 @@ from medgen.models import plugin
 from medgen.models.base import SampleNoise
 from medgen.models.diffusion import samplers
 from medgen.models.diffusion.config import Config, SamplingSettings
-
-# predict(noisy images [N, C, H, W], network time [N]) -> what the network was trained to predict [N, C, H, W]
-Predict = Callable[[Tensor, Tensor], Tensor]
-NETWORK_TIME_SCALE = 1000.0  # the U-Net's sinusoidal embedding was designed for times up to about 1000
-LINEAR_BETAS = (1e-4, 0.02)  # at 1000 timesteps
-LARGEST_BETA = 0.999
+from medgen.models.diffusion.discrete import NETWORK_TIME_SCALE, DiscreteTime, Predict
 
 
 class Strategy(ABC):
@@ -65,73 +58,22 @@ class Strategy(ABC):
         """Images [N, *shape] in about [-1, 1]."""
 
 
-class DDPM(Strategy):
-    """Denoising diffusion at discrete times, predicting the noise (epsilon) or the velocity v = signal * noise - noise level * clean.
-
-    Ho et al. 2020 (arXiv:2006.11239); v: Salimans & Ho 2022 (arXiv:2202.00512, appendix D)."""
+class DDPM(DiscreteTime, Strategy):
+    """Denoising diffusion at discrete times, predicting the noise or the velocity: discrete.py has the mathematics."""
 
     samplers = ("ddpm", "ddim", "dpm_solver_2m")
 
     def __init__(self, config: Config):
-        super().__init__(config)
-        self.timesteps = config.timesteps or 1000
-        self.predicts_velocity = config.prediction == "v"
-        make = linear_alpha_bar if config.schedule == "linear" else cosine_alpha_bar
-        self.alpha_bar = make(self.timesteps)
-        self.signal, self.noise = self.alpha_bar.sqrt().float(), (1 - self.alpha_bar).sqrt().float()
-
-    def times(self, uniform: Tensor) -> Tensor:
-        return (uniform * self.timesteps).long()
-
-    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        signal_level, noise_level = self._levels_at(times, clean)
-        target = signal_level * noise - noise_level * clean if self.predicts_velocity else noise
-        return signal_level * clean + noise_level * noise, target
-
-    def network_time(self, times: Tensor) -> Tensor:
-        return times.float() * (NETWORK_TIME_SCALE / self.timesteps)
-
-    def time_fraction(self, times: Tensor) -> Tensor:
-        return times.float() / self.timesteps
-
-    def clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        return self._split(noisy, prediction, *self._levels_at(times, noisy))[0]
-
-    def snr(self, times: Tensor) -> Tensor:
-        signal, noise = self.signal.to(times.device)[times], self.noise.to(times.device)[times]
-        return (signal / noise).square()
-
-    def loss_weight(self, times: Tensor) -> Tensor:
-        """Min-SNR-gamma, Hang et al. 2023 (arXiv:2303.09556, section 3.4): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v."""
-        gamma = self.config.min_snr_gamma
-        if gamma is None:
-            return super().loss_weight(times)
-        snr = self.snr(times)
-        return snr.clamp(max=gamma) / (snr + 1 if self.predicts_velocity else snr)
+        Strategy.__init__(self, config)
+        DiscreteTime.__init__(self, config.timesteps or 1000, config.schedule or "cosine", config.prediction == "v", config.min_snr_gamma)
 
     def sample(self, predict: Predict, noise: SampleNoise, shape: tuple[int, ...], settings: SamplingSettings) -> Tensor:
         times = samplers.discrete_times(self.timesteps, settings.steps)
-        levels = [samplers.Level(float(self.alpha_bar[time].sqrt()), float((1 - self.alpha_bar[time]).sqrt())) for time in times]
-
-        def denoise(images: Tensor, number: int) -> tuple[Tensor, Tensor]:
-            time = torch.full((len(images),), times[number], device=images.device)
-            prediction = predict(images, self.network_time(time)).float()
-            return self._split(images, prediction, levels[number].signal, levels[number].noise)
-
+        denoise, levels = self.denoiser(predict, times), self.levels(times)
         if settings.sampler == "ddim":
             return samplers.ddim(denoise, levels, noise, shape, settings.eta)
         sampler = {"ddpm": samplers.ancestral, "dpm_solver_2m": samplers.dpm_solver_2m}[settings.sampler]
         return sampler(denoise, levels, noise, shape)
-
-    def _levels_at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (like.dim() - 1))
-        return self.signal.to(like)[times].view(shape), self.noise.to(like)[times].view(shape)
-
-    def _split(self, noisy: Tensor, prediction: Tensor, signal: Tensor | float, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-        """(clean image, noise) that a prediction amounts to."""
-        if self.predicts_velocity:
-            return signal * noisy - noise * prediction, noise * noisy + signal * prediction
-        return (noisy - noise * prediction) / signal, prediction
 
 
 class RFlow(Strategy):
@@ -169,21 +111,6 @@ class RFlow(Strategy):
 
         solver = {"euler": samplers.euler, "midpoint": samplers.midpoint, "ab2": samplers.adams_bashforth_2, "heun": samplers.heun}[settings.sampler]
         return solver(velocity, samplers.flow_times(settings.steps, settings.time_shift), noise.normal(shape))
-
-
-def cosine_alpha_bar(timesteps: int) -> Tensor:
-    """Cumulative products of alpha, float64 [timesteps], from almost 1 to almost 0: Nichol & Dhariwal 2021 (arXiv:2102.09672, eq. 17)."""
-    edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    curve = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - curve[1:] / curve[:-1]).clamp(max=LARGEST_BETA)
-    return torch.cumprod(1 - betas, dim=0)
-
-
-def linear_alpha_bar(timesteps: int) -> Tensor:
-    """The same for betas that grow linearly from 1e-4 to 0.02 at 1000 timesteps, and in inverse proportion to their number: Ho et al. 2020, section 4."""
-    first, last = (beta * 1000 / timesteps for beta in LINEAR_BETAS)
-    betas = torch.linspace(first, last, timesteps, dtype=torch.float64).clamp(max=LARGEST_BETA)
-    return torch.cumprod(1 - betas, dim=0)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddpm": DDPM, "rflow": RFlow}

@@ -1,0 +1,1 @@
+"""PACGAN: images of chosen classes from a generator that grows with its critic."""
