@@ -156,6 +156,14 @@ def test_contradictions_copies_and_shared_identities_are_noted(tmp_path: Path) -
     assert "note: 1 images are taken as T2" in index.report()
 
 
+def test_a_heart_of_unusual_size_is_noted(tmp_path: Path) -> None:
+    """Drawn on an image of a quarter the size, a contour fits; its millimetres do not."""
+    folder = write_patient(tmp_path / "Patient (1)", ("T1",))
+    write_contours(folder / "T1_map_apex" / "Contours.json", epicardium=circle(14) / 4, endocardium=circle(9) / 4)
+    (note,) = read_tree(tmp_path).notes
+    assert note.startswith("the epicardium of 1 images is 10 mm wide (") and "Apex.dcm), usual are 12 to 140 mm; is the pixel spacing right" in note
+
+
 def test_the_skipped_files_as_a_table(tmp_path: Path) -> None:
     folder = write_patient(tmp_path / "data" / "Patient (1)", ("T1",))
     WRONG["image unreadable"](folder)

@@ -4,14 +4,14 @@ Nothing is dropped in silence: what is not an entry is in `skipped`. Pixels are 
 
 from __future__ import annotations
 
-import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medgen import csv_files
+from medgen import csv_files, files
 from medgen.cardiac import layout_mapping, layout_sunnybrook, manifest
 from medgen.cardiac.candidates import (
     BAD_CONTOURS,
@@ -31,7 +31,7 @@ from medgen.cardiac.candidates import (
     Skip,
 )
 from medgen.cardiac.contour_files import ContourFile, read_contours
-from medgen.cardiac.contours import Contour, OtherSizeError, SwappedError, on_image
+from medgen.cardiac.contours import Contour, OtherSizeError, SwappedError, on_image, polygon_area
 from medgen.cardiac.dicom import Header, Map, SpacingError, UndecodableError, read_headers, read_map
 from medgen.cardiac.map_type import UnknownTypeError
 from medgen.cardiac.rasterise import Anatomy, Grid, OneSidedError, OpenError, OutsideError, anatomy
@@ -39,6 +39,7 @@ from medgen.errors import InputError
 
 IMAGE_REASONS: dict[type[InputError], str] = {UnknownTypeError: UNKNOWN_TYPE, UndecodableError: UNDECODABLE, SpacingError: NO_SPACING}
 CONTOUR_REASONS: dict[type[InputError], str] = {OneSidedError: ONE_SIDED, OpenError: ONE_OPEN, OutsideError: OUTSIDE, OtherSizeError: OTHER_SIZE, SwappedError: SWAPPED}
+USUAL_WIDTH_MM = (12.0, 140.0)  # of an epicardium in the short axis, from a small apex to a dilated base
 SHOWN = 3  # how many files of a reason the report lists
 
 
@@ -121,7 +122,7 @@ def read_tree(root: Path) -> Index:
             else:
                 entries.append(outcome)
     entries, copies = _without_copies(entries)
-    notes = [*found.notes, *_header_notes(entries), *_shared_identities(entries)]
+    notes = [*found.notes, *_header_notes(entries), *_shared_identities(entries), *_unusual_sizes(entries)]
     skipped = sorted([*skipped, *copies], key=lambda skip: (str(skip.path), skip.reason))
     return Index(root, found.layout, tuple(_with_unique_ids(entries)), tuple(skipped), tuple(notes))
 
@@ -164,8 +165,8 @@ def _judge(candidate: Candidate, header: Header, read: dict[tuple[Path, float | 
     if not candidate.contour_files:
         return Skip(candidate.image, NO_CONTOURS, "there is no contour file for this image")
     try:
-        files = [_read_once(path, candidate.first_pixel_centre, read) for path in candidate.contour_files]
-        own = [contour for file in files for contour in _of_this_image(file, candidate, header)]
+        found = [_read_once(path, candidate.first_pixel_centre, read) for path in candidate.contour_files]
+        own = [contour for file in found for contour in _of_this_image(file, candidate, header)]
         if not own:
             return Skip(candidate.image, NO_CONTOURS, f"{', '.join(str(path) for path in candidate.contour_files)} has none of this image")
         placed = tuple(on_image(contour, header.rows, header.columns) for contour in own)
@@ -210,7 +211,7 @@ def _without_copies(entries: Sequence[Entry]) -> tuple[list[Entry], list[Skip]]:
         if not header.instance_uid or groups[header.instance_uid, header.frame] == 1:
             kept.append(entry)
             continue
-        content = hashlib.sha256(header.source.read_bytes()).hexdigest()
+        content = files.sha256_file(header.source)
         original = first.setdefault((content, header.frame), header.source)
         if original == header.source:
             kept.append(entry)
@@ -240,6 +241,20 @@ def _shared_identities(entries: Iterable[Entry]) -> list[str]:
         for identity, names in sorted(patients.items())
         if len(names) > 1
     ]
+
+
+def _unusual_sizes(entries: Iterable[Entry]) -> list[str]:
+    """A contour of a smaller image lies well inside a larger one, and a wrong spacing fits any contour; only the size in mm tells."""
+    odd = []
+    for entry in entries:
+        points = next(contour.points for contour in entry.contours if contour.kind == "epicardium")
+        width_mm = 2 * math.sqrt(polygon_area(points) * entry.grid().pixel_area_mm2 / math.pi)  # of the circle of that area
+        if not USUAL_WIDTH_MM[0] <= width_mm <= USUAL_WIDTH_MM[1]:
+            odd.append((entry.header.source, width_mm))
+    if not odd:
+        return []
+    return [f"the epicardium of {len(odd)} images is {odd[0][1]:.0f} mm wide ({odd[0][0]}{' ...' if len(odd) > 1 else ''}), usual are {USUAL_WIDTH_MM[0]:.0f} to "
+            f"{USUAL_WIDTH_MM[1]:.0f} mm; is the pixel spacing right, and was it drawn on an image of this size?"]  # fmt: skip
 
 
 def _with_unique_ids(entries: Sequence[Entry]) -> list[Entry]:
