@@ -93,6 +93,21 @@ def test_any_polygon_against_brute_force(seed: int) -> None:
     assert np.abs(covered(points, 8, 9) - sampled(points, 8, 9)).max() < 0.02
 
 
+def test_corners_on_edges_are_not_lost_to_rounding() -> None:
+    """A curve that passes through an edge at one of its own corners, which lies on that edge but for the last bits: a millionth further changes nothing."""
+    random = np.random.default_rng(3)
+    for _ in range(200):
+        first, second, third = random.uniform(0, 10, (3, 2))
+        on_edge = first + random.uniform(0.2, 0.8) * (second - first)
+        inwards = third - on_edge
+        overlaps = []
+        for further in (0, 1e-6):
+            path = [np.add(on_edge + 0.3 * inwards, (0.1, 0.02)), on_edge - further * inwards, on_edge - 0.4 * inwards, np.add(on_edge, (4, 1.3))]
+            both = arrange([np.array([first, second, third]), np.array(path)])
+            overlaps.append(both.region(lambda winding: (winding[0] != 0) & (winding[1] != 0)).area())
+        assert overlaps[0] == pytest.approx(overlaps[1], abs=1e-3)
+
+
 def test_a_loop_counts_once_whatever_its_direction() -> None:
     eight = np.array([[0.0, 0], [10, 10], [10, 0], [0, 10]])  # two triangles of 25, drawn in opposite directions
     assert covered(eight + 2, 14, 14).sum() == pytest.approx(50)

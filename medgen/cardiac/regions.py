@@ -87,12 +87,12 @@ def _meetings(edges: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     own = chosen[own]
     d, e = edges[own, 2:] - edges[own, :2], edges[other, 2:] - edges[other, :2]
     between = edges[other, :2] - edges[own, :2]
-    length, other_length = np.hypot(*d.T), np.hypot(*e.T)
+    length = np.hypot(*d.T)
     with np.errstate(divide="ignore", invalid="ignore"):  # parallel edges have no crossing and give infinity, which is on no edge
         at = _cross(between, e) / _cross(d, e)
         on_other = _cross(between, d) / _cross(d, e)
-        slack = TOLERANCE_PX / other_length
-        crossing = (on_other >= -slack) & (on_other <= 1 + slack)
+        crossing = (on_other >= 0) & (on_other <= 1)
+        # where an edge begins on this one, or lies along it, a crossing at its very end may be lost to rounding
         foot = (between * d).sum(axis=1) / length**2
         touching = np.abs(_cross(between, d)) <= TOLERANCE_PX * length
         found = [_strictly_inside(own, at, crossing, length), _strictly_inside(own, foot, touching, length)]
