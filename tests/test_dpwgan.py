@@ -362,6 +362,7 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
     assert {name for line in lines for name in line} == {"step", "epoch", "loss", "critic_of_fakes", "seconds_per_step", "time"}, "nothing of real images"
     page = (run / "report" / "index.html").read_text()
     assert str(round(card["epsilon_prv"], 1)) in page
+    assert "Nearest training images" not in page
     assert_nothing_names_the_data(run)
     assert "Critic&#39;s score of generated images" in page and "Wasserstein" not in page and "real images</span>" not in page
     assert list(grids_of(run)) == [f"step-{step:06d}.png" for step in (2, 4, 6, 8)] and "step 2</figcaption>" in page, "pictures cost nothing, and need no validation"
