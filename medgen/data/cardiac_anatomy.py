@@ -298,7 +298,7 @@ def _chest(person: Person, dice: np.random.Generator, region: Region) -> list[Sh
     return [
         Shape("fat", layer(0, 2.4)), Shape("skeletal_muscle", layer(fat, 2.4)), Shape("lung", layer(wall, 2.2), "chest"),
         *_vessels(person, dice),
-        Shape("fat", _oval((x + 26, y - height + wall + 8), (42, 34), turn, 60), within="chest"),  # in front of the heart
+        Shape("fat", _oval((x + 26, y - height + wall + 4), (60, 26), turn, 60), within="chest"),  # in front of the heart
         *_below_the_diaphragm(person, dice, region),
         Shape("skeletal_muscle", _oval((spine[0], spine[1] + 4), (46, 30), turn, 60), within="chest"),
         Shape("fat", _oval((spine[0] + 6, spine[1] - 26), (30, 17), turn, 48), within="chest"),
@@ -318,7 +318,7 @@ def _below_the_diaphragm(person: Person, dice: np.random.Generator, region: Regi
         Shape("fat", _oval((58, top + 66), (66, 60), turn + 0.2, 72), within="chest"),
         Shape("spleen", _oval((88, top + 62), (20, 38), turn + 0.5, 60), within="chest"),
         Shape("stomach", _oval((46, top + 42), stomach, turn + float(dice.uniform(-0.3, 0.4)), 60), within="chest"),
-        Shape("liver", _oval((-60, top + 72), (112, 74), turn + 0.08, 90, 2.2), within="chest"),
+        Shape("liver", _oval((-78, top + 72), (130, 74), turn + 0.08, 90, 2.2), within="chest"),
     ]
 
 
