@@ -96,6 +96,8 @@ def history_of(plan: Priced, records: int) -> History:
     if plan.expected_batch > records:
         raise ValueError(f"the expected batch of {plan.expected_batch} is more than there are: {records:,} {plural(plan.unit)}; write a smaller batch, or bring more data")
     rate, noise = plan.expected_batch / records, plan.noise_profile.first(plan.critic_steps_total(records))
+    if noise.updates == 0:
+        return ()
     if plan.noise_multiplier is not None:
         return noise.history(rate, plan.noise_multiplier)
     if plan.epsilon is None:

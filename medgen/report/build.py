@@ -217,7 +217,7 @@ def _data(source: Source, facts: StageFacts) -> list[Fact]:
         return [("real data", "no longer there")]
     rows = [(f"split {row['split']}", f"{row['patients']} patients, {row['slices']} slices, with a lesion: {row['positive']}") for row in words.split_table(store)]
     told = _window(DataSpec.model_validate(source.plan.data).window)
-    return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", store.fingerprint)]
+    return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", source.run.data_mark(store.fingerprint))]
 
 
 def _window(window: Window) -> str:
@@ -251,7 +251,7 @@ def _provenance(run: RunDir, plan: Plan, store: SliceStore | None) -> list[tuple
     """Everything in the manifest, and the identities that tie the numbers to code, data and weights."""
     rows = [("run", run.run_id), ("seed", str(plan.seed)), ("site", plan.site)]
     if store is not None:
-        rows.append(("data fingerprint", store.fingerprint))
+        rows.append(("data fingerprint", run.data_mark(store.fingerprint)))
     for stage in plan.stages:
         if stage.kind == "generate":
             rows += _checkpoint_of(run, stage.name)
