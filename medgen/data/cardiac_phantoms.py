@@ -74,14 +74,14 @@ def _write_patient(folder: Path, person: Person, delivery: str) -> list[dict[str
 
 
 def draw_grid(person: Person, kind: Type, region: Region) -> Grid:
-    """The pixels of one map, in mm from the middle of the left ventricle. All levels of a type share size and spacing; breath-holds move each."""
+    """The pixels of one map, in mm from the middle of the left ventricle. All levels of a type share size and spacing; each is placed anew."""
     dice = person.dice(f"protocol/{kind}")
     long_side, field = int(dice.choice(LONG_SIDES, p=LONG_SIDE_CHANCES)), float(dice.choice(FIELDS_MM, p=FIELD_CHANCES))
     short_side = 2 * round(long_side * float(dice.choice(SHORT_SHARES, p=SHORT_CHANCES)) / 2)
     spacing = round(field / long_side, 6)
     shape = (long_side, short_side) if dice.random() < ROWS_LONG else (short_side, long_side)
     middle = np.array([12.0, -18.0]) + dice.normal(0, 9, 2)  # (row, column): the heart lies above and right of the middle of the body
-    middle += person.dice(f"breath/{kind}", REGIONS.index(region)).normal(0, 2.5, 2)
+    middle += person.dice(f"placement/{kind}", REGIONS.index(region)).normal(0, 2.5, 2)
     origin = middle - (np.array(shape) - 1) / 2 * spacing
     return Grid(shape, (spacing, spacing), (round(float(origin[0]), 3), round(float(origin[1]), 3)))
 
