@@ -182,9 +182,9 @@ def test_the_budget_decides_the_noise_or_the_steps() -> None:
 
 
 @pytest.mark.parametrize(("dp", "people", "told"), [
-    ({"epsilon": 0.01, "delta": 1e-4}, 10, r"dp: epsilon: 0\.01"),
+    ({"epsilon": 0.01, "delta": 1e-4}, 10, r"dp\.epsilon: 0\.01 .*what would do: dp\.epsilon: "),
     ({"noise_multiplier": 1.0, "delta": 0.2}, 10, r"dp: delta: 0\.2 is not below 1 / 10 records"),
-    ({"noise_multiplier": 1.0}, 3, "dp: the expected batch of 4 is more than there are: 3 patients"),
+    ({"noise_multiplier": 1.0}, 3, "batch_size: 4 patients in an update, but the training split has 3; write 3 or fewer"),
     ({"noise_multiplier": 0.3, "epsilon": 0.5, "delta": 0.01}, 10, "epsilon"),
 ])  # fmt: skip
 def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], people: int, told: str) -> None:
@@ -414,7 +414,7 @@ def test_the_verb_that_prices_plans_knows_this_family() -> None:
 def test_check_tries_a_step_and_the_budget(medgen: Medgen, write_spec: WriteSpec) -> None:
     told = medgen("check", write_spec(spec_of({"noise_multiplier": 1})), "--local").stdout
     assert "8 steps" in told and "step, validation, sampling and save work" in told
-    assert "dp: epsilon: 1e-05" in medgen("check", write_spec(spec_of({"epsilon": 1e-5})), "--local", expect=2).stdout
+    assert "dp.epsilon: 1e-05" in medgen("check", write_spec(spec_of({"epsilon": 1e-5})), "--local", expect=2).stdout
 
 
 def test_a_card_tells_what_its_training_leaves_open(tmp_path: Path) -> None:
