@@ -193,7 +193,8 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
 
 
 @pytest.mark.parametrize(("changes", "told"), [
-    ({}, "dp"),
+    ({}, r"dp\n.*say what is promised: dp: \{epsilon: 8\}, .* or dp: none, which guarantees nothing"),
+    ({"dp": None}, r"dp\n.*say what is promised: dp: \{epsilon: 8\}, .* or dp: none, which guarantees nothing"),
     ({"dp": {}}, "write epsilon: the budget, from which the noise is found, or noise_multiplier"),
     ({"dp": {"noise_multiplier": 1, "clip_norm": None}}, "clip_norm: null leaves the influence of a record without limit"),
     ({"dp": {"noise_multiplier": 1, "unit": "slice", "slices": 2}}, "slices has no effect with unit: slice"),
@@ -212,6 +213,13 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Config.model_validate({**TINY, **changes})
+
+
+@pytest.mark.parametrize("dp", ["none", {"epsilon": 8.0, "slices": 2}])
+def test_the_resolved_form_reads_back(dp: Any) -> None:
+    config = Config.model_validate({**TINY, "dp": dp})
+    written = config.model_dump(mode="json")
+    assert Config.model_validate(written) == config and (written["dp"] == "none" if dp == "none" else written["dp"]["epsilon"] == 8)
 
 
 def test_frozen_layers_get_no_noise(tmp_path: Path) -> None:
@@ -320,6 +328,7 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
 
 @pytest.mark.parametrize(("spec", "told"), [
     (spec_of({"noise_multiplier": 1}, batch_size=20), r"stages\.train\.config: batch_size: 20 patients in an update, but the training split has 6; write 6 or fewer"),
+    (spec_of(None), r"private\.yaml:\d+:\d+: stages\.train\.config\.dp: say what is promised: dp: \{epsilon: 8\}"),
     (spec_of({"noise_multiplier": 1, "delta": 0.5}), r"stages\.train\.config: dp\.delta: 0\.5 is not below 1 / 6 records"),
     (spec_of({"noise_multiplier": 1}, frozen_critic_layers=5, start_from=str(Path(__file__))), "frozen_critic_layers: 5, but at 16 px the critic has 4 convolutions"),
     (spec_of({"noise_multiplier": 1, "unit": "slice"}) | {"data": {"format": "phantom", "size": 16}}, "dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice}"),

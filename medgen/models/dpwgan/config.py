@@ -6,7 +6,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    model_validator,
+)
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
@@ -79,7 +85,15 @@ class DpSettings(Settings):
 
 
 def _none_is_said(value: Any) -> Any:
+    """What is left out comes here as None too."""
+    if value is None:
+        raise ValueError("say what is promised: dp: {epsilon: 8}, a budget for which the noise is found, or dp: none, which guarantees nothing")
     return None if value == "none" else value
+
+
+def _none_is_written(value: DpSettings | None, settings: SerializerFunctionWrapHandler) -> Any:
+    """So that the resolved form reads back."""
+    return "none" if value is None else settings(value)
 
 
 class Config(AdversarialConfig):
@@ -100,7 +114,8 @@ class Config(AdversarialConfig):
     ema: EmaSettings | None = EmaSettings(beta=0.999, update_every=1)
     frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
 
-    dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said)]  # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed
+    # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed. Neither is the default
+    dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said), WrapSerializer(_none_is_written)] = Field(None, validate_default=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
