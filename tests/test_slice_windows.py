@@ -83,8 +83,13 @@ def test_patients_are_read_from_file_names(tmp_path: Path) -> None:
     root = table(tmp_path, volumes)
     store, _ = opened(spec(root, patient_pattern="(sub-[0-9]+)"), tmp_path / "cache")
     assert dict(store.rows.groupby("patient").size()) == {"sub-01": 6, "sub-02": 3, "sub-03": 3}
-    with pytest.raises(InputError, match=r"nii_paths\.csv:2: data\.patient_pattern '\(PAT\\\\d\+\)' finds no patient in 'sub-01_run-1\.nii\.gz'"):
+    with pytest.raises(InputError, match=r"nii_paths\.csv:2: data\.patient_pattern '\(PAT\\\\d\+\)' finds no patient in 'volumes/sub-01_run-1\.nii\.gz'"):
         check_headers(spec(root, patient_pattern=r"(PAT\d+)"), 1)
+    folders = table(tmp_path / "folders", {f"{name[:6]}/{name[7:]}": volume for name, volume in volumes.items()})
+    store, _ = opened(spec(folders, patient_pattern="(sub-[0-9]+)"), tmp_path / "cache")
+    assert dict(store.rows.groupby("patient").size()) == {"sub-01": 6, "sub-02": 3, "sub-03": 3}, "from the folders, where the names have none"
+    with pytest.raises(InputError, match=r"nii_paths\.csv:4: volumes/sub-02/run-1\.nii\.gz and volumes/sub-01/run-1\.nii\.gz in line 2 have one name.*a column patient, or write data\.patient_pattern"):
+        check_headers(spec(folders), 1)
     (tmp_path / "named").mkdir()
     named = table(tmp_path / "named", volumes, header="nii_path,split")
     named.write_text("\n".join(line + (",patient" if number == 0 else f",p{number}") for number, line in enumerate(named.read_text().split())) + "\n")
