@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,17 @@ def test_empty_slices_are_left_out_or_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"patient a: .*a\.nii\.gz: slice 0 has a single value .*\(3 of 6 slices have\); write content: 0\.05"):
         opened(spec(root, content=0.0), tmp_path / "cache")
     assert len(opened(spec(root, content=0.0, slices=[2, 4]), tmp_path / "cache")[0].rows) == 6
+
+
+def test_a_volume_that_gives_no_slice_is_told(tmp_path: Path) -> None:
+    """Each time the cache is opened, not only when it is built."""
+    generator = np.random.default_rng(2)
+    full = [generator.uniform(1, 9, (18, 18, 3)).astype(np.float32) for _ in range(2)]
+    root = table(tmp_path, {"a.nii.gz": full[0], "flat.nii.gz": np.full((18, 18, 3), 4, np.float32), "c.nii.gz": full[1]})
+    for _ in range(2):
+        store, said = opened(spec(root), tmp_path / "cache")
+        assert sorted(set(store.rows["patient"])) == ["a", "c"] and said[-1] == store.notes[-1]
+        assert re.fullmatch(r"1 of 3 volumes gave no slice, since none of theirs has data\.content: 0\.05 of its pixels above .*: flat \(.*flat\.nii\.gz\)", said[-1])
 
 
 def test_patients_are_read_from_file_names(tmp_path: Path) -> None:
