@@ -15,7 +15,7 @@ from medgen import csv_files
 from medgen.data.splits import assign_splits
 from medgen.data.stacks import Stack, open_stack, require_disjoint, require_subjects_of_every_class
 from medgen.errors import InputError
-from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec
+from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec, SplitFractions
 
 MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
 SHOWN = 5  # how many of many problems a message lists
@@ -164,6 +164,7 @@ def _folder_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> 
         for split in split_folders:
             if not any(own == split for own, _ in folders):
                 raise InputError(f"{root / split}: the split {split} is empty; put patient folders into it or remove it")
+        notes += _unused_splits(data, f"{root} has the folders {', '.join(split_folders)}") if data.format != "phantom" else []
         if "train" not in split_folders:
             raise InputError(f"{root}: there is {', '.join(split_folders)} but no folder train; add it, or use no split folders at all")
     else:
@@ -179,6 +180,13 @@ def _folder_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> 
     ]
     _require_disjoint(sources, root)
     return sources
+
+
+def _unused_splits(data: DataSpec, given: str) -> list[str]:
+    """A note if shares were asked for and the data have their own."""
+    if data.splits == SplitFractions():
+        return []
+    return [f"{given}: that decides the splits, and data.splits is not used"]
 
 
 def _patient_folders(root: Path) -> list[Path]:
@@ -203,6 +211,7 @@ def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> lis
     patients = [_csv_patient(data, path, number, row) for number, row in lines]
     if "split" in columns:
         splits = [_csv_split(path, number, row) for number, row in lines]
+        notes += _unused_splits(data, f"{path} has a column split")
     else:
         drawn = assign_splits(patients, data.splits.model_dump(), seed)
         splits = [drawn[patient] for patient in patients]
