@@ -365,7 +365,10 @@ def test_public_weights_are_tuned_with_privacy(medgen: Medgen, write_spec: Write
     averaged, raw = (sorted((run / name / "dataset").rglob("*.nii.gz")) for name in ("images", "raw"))
     assert len(averaged) == len(raw) == 4 and averaged[0].read_bytes() != raw[0].read_bytes()
     unlike = spec_of({"noise_multiplier": 1}, ema=None, start_from=str(start))
-    assert "ema" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
+    assert "of another shape: averages of the weights (ema, ema.more): [ema] there, none here; give the same" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
+    larger = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(start)) | {"name": "larger"}
+    larger["data"] = {**larger["data"], "size": 32}
+    assert "of another shape: data.size 16 there, 32 here; give the same" in medgen("submit", write_spec(larger), "--local", expect=2).stderr
 
 
 def grids_of(run: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ Defaults are the published system's, except where its differential privacy guara
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -113,6 +113,8 @@ class Config(AdversarialConfig):
     # averages of the generator's weights, which cost no privacy; noise makes the weights themselves wander
     ema: EmaSettings | None = EmaSettings(beta=0.999, update_every=1)
     frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
+
+    weights_of_one_size: ClassVar[bool] = True
 
     # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed. Neither is the default
     dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said), WrapSerializer(_none_is_written)] = Field(None, validate_default=True)
