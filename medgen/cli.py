@@ -397,20 +397,26 @@ def data(
 
 @app.command(rich_help_panel="Data")
 def phantoms(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="where to write <split>/<patient>/*.nii.gz", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="the folder to make; it must not exist", show_default=False)],
     patients: Annotated[int, typer.Option(min=3, help="how many patients to draw")] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 42,
+    kind: Annotated[Literal["brain", "cardiac"], typer.Option("--kind", help="brain: <split>/<patient>/*.nii.gz; cardiac: <date>/Patient (N)/T1_Mapping_/*.dcm with contours")] = "brain",
 ) -> None:
-    """Draw brain-like volumes (bravo, t1_pre, t1_gd and lesion masks) as NIfTI, to try everything without data."""
+    """Draw brain-like volumes (bravo, t1_pre, t1_gd and lesion masks) as NIfTI, or cardiac T1 and T2 maps as DICOM, to try everything without data."""
     from medgen import files
+    from medgen.data.cardiac_phantoms import TRUTH, write_cardiac_phantoms
     from medgen.data.phantoms import TABLE, write_phantoms, write_table
 
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder, two cohorts must not mix")
     with files.folder_in_one_move(folder) as temporary:
-        write_phantoms(temporary, patients, seed)
-        write_table(temporary)
-    print(f"{patients} patients in {folder}; their bravo volumes by line in {folder / TABLE}")
+        if kind == "cardiac":
+            write_cardiac_phantoms(temporary, patients, seed)
+        else:
+            write_phantoms(temporary, patients, seed)
+            write_table(temporary)
+    listed = f"areas and times as drawn in {folder / TRUTH}" if kind == "cardiac" else f"their bravo volumes by line in {folder / TABLE}"
+    print(f"{patients} patients in {folder}; {listed}")
 
 
 @app.command(rich_help_panel="Data")

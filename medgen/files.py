@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -79,6 +80,19 @@ def write_private_text(target: Path, text: str) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as handle:
             handle.write(text)
+
+
+def write_once_private(target: Path, text: str) -> None:
+    """The same, of several processes that come at once the first alone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    write_private_text(beside, text)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_directory(target.parent)
 
 
 def write_json(target: Path, value: Any) -> None:

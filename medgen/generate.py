@@ -130,7 +130,7 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     data = DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
     chosen = _promised_checkpoint(work, source.name, settings.checkpoint)
-    check_identity(chosen, chosen.state(), {"data": store.fingerprint, "size": store.size})
+    check_identity(chosen, chosen.state(), {"data": work.run.data_mark(store.fingerprint), "size": store.size})
     model = trained_model(chosen, source.settings["config"]["model"], config, shape_of(config, store), device)
     accept = settings.accept or (AcceptMasks() if config.output_kind == "mask" else None)
     assert work.task.images is not None
@@ -139,7 +139,7 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     classes = _classes(settings, store) if config.uses_labels else None
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
-                      _plain_affine(store), store.size, device, store, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
+                      _plain_affine(store, config), store.size, device, store, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
 
 
 def _rules(accept: AcceptMasks | AcceptImages | None, config: FamilyConfig) -> tuple[str, ...]:
@@ -189,8 +189,10 @@ def _promised_checkpoint(work: Work, source: str, selector: str) -> Checkpoint:
     raise MedgenError(f"{problem}; submit the spec again: training goes on from the last good one")
 
 
-def _plain_affine(store: SliceStore) -> np.ndarray:
-    """Spacing of the training data, no position: for images that belong to no patient."""
+def _plain_affine(store: SliceStore, config: FamilyConfig) -> np.ndarray:
+    """Spacing of the training data, no position: for images that belong to no patient. 1 mm where nothing of a patient may be told uncounted."""
+    if not config.looks_at_val:
+        return np.eye(4)
     row = store.rows.iloc[int(store.select("train")[0])]
     return np.diag([row.spacing_y_mm, row.spacing_x_mm, row.thickness_mm, 1.0])  # axis 0 runs over rows
 
@@ -390,7 +392,7 @@ def _manifest(generation: Generation, entries: list[dict[str, Any]], shown: list
         "stage": work.stage.name,
         "task_hash": work.task.hash,
         "checkpoint_sha256": generation.checkpoint.sha256,
-        "data_fingerprint": generation.store.fingerprint,
+        "data_fingerprint": work.run.data_mark(generation.store.fingerprint),
         "made_on": {"device": work.device_name, "threads": work.stage.threads, "chunk": generation.stage.settings["chunk"], "torch": torch.__version__},
         "gate": next((gate.record for gate in generation.gates.values()), None),
         "counts": generation.counts.facts,

@@ -4,8 +4,11 @@ A record is what counts as one, a patient or a slice (RecordSampling in models/s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +16,7 @@ from medgen import files, rng
 from medgen.errors import InputError
 from medgen.models.settings import RecordSampling
 
-KEY_BITS = 63
+KEY_BYTES = 32
 
 
 class Records:
@@ -67,8 +70,20 @@ def rows_of_records(sampling: RecordSampling, rows: np.ndarray, patients: np.nda
     return [rows[number == place] for place in np.argsort(first)]
 
 
-def secret_key(path: Path) -> int:
-    """The key of a run, made now if there is none: whoever knows it can take the noise away again. Called by one rank."""
+def secret_key(path: Path) -> str:
+    """The key of a training, made now if there is none: whoever knows it can take the noise away again. Called by one rank.
+
+    Raises InputError if what is there is no key."""
     if not path.is_file():
-        files.write_private_text(path, f"{secrets.randbits(KEY_BITS)}\n")
-    return int(path.read_text())
+        files.write_private_text(path, f"{secrets.token_hex(KEY_BYTES)}\n")
+    key = path.read_text().strip()
+    if len(key) != 2 * KEY_BYTES or not set(key) <= set("0123456789abcdef"):
+        raise InputError(f"{path}: not the key of a private training's noise, {2 * KEY_BYTES} hexadecimal digits, which it was; restore it, or train anew under another name")
+    return key
+
+
+def secret_seed(key: str, data: str, config: dict[str, Any]) -> int:
+    """A seed of 256 bits for everything that is drawn. Of the data and of the configuration too: the same noise on the gradients of others would
+    show the difference between both."""
+    text = json.dumps([key, data, config], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=32).digest(), "little")

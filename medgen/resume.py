@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-from medgen import checkpoint, commits, dist
+from medgen import checkpoint, commits, dist, spec
 from medgen.checkpoint import Checkpoint
 from medgen.errors import InputError
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
 from medgen.train_log import Averages, last_logged_step
 from medgen.training import Clock, Training, of_phase, shape_of
+
+# updates after this checkpoint may have been released with the other key already, in a later checkpoint, and the ledger would count them once
+NOISE_IS_ANOTHER = "another key of its private noise, which a training removes when it ends: what was released since cannot be made again, and would have to be paid twice"
 
 
 def resume(training: Training) -> None:
@@ -47,6 +51,7 @@ def _start_from(training: Training, folder: Path) -> None:
 def take_over(training: Training, folder: Path) -> Checkpoint:
     """Load the weights of another training, and what its optimizers remember. Raises InputError if they do not fit, or are others than at submit."""
     found = dist.on_main(lambda: checkpoint.open_verified(folder), training.ranks)
+    _check_that_it_counted(training, found)
     if found.sha256 != training.config.start_sha256:
         raise InputError(f"start_from: {folder} holds other weights than when this was submitted; submit it anew, as another run")
     optimizers = training.model.optimizers().values()
@@ -60,6 +65,14 @@ def take_over(training: Training, folder: Path) -> Checkpoint:
             group.update(own)
     training.model.check_start()
     return found
+
+
+def _check_that_it_counted(training: Training, found: Checkpoint) -> None:
+    """Raise InputError if this training counts its looks at images that the other one has looked at without counting."""
+    state, fingerprint = found.state(), training.store.fingerprint
+    counted = not spec.family_config(state["config"]).looks_at_val
+    if not training.config.looks_at_val and not counted and state["data"] in (fingerprint, training.work.run.data_mark(fingerprint)):
+        raise InputError(f"start_from: {found.folder} was trained on the same images without differential privacy, which nothing can make good; start from weights of other, public images")
 
 
 def _has_optimizers(found: Checkpoint) -> bool:
@@ -83,7 +96,10 @@ def _newest_alone(training: Training) -> Checkpoint | None:
         training.work.say(line)
         training.work.run.event("checkpoint_skipped", stage=training.work.stage.name, cause=line)
     if found is not None:
-        check_identity(found, found.state(), identity(training))
+        expected = identity(training)
+        if found.step >= training.context.total_steps:
+            expected.pop("noise", None)  # nothing more is drawn, and the key may be gone already
+        check_identity(found, found.state(), expected)
         checkpoint.set_aside_newer(training.folder, found)
     elif lost := last_logged_step(training.work.run.training_log(training.work.stage.name)):
         cause = f"it had come to step {lost}, but no checkpoint is left in {training.folder}: it starts from step 0"
@@ -95,7 +111,7 @@ def _newest_alone(training: Training) -> Checkpoint | None:
 def check_identity(found: Checkpoint, state: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise InputError naming what differs between a checkpoint and what it is wanted for."""
     for key, meaning in (("config", "another model configuration"), ("data", "other data"), ("size", "another image size"), ("seed", "another seed"),
-                         ("epochs", "other numbers of epochs")):
+                         ("epochs", "other numbers of epochs"), ("noise", NOISE_IS_ANOTHER)):
         if key in expected and state.get(key) != expected[key]:
             raise InputError(f"{found.folder}: this checkpoint is of {meaning}; use the run it belongs to, or another name for this one"
                              + _difference(state.get(key), expected[key]))
@@ -111,11 +127,19 @@ def _difference(old: Any, new: Any) -> str:
 def identity(training: Training) -> dict[str, Any]:
     """What must be equal for a checkpoint to continue this training."""
     work = training.work
-    config = {key: value for key, value in work.stage.settings["config"].items() if key != "loop"}
+    config = without_loop(work.stage.settings["config"])
     if training.found_lr is not None:  # as if it had been written
         config |= {"find_lr": None, "lr": training.found_lr}
     epochs = {phase.name: phase.epochs for phase in training.phases}  # a stage that repeats another one has that one's
-    return {"config": config, "seed": work.plan.seed, "data": training.store.fingerprint, "size": training.store.size, "epochs": epochs}
+    found = {"config": config, "seed": work.plan.seed, "data": work.run.data_mark(training.store.fingerprint), "size": training.store.size, "epochs": epochs}
+    if training.records is not None and training.records.sampling.secret:
+        found["noise"] = hashlib.sha256(str(training.records.seed).encode()).hexdigest()
+    return found
+
+
+def without_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a stage's configuration decides its weights."""
+    return {key: value for key, value in config.items() if key != "loop"}
 
 
 def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:

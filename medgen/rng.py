@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+MERSENNE_WORDS = 624
+MERSENNE_START = 24  # bytes of torch's state before the words of 8 bytes each: first seed, words left, whether seeded, next word
+
+
 def derive_seed(seed: int, stream: str, *index: int) -> int:
     """A 63-bit seed from (seed, stream, index...), the same on every machine and Python version."""
     text = f"{seed}|{stream}|" + "/".join(str(number) for number in index)
@@ -30,6 +34,30 @@ def torch_generator(seed: int, stream: str, *index: int) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
+
+
+def secret_generator(seed: int, stream: str, *index: int) -> torch.Generator:
+    """A CPU generator for noise that somebody may want to take away: its whole state comes of (seed, stream, index), of which seed may have any
+    number of bits. torch's own seeding of a CPU generator keeps 32 of them, which can be tried one by one."""
+    import torch
+
+    text = f"{seed}|{stream}|" + "/".join(str(number) for number in index)
+    digest = hashlib.blake2b(text.encode()).digest()
+    words = np.random.SeedSequence(list(np.frombuffer(digest, np.uint32)), pool_size=8).generate_state(MERSENNE_WORDS, np.uint32)
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    place = state.numpy()[MERSENNE_START : MERSENNE_START + 8 * MERSENNE_WORDS].view(np.uint64)
+    if not np.array_equal(place, _legacy_words(0)):
+        raise RuntimeError(f"torch {torch.__version__} keeps the state of its CPU generator elsewhere than this module knows; use the version in constraints.txt")
+    place[:] = words
+    return generator.set_state(state)
+
+
+def _legacy_words(seed: int) -> np.ndarray:
+    """The Mersenne Twister's state for a seed of 32 bits: torch and numpy's RandomState have the same."""
+    state = np.random.RandomState(seed).get_state(legacy=False)
+    words: np.ndarray = np.asarray(state["state"]["key"], np.uint64)
+    return words
 
 
 def permutation(count: int, seed: int, stream: str, *index: int) -> np.ndarray:

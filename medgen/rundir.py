@@ -5,8 +5,10 @@ Outcomes, heartbeats and events are small JSON files; see docs/architecture.md f
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -261,6 +263,23 @@ class RunDir:
     def noise_key(self, stage: str) -> Path:
         """What the noise of a differentially private training depends on. Nobody else may have it; it is removed when the training ends."""
         return self.root / stage / "noise.key"
+
+    def hide_data(self) -> None:
+        """From now on `data_mark` tells the data to nobody who has not this folder. Once made it stays, whoever comes second."""
+        path = self._data_salt
+        if not path.is_file():
+            files.write_once_private(path, secrets.token_hex(32))
+
+    def data_mark(self, fingerprint: str) -> str:
+        """What stands for the data wherever others may read it. Where a private training is in the run, not the fingerprint itself: whoever has
+        all images but one patient's could compute it with and without that one."""
+        if not self._data_salt.is_file():
+            return fingerprint
+        return hmac.new(self._data_salt.read_bytes(), fingerprint.encode(), "sha256").hexdigest()
+
+    @property
+    def _data_salt(self) -> Path:
+        return self.root / "data.salt"
 
     def step_search(self, stage: str) -> Path:
         """What `find-steps` has measured of a generate stage; a picture of it beside it."""

@@ -89,6 +89,8 @@ def problem(accept: AcceptMasks | AcceptImages, config: FamilyConfig, size: int,
         return f"min_pixels, max_fraction and tries alone judge masks, and the model of {source} makes images; write accept: {{like: train}}, or remove it"
     if isinstance(accept, AcceptMasks) and accept.min_pixels > accept.max_fraction * size**2:
         return f"min_pixels: {accept.min_pixels} is more than max_fraction: {accept.max_fraction:g} of {size} x {size} pixels, so that no mask could pass; lower min_pixels"
+    if isinstance(accept, AcceptImages) and not config.looks_at_val:
+        return f"like: train compares with the training slices that {source} hides: what passes would tell of them without being counted; remove accept"
     if isinstance(accept, AcceptImages) and output_kind == "mask":
         return f"like: train judges images, and the model of {source} makes masks; write accept: {{min_pixels: 1, max_fraction: 0.25}}, or remove it"
     if isinstance(accept, AcceptImages) and accept.rules is not None and OF_SEVERAL_CHANNELS in accept.rules and len(channels) == 1:

@@ -26,9 +26,9 @@ from medgen.dist import Ranks
 from medgen.errors import InputError, Interrupted
 from medgen.models.base import Model, Phase
 from medgen.models.settings import FamilyConfig
-from medgen.records import Records, secret_key
+from medgen.records import Records, secret_key, secret_seed
 from medgen.rehearsal import prepare_phase
-from medgen.resume import go_back_to_best, resume, save
+from medgen.resume import go_back_to_best, resume, save, without_loop
 from medgen.spec_data import DataSpec
 from medgen.task import Done, Work
 from medgen.train_log import Averages, TrainingLog
@@ -178,6 +178,8 @@ def prepare_search(work: Work, ranks: Ranks) -> Training:
 def _slices(work: Work, config: FamilyConfig) -> Slices:
     data = DataSpec.model_validate(work.plan.data)
     store = open_store(data, work.plan.seed, work.run.cache, work.say)
+    if any(stage.kind == "train" and not spec.family_config(stage.settings["config"]).looks_at_val for stage in work.plan.stages):
+        work.run.hide_data()
     positive_only = config.trains_positive_only(data)
     rows, val_rows = store.select("train", positive_only), _select_or_empty(store, "val", positive_only)
     if not config.looks_at_val:
@@ -218,12 +220,14 @@ def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) ->
 
 
 def _records(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) -> Records | None:
-    """Raises InputError if there are too few. A secret key is made by one rank; with another key the same training is as private, but not the same."""
+    """Raises InputError if there are too few. A secret key is made by one rank."""
     sampling = config.record_sampling
     if sampling is None:
         return None
-    path = work.run.noise_key(work.stage.name)
-    seed = dist.on_main(lambda: secret_key(path), ranks) if sampling.secret else work.plan.seed
+    path, seed = work.run.noise_key(work.stage.name), work.plan.seed
+    if sampling.secret:
+        key = dist.on_main(lambda: secret_key(path), ranks)
+        seed = secret_seed(key, slices.store.fingerprint, without_loop(work.stage.settings["config"]))
     return Records(sampling, slices.rows, slices.store.rows["patient"].to_numpy()[slices.rows], seed, work.stage.name)
 
 
@@ -260,7 +264,7 @@ def _finish(training: Training) -> Done:
     facts = {
         "steps": training.clock.step,
         "training_slices": len(training.rows),
-        "data": training.store.fingerprint,
+        "data": run.data_mark(training.store.fingerprint),
         "checkpoints": {selector: found.sha256 for selector, found in chosen.items()},
         "best_epochs": best_epochs(training),
         **({"found_lr": training.found_lr} if training.found_lr is not None else {}),

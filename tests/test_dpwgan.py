@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ from medgen.errors import InputError, MedgenError
 from medgen.models.base import DataShape, Lot
 from medgen.models.dpwgan.config import Config
 from medgen.models.dpwgan.model import REPRODUCIBLE, Model
-from medgen.models.settings import RecordSampling
+from medgen.models.settings import EmaSettings, RecordSampling
 from medgen.training import build_model
 
 Medgen = Callable[..., subprocess.CompletedProcess[str]]
@@ -164,6 +165,39 @@ def test_other_weights_that_were_private_before_are_counted_too() -> None:
     assert [(spent.noise_multiplier, spent.steps) for spent in second.ledger.history] == [(2.0, 1), (1.0, 2)]
 
 
+def gone_on(past: list[dict[str, Any]], dp: dict[str, Any], tmp_path: Path) -> Model:
+    """A training that starts from weights with this past: so many releases of other trainings."""
+    model = model_of({"delta": 0.001, **dp}, steps=2, start_from=str(tmp_path / "step-000010"))
+    for one in past:
+        before = model_of({"delta": 0.001, "noise_multiplier": 2.0, **one})
+        before.ledger.load_state_dict(model.ledger.state_dict())
+        before._update_critic(lot_of(3), context())
+        model.ledger.load_state_dict(before.ledger.state_dict())
+    return model
+
+
+def test_what_weights_have_cost_before_is_part_of_the_budget(tmp_path: Path) -> None:
+    fits = gone_on([{}], {"noise_multiplier": 2.0, "epsilon": 1.0}, tmp_path)
+    fits.check_start()
+    with pytest.raises(InputError, match=r"dp.epsilon: 0.5 is less than start_from has spent and this training will, 0\.\d+ together at delta 0.001"):
+        gone_on([{}, {}], {"epsilon": 0.5}, tmp_path).check_start()
+    with pytest.raises(InputError, match="start_from: it has spent its privacy on slices, this training protects patients"):
+        gone_on([{"unit": "slice"}], {"noise_multiplier": 2.0}, tmp_path).check_start()
+    limits = gone_on([{"noise": "reproducible"}, {}], {"noise_multiplier": 2.0}, tmp_path).facts()["privacy"]["not_covered"]
+    assert REPRODUCIBLE in limits and REPRODUCIBLE not in fits.facts()["privacy"]["not_covered"]
+
+
+def test_averages_begin_with_the_training_that_goes_on(tmp_path: Path) -> None:
+    ema = {"beta": 0.5, "update_after_step": 1, "update_every": 1}
+    model = model_of("none", ema=ema, start_from=str(tmp_path / "step-000010"))
+    train(model, model.config, range(4))
+    model.check_start()
+    train(model, model.config, range(1))
+    for mine, raw in zip(model.generator_of("ema").parameters(), model.generator.parameters(), strict=True):
+        assert torch.equal(mine, raw), "a copy, until averaging starts"
+    assert Config.model_validate({**TINY, "dp": "none", "ema": {"update_after_step": 5}}).ema == EmaSettings(beta=0.999, update_every=1, update_after_step=5)
+
+
 def test_the_budget_decides_the_noise_or_the_steps() -> None:
     by_budget = model_of({"epsilon": 3.0, "delta": 1e-4}, people=1000, steps=50)
     planned = by_budget.spending.history
@@ -208,6 +242,7 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
     ({"dp": "none", "betas": [0.5, 1.0]}, r"both must lie in \[0, 1\)"),
     ({"dp": "none", "find_lr": True}, "find_lr has no effect"),
     ({"dp": "none", "loop": {"micro_batch": "auto"}}, "micro_batch: auto"),
+    ({"dp": "none", "steps": 0}, "steps: 0 would make images of weights as chance made them"),
     ({"dp": "none", "frozen_critic_layers": 2}, "frozen_critic_layers: 2 would leave layers as chance made them; name what they were trained to in start_from"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:
@@ -289,6 +324,19 @@ def test_without_dp_all_slices_come_before_one_comes_again(people: tuple[np.ndar
     assert len(drawn) == 820 and sorted(epoch) == sorted(rows)
 
 
+def test_a_key_makes_other_noise_of_other_data() -> None:
+    key, config = "0" * 64, {"model": "dpwgan", "steps": 8}
+    seeds = {records.secret_seed(*given) for given in ((key, "a", config), ("1" * 64, "a", config), (key, "b", config), (key, "a", {**config, "steps": 9}))}
+    assert len(seeds) == 4 and records.secret_seed(key, "a", config) in seeds and max(seeds) > 2**240
+
+
+def test_noise_depends_on_all_bits_of_its_seed() -> None:
+    """Of a CPU generator torch itself keeps 32."""
+    lots = [replace(lot_of(0), seed=seed) for seed in (5, 5 + 2**32, 5 + 2**200)]
+    releases = [gradient_of(model_of({"noise_multiplier": 1.0, "delta": 0.001}, features=16), lot) for lot in lots]
+    assert (torch.stack(releases).corrcoef() - torch.eye(3)).abs().max() < 0.05
+
+
 def test_too_few_patients_are_told(people: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(InputError, match="batch_size: 64 patients in an update, but the training split has 40; write 40 or fewer"):
         records.Records(RecordSampling("patient", 1, 64, 1, poisson=True, secret=True), *people, 1, "test")
@@ -322,8 +370,21 @@ def test_a_job_from_masks_to_report_tells_what_it_spent(medgen: Medgen, write_sp
     assert {name for line in lines for name in line} == {"step", "epoch", "loss", "critic_of_fakes", "seconds_per_step", "time"}, "nothing of real images"
     page = (run / "report" / "index.html").read_text()
     assert str(round(card["epsilon_prv"], 1)) in page
+    assert "Nearest training images" not in page
+    assert_nothing_names_the_data(run)
     assert "Critic&#39;s score of generated images" in page and "Wasserstein" not in page and "real images</span>" not in page
     assert list(grids_of(run)) == [f"step-{step:06d}.png" for step in (2, 4, 6, 8)] and "step 2</figcaption>" in page, "pictures cost nothing, and need no validation"
+
+
+def assert_nothing_names_the_data(run: Path) -> None:
+    """Whoever has all images but one could compute their fingerprint with it and without; and each voxel size is a patient's."""
+    mark = files.read_json(run / "images" / "dataset" / "manifest.json")["data_fingerprint"]
+    salt = run / "data.salt"
+    [fingerprint] = {path.name for path in (run.parent / "cache").glob("slices-*")} or {""}
+    assert salt.stat().st_mode & 0o777 == 0o600 and len(mark) == 64
+    assert mark not in fingerprint and mark == files.read_json(run / "outcome" / "train.0.json")["facts"]["data"]
+    [affine, *others] = [nibabel.load(path).affine for path in sorted((run / "images" / "dataset").rglob("*.nii.gz"))]
+    assert np.array_equal(affine, np.eye(4)) and all(np.array_equal(other, affine) for other in others)
 
 
 @pytest.mark.parametrize(("spec", "told"), [
@@ -345,6 +406,9 @@ def test_nothing_is_chosen_by_images_that_are_not_counted(medgen: Medgen, write_
     spec["stages"]["images"] |= {"checkpoint": "last", "from": "again"}
     spec["stages"]["again"] = {"kind": "train", "repeat": "train"}
     assert "stages.again.repeat: train is not judged by the val split" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
+    del spec["stages"]["again"]
+    spec["stages"]["images"] |= {"from": "train", "accept": {"like": "train"}}
+    assert "like: train compares with the training slices that train hides" in medgen("submit", write_spec(spec), "--local", expect=2).stderr
 
 
 def test_public_weights_are_tuned_with_privacy(medgen: Medgen, write_spec: WriteSpec, tmp_path: Path) -> None:
@@ -364,6 +428,13 @@ def test_public_weights_are_tuned_with_privacy(medgen: Medgen, write_spec: Write
     assert [torch.equal(before[f"convolutions.{number}.weight"], after[f"convolutions.{number}.weight"]) for number in range(4)] == [True, True, False, False]
     averaged, raw = (sorted((run / name / "dataset").rglob("*.nii.gz")) for name in ("images", "raw"))
     assert len(averaged) == len(raw) == 4 and averaged[0].read_bytes() != raw[0].read_bytes()
+    as_it_is = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(newest.folder), steps=0)
+    medgen("submit", write_spec(as_it_is | {"name": "more", "stages": {name: as_it_is["stages"][name] for name in ("train", "images")}}), "--local")
+    [more] = (tmp_path / "runs").glob("more-*")
+    assert files.read_json(more / "outcome" / "train.0.json")["facts"]["privacy"]["critic_steps"] == 16
+    assert len(list((more / "images" / "dataset").rglob("*.nii.gz"))) == 4
+    same = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(start)) | {"name": "same", "seed": 3}
+    assert "was trained on the same images without differential privacy" in medgen("submit", write_spec(same), "--local", expect=1).stdout
     unlike = spec_of({"noise_multiplier": 1}, ema=None, start_from=str(start))
     assert "of another shape: averages of the weights (ema, ema.more): [ema] there, none here; give the same" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
     larger = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(start)) | {"name": "larger"}
@@ -411,12 +482,29 @@ def test_two_ranks_or_a_resumed_training_release_the_same(write_spec: WriteSpec,
         torch.testing.assert_close(found["two"][key], tensor, rtol=1e-4, atol=1e-5)
         assert torch.equal(found["cut"][key], tensor), key
     ledger = "modules.ledger spent"
-    assert torch.equal(found["secret"][ledger], found["one"][ledger]) and found["one"][ledger][0].tolist() == [1.0, 4 / 6, 2.0]
+    assert torch.equal(found["secret"][ledger][:, :4], found["one"][ledger][:, :4]) and found["one"][ledger][0].tolist() == [1.0, 4 / 6, 2.0, 0, 1]
     [run] = (tmp_path / "runs").glob("cut-*")
     planned = model_of(dp, 6).spending.history
     card = files.read_json(run / "outcome" / "train.0.json")["facts"]["privacy"]
     assert from_record(card).history == planned and len(planned) == 8 and card["epsilon_prv"] == epsilon(planned, card["delta"])
     assert not torch.equal(found["secret"]["modules.critic score.weight"], found["one"]["modules.critic score.weight"])
+
+
+def test_releases_are_not_made_a_second_time_with_other_noise(write_spec: WriteSpec, medgen: Medgen, environment: dict[str, str], tmp_path: Path) -> None:
+    """The ledger would count both once."""
+    spec = spec_of({"noise_multiplier": 1})
+    run = create_run(write_spec(spec | {"stages": {"train": spec["stages"]["train"]}}), (), tmp_path / "runs")[0].root
+    subprocess.run([sys.executable, "-m", "medgen", "train", run], env={**environment, "MEDGEN_FAULT": "site=step,step=5,action=kill9"}, capture_output=True)
+    key = run / "train" / "noise.key"
+    kept = key.read_text()
+    key.write_text("junk")
+    assert "noise.key: not the key of a private training's noise" in medgen("train", run, expect=2).stderr
+    key.unlink()
+    assert "another key of its private noise" in medgen("train", run, expect=2).stderr
+    key.write_text(kept)
+    medgen("train", run)
+    shutil.rmtree(max((run / "train" / "ckpt").glob("step-*")))
+    assert not key.exists() and "another key of its private noise" in medgen("train", run, expect=2).stderr
 
 
 def test_the_verb_that_prices_plans_knows_this_family() -> None:

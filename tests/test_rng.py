@@ -37,6 +37,13 @@ def test_distributions() -> None:
     assert abs(np.corrcoef(normal[0].numpy(), normal[1].numpy())[0, 1]) < 0.35
 
 
+def test_noise_that_must_not_be_guessed_depends_on_all_bits() -> None:
+    drawn = [torch.randn(20_000, generator=rng.secret_generator(seed, "noise", 3)) for seed in (7, 7 + 2**32, 7 + 2**255)]
+    assert (torch.stack(drawn).corrcoef() - torch.eye(3)).abs().max() < 0.03
+    assert torch.equal(drawn[0], torch.randn(20_000, generator=rng.secret_generator(7, "noise", 3)))
+    assert abs(float(drawn[0].mean())) < 0.03 and abs(float(drawn[0].std()) - 1) < 0.02
+
+
 def test_no_global_generator_is_touched() -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     rng.normal_per_sample((4,), 1, "noise", [(1,)])

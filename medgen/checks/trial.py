@@ -255,7 +255,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in images.values()):
         raise InputError(f"the first step gives a loss of {loss}; look at the data with `medgen data`")
     checkpoint_bytes, save_seconds = _try_save(trial, model)
-    measured = {"first_loss": loss, "step_seconds": step_seconds, "checkpoint_bytes": checkpoint_bytes, "save_seconds": save_seconds}
+    measured = {"first_loss": loss if trial.config.looks_at_val else None, "step_seconds": step_seconds, "checkpoint_bytes": checkpoint_bytes, "save_seconds": save_seconds}
     return measured, kept.peak / len(chosen)
 
 

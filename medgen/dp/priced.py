@@ -103,6 +103,8 @@ def history_of(plan: Priced, records: int) -> History:
     if problem is not None:
         raise ValueError(problem)
     rate, noise = plan.expected_batch / records, plan.noise_profile.first(plan.critic_steps_total(records))
+    if noise.updates == 0:
+        return ()
     if plan.noise_multiplier is not None:
         return noise.history(rate, plan.noise_multiplier)
     if plan.epsilon is None:

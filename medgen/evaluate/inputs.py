@@ -129,9 +129,10 @@ def read_dataset(run: RunDir, stage: str) -> Dataset:
 def read_matching_dataset(run: RunDir, stage: str, store: RealImages) -> Dataset:
     """The collected dataset of a generate stage. Raises InputError if the data are not those that it was made from, MedgenError if it does not fit them."""
     dataset = read_dataset(run, stage)
-    if dataset.data_fingerprint != store.fingerprint:
+    now = run.data_mark(store.fingerprint)
+    if dataset.data_fingerprint != now:
         raise InputError(
-            f"the data have changed since {stage} was made from them (then {dataset.data_fingerprint[:12]}, now {store.fingerprint[:12]}): "
+            f"the data have changed since {stage} was made from them (then {dataset.data_fingerprint[:12]}, now {now[:12]}): "
             "what was trained on may now be called test; bring the data back, or give the job another name to start anew"
         )
     height, width = dataset.read(dataset.outputs[0], np.array([0])).shape[1:]

@@ -58,7 +58,7 @@ def evaluate_run(run: RunDir, stage_name: str, cache_root: Path, say: Say, progr
         "inputs": {
             "dataset": str((run.dataset(stage.of) / collected.INDEX).relative_to(run.root)),
             "dataset_index_sha256": sides.dataset.fingerprint,
-            "data_fingerprint": sides.store.fingerprint,
+            "data_fingerprint": run.data_mark(sides.store.fingerprint),
         },
     }
     write_rows(run.suspects(stage_name), privacy.SUSPECT_COLUMNS, evaluated.suspects)

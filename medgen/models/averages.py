@@ -24,6 +24,13 @@ def keep_counters_on_cpu(averages: dict[str, EMA]) -> None:
         average.step, average.initted = average.step.cpu(), average.initted.cpu()
 
 
+def restart(averages: dict[str, EMA]) -> None:
+    """As before the first step: of weights from elsewhere nothing is kept once averaging starts."""
+    for average in averages.values():
+        average.step.zero_()
+        average.initted.fill_(False)
+
+
 def horizons(settings: EmaSettings | None, total_steps: int) -> list[str]:
     """A line for each average that is kept."""
     if settings is None:
@@ -38,7 +45,5 @@ def horizon(beta: float, settings: EmaSettings, total_steps: int) -> str:
         return f"EMA: a copy of the weights, renewed every {settings.update_every} steps, since averaging starts after step {settings.update_after_step}"
     decay = min(beta, 1 - (1 + updates) ** (-2 / 3))
     horizon = settings.update_every / (1 - decay)
-    return (
-        f"EMA: decay {decay:.5f} every {settings.update_every} steps at the end of {total_steps:,} steps "
-        f"(ceiling {beta:g}), so it averages about the last {horizon:,.0f} steps"
-    )
+    reach = f"it averages about the last {horizon:,.0f} steps" if horizon < updates else "it still holds much of the weights that it began with: train longer, or write a smaller update_every"
+    return f"EMA: decay {decay:.5f} every {settings.update_every} steps at the end of {total_steps:,} steps (ceiling {beta:g}), so {reach}"

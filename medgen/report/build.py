@@ -21,7 +21,7 @@ from medgen.plan import Plan
 from medgen.report import card, evaluations, gather, page, summary, words
 from medgen.report.card import Fact, Subject
 from medgen.report.evaluations import Evaluation
-from medgen.report.gallery import Painter, StagePictures, stage_pictures
+from medgen.report.gallery import Painter, StagePictures, stage_pictures, without_training_images
 from medgen.report.gather import StageFacts
 from medgen.report.selection import Selection, selection, sentences
 from medgen.report.summary import ImageSet, Measurement
@@ -133,11 +133,19 @@ def _generated(source: Source, facts: StageFacts) -> GeneratedSection:
     painter = Painter(dataset, source.store)
     try:
         pictures = stage_pictures(painter, source.plan.seed, first)
+        if _is_private(source, facts):
+            pictures = without_training_images(pictures, first)
         selected = selection(source.run, source.plan.stage(facts.name), collected.read(dataset.folder)[1], painter)
     except MedgenError as error:
         source.say(f"{facts.name}: no pictures: {error}")
         return GeneratedSection(facts, title, None, str(error), None, shown, images, text)
     return GeneratedSection(facts, title, dataset, None, pictures, shown, images, text, selected)
+
+
+def _is_private(source: Source, facts: StageFacts) -> bool:
+    """True if the model behind a generate stage was trained with a guarantee."""
+    trained = source.stage(facts.settings["from"])
+    return trained is not None and "privacy" in trained.facts
 
 
 def _measurement(source: Source, stage: StageFacts) -> Measurement:
@@ -217,7 +225,7 @@ def _data(source: Source, facts: StageFacts) -> list[Fact]:
         return [("real data", "no longer there")]
     rows = [(f"split {row['split']}", f"{row['patients']} patients, {row['slices']} slices, with a lesion: {row['positive']}") for row in words.split_table(store)]
     told = _window(DataSpec.model_validate(source.plan.data).window)
-    return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", store.fingerprint)]
+    return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", source.run.data_mark(store.fingerprint))]
 
 
 def _window(window: Window) -> str:
@@ -232,8 +240,9 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
     told = ["Single slices: two of them never belong to one volume."]
     if source.plan.data["format"] == "phantom":
         told.append("The model was trained on computer-drawn phantoms: nothing here shows a patient.")
-    trained = source.stage(facts.settings["from"])
-    if trained is not None and "privacy" in trained.facts:
+    if _is_private(source, facts):
+        trained = source.stage(facts.settings["from"])
+        assert trained is not None, "it is private"
         told.append(f"Differential privacy: {privacy.from_record(trained.facts['privacy']).words()[0]}; what it does not cover stands in the report.")
     if source.store is not None:
         seen = source.store.rows["split"].isin(source.plan.trained_on(facts.name))
@@ -251,7 +260,7 @@ def _provenance(run: RunDir, plan: Plan, store: SliceStore | None) -> list[tuple
     """Everything in the manifest, and the identities that tie the numbers to code, data and weights."""
     rows = [("run", run.run_id), ("seed", str(plan.seed)), ("site", plan.site)]
     if store is not None:
-        rows.append(("data fingerprint", store.fingerprint))
+        rows.append(("data fingerprint", run.data_mark(store.fingerprint)))
     for stage in plan.stages:
         if stage.kind == "generate":
             rows += _checkpoint_of(run, stage.name)

@@ -4,7 +4,7 @@ Samples are drawn at random from the run's seed, or are those that evaluate wrot
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,12 @@ def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) 
         gallery=Panel("More samples", "a random choice of the set, by the run's seed", rest) if rest else None,
         copies=_copies(painter, metrics["details"]["copies"]) if metrics is not None else None,
     )
+
+
+def without_training_images(pictures: StagePictures, metrics: dict[str, Any] | None) -> StagePictures:
+    """For a page about a private training, which may be shown to whoever may have its model."""
+    from_train = metrics is None or metrics["against"] == "train"
+    return replace(pictures, copies=None, real=None if from_train else pictures.real)
 
 
 def _drawn_from(metrics: dict[str, Any] | None) -> str:

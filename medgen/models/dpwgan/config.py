@@ -84,6 +84,14 @@ class DpSettings(Settings):
         return 1 if self.unit == "slice" else self.slices or USUAL_SLICES
 
 
+USUAL_AVERAGE: dict[str, Any] = {"beta": 0.999, "update_every": 1}  # of the generator's weights
+
+
+def _usual_average(value: Any) -> Any:
+    """What of it is not written is as usual in this family."""
+    return {**USUAL_AVERAGE, **value} if isinstance(value, dict) else value
+
+
 def _none_is_said(value: Any) -> Any:
     """What is left out comes here as None too."""
     if value is None:
@@ -103,7 +111,7 @@ class Config(AdversarialConfig):
     features: int = Field(64, ge=1)  # of the widest image; doubled at every halving
 
     # generator updates; each comes after critic_steps updates of the critic, and each of these draws fresh records
-    steps: int = Field(20_000, ge=1)
+    steps: int = Field(20_000, ge=0)  # 0: images of start_from's weights as they are
     batch_size: int = Field(32, ge=1)  # records of a critic update: the mean of a random number with dp; images of a generator update
     critic_steps: int = Field(4, ge=1)
     lr: float = Field(1e-4, gt=0)
@@ -111,7 +119,7 @@ class Config(AdversarialConfig):
     penalty: float = Field(10.0, ge=0)
 
     # averages of the generator's weights, which cost no privacy; noise makes the weights themselves wander
-    ema: EmaSettings | None = EmaSettings(beta=0.999, update_every=1)
+    ema: Annotated[EmaSettings | None, BeforeValidator(_usual_average)] = EmaSettings(**USUAL_AVERAGE)
     frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
 
     weights_of_one_size: ClassVar[bool] = True
@@ -121,7 +129,9 @@ class Config(AdversarialConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self._updates == 1 and self.dp is not None and (self.dp.noise_decay or self.dp.clip_decay) is not None:
+        if self.steps == 0 and self.start_from is None:
+            raise ValueError("steps: 0 would make images of weights as chance made them; name a checkpoint in start_from, or write how many steps to train")
+        if self._updates <= 1 and self.dp is not None and (self.dp.noise_decay or self.dp.clip_decay) is not None:
             raise ValueError("dp: noise_decay and clip_decay have no effect on a single update; remove them, or write more steps")
         if self.loop.micro_batch == "auto":
             raise ValueError("loop.micro_batch: auto would search for a batch, and records come in batches of chance; write how many are computed at once, or leave it out")

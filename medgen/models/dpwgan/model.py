@@ -16,7 +16,7 @@ from medgen.dp.card import issue
 from medgen.dp.mechanism import steps_of
 from medgen.dp.priced import clip_norms
 from medgen.errors import MedgenError
-from medgen.models.averages import averages_of, horizons, keep_counters_on_cpu
+from medgen.models.averages import averages_of, horizons, keep_counters_on_cpu, restart
 from medgen.models.base import (
     Batch,
     DataShape,
@@ -34,13 +34,13 @@ from medgen.models.dpwgan.config import Config, SamplingSettings
 from medgen.models.dpwgan.cross_record import cross_record_problem
 from medgen.models.dpwgan.ledger import Ledger
 from medgen.models.dpwgan.networks import Critic, Generator
-from medgen.models.dpwgan.plan import Spending, spending
+from medgen.models.dpwgan.plan import Spending, check_past, spending
 from medgen.models.dpwgan.records import Records, told_of
 from medgen.models.dpwgan.two_pass import clipped_sum, supports
 from medgen.models.settings import Settings
 
 if TYPE_CHECKING:
-    from opacus.optimizers import DPOptimizer
+    from medgen.models.dpwgan.noise import NoisyOptimizer
 
 REPRODUCIBLE = "The noise was drawn from the spec's seed: whoever knows that can take it away again, and nothing is promised. Train with dp.noise: secret before the model is given away."
 STARTED_FROM = "Training began with the weights of {}: what these were trained on is covered only as far as it was noised and is counted above, and must be public else."
@@ -78,21 +78,24 @@ class Model(Family):
         return spending(self.config, self.shape.records)
 
     @cached_property
-    def noisy_critic(self) -> DPOptimizer:
+    def noisy_critic(self) -> NoisyOptimizer:
         """The critic's optimizer, which adds the noise to the sum of clipped gradients that it finds in `.grad`. Raises MedgenError for a critic
         whose records' gradients would not be what is clipped: then the guarantee would be void, and nothing else would tell."""
         problem = supports(self.critic) or cross_record_problem(self.critic)
         if problem is not None:
             raise MedgenError(f"this critic cannot be trained with differential privacy: {problem}")
-        from opacus.optimizers import DPOptimizerFastGradientClipping
+        from medgen.models.dpwgan.noise import NoisyOptimizer
 
-        return DPOptimizerFastGradientClipping(
-            self.players["critic"], noise_multiplier=self.spending.release(0).noise_multiplier, max_grad_norm=self.config.clip_norm, expected_batch_size=self.config.batch_size,
-            secure_mode=True,  # sums of several draws: the bits of a single float would tell what they were added to
-        )  # fmt: skip
+        return NoisyOptimizer(self.players["critic"], self.config.batch_size)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self.players
+
+    def check_start(self) -> None:
+        """The averages begin anew with this training; what it began with has its place in the ledger."""
+        restart(self.averages)
+        if self.config.dp is not None:
+            check_past(self.spending, self.ledger)
 
     def phases(self) -> list[Phase]:
         config, records = self.config, self.shape.records
@@ -131,11 +134,10 @@ class Model(Family):
                 gradient /= lot.expected
             self.players["critic"].step()
         else:
-            device = next(self.critic.parameters()).device
-            self.noisy_critic.generator = torch.Generator(device).manual_seed(rng.derive_seed(lot.seed, f"{lot.stream}/noise", lot.number))
+            self.noisy_critic.generator = rng.secret_generator(lot.seed, f"{lot.stream}/noise", lot.number)
             release = self.spending.release(lot.number)
             self.noisy_critic.noise_multiplier, self.noisy_critic.max_grad_norm = release.noise_multiplier, scale
-            self.ledger.add(release)
+            self.ledger.add(release, self.config.unit, self.config.dp.noise == "reproducible")
             self.noisy_critic.step()
         self.players["critic"].zero_grad(set_to_none=True)
         openly = told_of(summed.terms) if self.config.dp is None else {}
@@ -192,7 +194,7 @@ class Model(Family):
         config, shape, dp = self.config, self.shape, self.config.dp
         if dp is None:
             return {}
-        limits = [REPRODUCIBLE] if dp.noise == "reproducible" else []
+        limits = [REPRODUCIBLE] if dp.noise == "reproducible" or self.ledger.reproducible else []
         limits += [STARTED_FROM.format(config.start_from)] if config.start_from is not None else []
         last_clip_norm = None if dp.clip_decay is None else clip_norms(config, steps_of(self.spending.history))[1]
         card = issue(config.unit, shape.records, shape.most_records, self.ledger.history, config.clip_norm, self.spending.delta, tuple(limits), last_clip_norm)

@@ -14,7 +14,8 @@ and many channels (Goodfellow, 2015, arXiv:1510.01799; for convolutions Bu et al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -104,10 +105,22 @@ def clipped_sum(critic: nn.Module, records: Records, penalty: float, clip_norm: 
         norms.append(squares.sqrt().to(part.real.dtype))
         factors = clip_factors(norms[-1], clip_norm)
         for name, gradient in gradients.items():
-            scaled = gradient.scaled_sum(factors)
+            with _all_digits():
+                scaled = gradient.scaled_sum(factors)
             sums[name] = sums[name].add_(scaled) if name in sums else scaled
     shaped = {name: _as_parameter(sums[name], parameter) for name, parameter in critic.named_parameters() if parameter.requires_grad}
     return ClippedSum(shaped, torch.cat(norms), joined_terms(terms))
+
+
+@contextmanager
+def _all_digits() -> Iterator[None]:
+    """Products of GPUs with all 24 bits: what is rounded after the norms were known may be longer than they say."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 # the passes
