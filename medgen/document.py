@@ -47,6 +47,7 @@ class Document:
     data: dict[str, Any]
     positions: dict[KeyPath, str] = field(default_factory=dict)
     verbatim: tuple[str, ...] = ()
+    below: KeyPath = ()  # where the data stand in a larger document: told before each key
 
     def where(self, path: KeyPath) -> str:
         """The position of the value at `path`, or of its nearest parent that stands in a file."""
@@ -56,7 +57,17 @@ class Document:
         return self.source
 
     def error(self, path: KeyPath, message: str) -> InputError:
-        return InputError(f"{self.where(path)}: {dotted(path)}: {message}" if path else f"{self.where(path)}: {message}")
+        told = self.told(path)
+        return InputError(f"{self.where(path)}: {told}: {message}" if told else f"{self.where(path)}: {message}")
+
+    def told(self, path: KeyPath) -> str:
+        """The key as a message names it."""
+        return dotted((*self.below, *path))
+
+    def part(self, path: KeyPath, data: dict[str, Any]) -> Document:
+        """Data that stand at `path`, as a document of their own that still names and places its keys as they are written."""
+        positions = {where[len(path) :]: place for where, place in self.positions.items() if where[: len(path)] == path}
+        return Document(self.source, data, positions, self.verbatim, (*self.below, *path))
 
     def graft(self, path: KeyPath, other: Document) -> None:
         """Put another document's data and positions at `path`."""
@@ -283,7 +294,7 @@ def _explain(problem: Any, model: type[BaseModel], document: Document, path: Key
         return str(document.error(where[:-1], f"{where[-1]!r} is missing"))
     message = _message(problem)
     if problem["type"] == "value_error" or isinstance(problem["input"], dict):
-        return f"{document.where(_blamed(where, message, problem['input']))}: {dotted(where)}: {message}" if where else str(document.error(where, message))
+        return f"{document.where(_blamed(where, message, problem['input']))}: {document.told(where)}: {message}" if where else str(document.error(where, message))
     return str(document.error(where, f"{message[:1].lower()}{message[1:]}, got {_given(problem['input'], where)}"))
 
 

@@ -15,7 +15,7 @@ from medgen import rundir, spec
 from medgen.dp import accounting, budget
 from medgen.dp.card import WIDTH, told
 from medgen.dp.ceiling import attack_ceiling, group
-from medgen.dp.mechanism import History, steps_of
+from medgen.dp.mechanism import History, Mechanism, steps_of
 from medgen.dp.priced import Cohort, Priced, Unit, clip_norms, delta_of, history_of, is_private, plural
 from medgen.dp.profile import Profile, course
 from medgen.errors import InputError
@@ -26,6 +26,8 @@ from medgen.spec_stages import TrainStage
 
 EPSILONS = (1.0, 3.0, 8.0, 20.0)  # strong, usual for a cautious release, usual for images, weak
 FEW_PATIENTS = 500  # below: what fact there is on small cohorts is told
+TOO_FEW_PATIENTS = 100  # below: no number of updates helps, and that is told
+ENOUGH_PATIENTS = 5_000  # what they are compared with
 PAGE = "docs/private_training.md"
 
 
@@ -96,26 +98,35 @@ def price(plan: Priced, cohort: Cohort) -> str:
     records = cohort.records(plan.unit)
     delta, planned = delta_of(plan, records), history_of(plan, records)
     if plan.noise_multiplier == 0:
-        raise ValueError("noise_multiplier: 0 promises nothing, so that it has no price; write a number above 0, or an epsilon")
-    if not planned:
-        raise ValueError("the budget does not allow a single step; write a larger epsilon or noise_multiplier")
-    noise, steps = plan.noise_profile.first(steps_of(planned)), steps_of(planned)
-    lines = [_Line("as planned", planned), *_changed(planned, noise), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned[0].sampling_rate, noise, target, delta)) for target in EPSILONS)]
+        raise ValueError("dp.noise_multiplier: 0 promises nothing, so that it has no price; write a number above 0, or dp.epsilon")
+    updates = steps_of(planned)
+    if updates == 0:
+        raise ValueError("dp.epsilon is spent before the first step is over; write a larger dp.epsilon or dp.noise_multiplier")
+    noise = plan.noise_profile.first(updates)
+    lines = [_Line("as planned", planned), *_changed(planned, noise, plan.expected_batch), *(_Line(f"for epsilon {target:g}", _for_epsilon(planned[0].sampling_rate, noise, target, delta)) for target in EPSILONS)]
     parts = [
-        _folded(f"({told(accounting.epsilon(planned, delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {steps:,} critic updates, each with {plan.expected_batch:,} of "
-                f"{records:,} {plural(plan.unit)} expected, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, clip norm {course(*clip_norms(plan, steps))}."),
+        _folded(f"({told(accounting.epsilon(planned, delta))}, {delta:.3g})-differential privacy of each {plan.unit}: {_counted(plan, updates)}, each with {plan.expected_batch:,} of "
+                f"{records:,} {plural(plan.unit)} expected, noise multiplier {course(planned[0].noise_multiplier, planned[-1].noise_multiplier)}, clip norm {course(*clip_norms(plan, updates))}."),
         _table(lines, records, delta).text(),
         _folded("epsilon: by the PRV accountant, to be cited; RDP: an older bound, which is higher. AUC, TPR: the most that any attack on the membership of one "
                 f"{plan.unit} may reach, TPR at 1 % false positives. All are rounded up."),
         _by_unit(plan.unit, planned, cohort, delta).text(),
-        *(_folded(sentence) for sentence in _sentences(plan.unit, cohort)),
+        *(_folded(sentence) for sentence in _sentences(plan, planned, cohort)),
     ]  # fmt: skip
     return "\n\n".join(parts)
 
 
-def _changed(planned: History, noise: Profile) -> list[_Line]:
-    rate, first_noise, steps = planned[0].sampling_rate, planned[0].noise_multiplier, noise.updates
-    changes = [("half the steps", rate, steps // 2), ("twice the steps", rate, 2 * steps), ("half the batch", rate / 2, steps), ("twice the batch", 2 * rate, steps)]
+def _counted(plan: Priced, updates: int) -> str:
+    """How many there will be, and whether the budget ends them: with both an epsilon and a noise."""
+    if updates == plan.noise_profile.updates:
+        return budget.told_updates(updates)
+    return f"{updates:,} of {budget.told_updates(plan.noise_profile.updates)}, after which the budget is spent"
+
+
+def _changed(planned: History, noise: Profile, batch: int) -> list[_Line]:
+    rate, first_noise, updates = planned[0].sampling_rate, planned[0].noise_multiplier, noise.updates
+    changes = [("half the updates", rate, updates // 2), ("twice the updates", rate, 2 * updates),
+               *([("half the batch", rate / 2, updates)] if batch % 2 == 0 else []), ("twice the batch", 2 * rate, updates)]  # fmt: skip
     return [_Line(label, noise.resized(count).history(changed, first_noise)) for label, changed, count in changes if changed <= 1 and count > 0]
 
 
@@ -129,7 +140,7 @@ def _for_epsilon(sampling_rate: float, noise: Profile, epsilon: float, delta: fl
 
 
 def _table(lines: Sequence[_Line], records: int, delta: float) -> Table:
-    head = ("", "batch", "sampling rate", "steps", "noise", "epsilon", "RDP", "AUC", "TPR")
+    head = ("", "batch", "sampling rate", "updates", "noise", "epsilon", "RDP", "AUC", "TPR")
     return Table("", head, tuple((line.label, *_cells(line.history, records, delta)) for line in lines))
 
 
@@ -145,7 +156,7 @@ def _cells(history: History | str, records: int, delta: float) -> tuple[str, ...
 
 
 def _noise(history: History) -> str:
-    """Of the first step, and of the last one if it has another."""
+    """Of the first update, and of the last one if it has another."""
     return "-".join(dict.fromkeys(f"{stretch.noise_multiplier:.4g}" for stretch in (history[0], history[-1])))
 
 
@@ -155,7 +166,7 @@ def _most(share: float) -> str:
 
 
 def _by_unit(unit: Unit, planned: History, cohort: Cohort, delta: float) -> Table:
-    """The same steps, batch and noise with patients and with slices as records, and what each promises the patient with most slices."""
+    """The same updates, batch and noise with patients and with slices as records, and what each promises the patient with most slices."""
     batch = planned[0].sampling_rate * cohort.records(unit)
     rows: list[tuple[str, ...]] = []
     units: tuple[Unit, Unit] = ("patient", "slice")
@@ -173,15 +184,28 @@ def _by_unit(unit: Unit, planned: History, cohort: Cohort, delta: float) -> Tabl
     return Table("", ("one record is a", "records", "sampling rate", "epsilon", "delta", f"of a patient's {cohort.most_slices} slices", "delta"), tuple(rows))
 
 
-def _sentences(unit: Unit, cohort: Cohort) -> list[str]:
+def _sentences(plan: Priced, planned: History, cohort: Cohort) -> list[str]:
     said = []
     if cohort.most_slices > 1:
         said.append("An epsilon of a slice says little of a patient: k slices come and go together, with k times the epsilon and a delta that grows like e^((k - 1) epsilon). "
-                    + (f"This plan protects slices, and a patient has up to {cohort.most_slices}: write unit: patient to promise patients something." if unit == "slice" else "This plan protects patients."))  # fmt: skip
-    if cohort.patients < FEW_PATIENTS:
-        said.append(f"{cohort.patients:,} patients are few: each is in a large share of the steps. Meaningful privacy for patients takes thousands of them, or about a thousand critic updates; "
+                    + (f"This plan protects slices, and a patient has up to {cohort.most_slices}: write unit: patient to promise patients something." if plan.unit == "slice" else "This plan protects patients."))  # fmt: skip
+    if cohort.patients < TOO_FEW_PATIENTS:
+        said.append(_too_few(plan, planned[0], cohort))
+    elif cohort.patients < FEW_PATIENTS:
+        said.append(f"{cohort.patients:,} patients are few: each is in a large share of the updates. Meaningful privacy for patients takes thousands of them, or some hundreds and about a thousand critic updates; "
                     "with 200 patients, batches of 32 and noise 5, 1,000 updates cost epsilon 3.3 at delta 0.001, and 10,000 cost 14.6.")  # fmt: skip
     return said
+
+
+def _too_few(plan: Priced, first: Mechanism, cohort: Cohort) -> str:
+    """At one sampling rate and noise multiplier, and so at one epsilon and delta, the batch grows with the cohort, and the noise on its mean falls."""
+    in_updates = 1 - (1 - first.sampling_rate) ** cohort.most_records(plan.unit)
+    noise = first.noise_multiplier / plan.expected_batch
+    return (
+        f"{cohort.patients:,} patients are too few to be hidden usefully, whatever epsilon says: one is in {'up to ' if cohort.most_records(plan.unit) > 1 else ''}{in_updates:.0%} of the updates, and what images pay is "
+        f"the noise for each {plan.unit} of a batch, noise multiplier / batch = {noise:.2g}, where 1 is as long as the longest gradient of one. "
+        f"{ENOUGH_PATIENTS:,} patients at this sampling rate and noise multiplier pay {noise * cohort.patients / ENOUGH_PATIENTS:.2g}."
+    )
 
 
 def _together(priced: Sequence[tuple[Unit, History, float]]) -> list[str]:

@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medgen import commits, document, models, spec_accept
 from medgen.document import Document
-from medgen.errors import InputError
 from medgen.models.settings import FamilyConfig
 from medgen.spec_base import Frozen, StageName
 from medgen.spec_data import SPLITS, DataSpec
@@ -154,14 +153,8 @@ def _check_config(spec: Spec, spec_document: Document, name: str) -> None:
         raise spec_document.error(path, f"'model' is missing; the models are: {', '.join(models.families())}")
     if config["model"] not in models.families():
         raise spec_document.error((*path, "model"), f"unknown model {config['model']!r}; the models are: {', '.join(models.families())}")
-    stripped = Document(spec_document.source, {key: value for key, value in config.items() if key != "model"})
-    stripped.positions = {
-        where[3:]: place for where, place in spec_document.positions.items() if where[:3] == path
-    }
-    try:
-        checked = document.check(models.config_class(config["model"]), stripped)
-    except InputError as error:
-        raise InputError(_with_prefix(str(error), document.dotted(path))) from None
+    stripped = spec_document.part(path, {key: value for key, value in config.items() if key != "model"})
+    checked = document.check(models.config_class(config["model"]), stripped)
     assert spec.data is not None  # a train stage is there
     try:
         checked.check_data(spec.data)
@@ -199,15 +192,6 @@ def _take_config(spec: Spec, spec_document: Document, name: str, repeated: str, 
     if source.repeat is not None:
         raise spec_document.error(path, f"{repeated} repeats {source.repeat} itself; name a stage with a config")
     config.update(source.config)
-
-
-def _with_prefix(message: str, prefix: str) -> str:
-    """Insert the path of the stage's config before the key in each `place: key: message` line."""
-    lines = []
-    for line in message.splitlines():
-        place, separator, rest = line.partition(": ")
-        lines.append(f"{place}{separator}{prefix}.{rest}")
-    return "\n".join(lines)
 
 
 def _check_references(spec: Spec, spec_document: Document, name: str, stage: AnyStage) -> None:

@@ -84,7 +84,7 @@ class DataSpec(Frozen):
     positive_only: bool = False  # keep only slices whose mask is not empty
     every: int = Field(1, ge=1)  # keep every n-th slice
     slices: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None  # first and last along the axis, counted from 0; default: all
-    patient_pattern: str | None = None  # csv without a column patient: a regular expression whose group is the patient in a file's name
+    patient_pattern: str | None = None  # csv without a column patient: a regular expression whose group is the patient in a file's name, else in its path
     splits: SplitFractions = SplitFractions()
     patients: int | None = Field(None, ge=3, le=100_000)  # phantom: how many patients to draw; default 16
 

@@ -48,7 +48,7 @@ def make_run(root: Path, data: DataSpec, stages: list[PlannedStage]) -> RunDir:
     files.write_json(run.manifest, {
         "created": START, "user": "ada", "host": "node-7", "python": "3.11.7",
         "versions": {"torch": "2.13.0", "monai": "1.6.1", "numpy": "2.4.6"},
-        "git": {"commit": "4f1c0de9b7a2", "dirty": False}, "command": "medgen submit jobs/brain_demo.yaml --local",
+        "git": {"medgen": {"commit": "4f1c0de9b7a2", "dirty": False, "patch_sha256": None, "changed_files": []}, "folder": None}, "command": "medgen submit jobs/brain_demo.yaml --local",
     })
     return run
 

@@ -14,7 +14,7 @@ import pytest
 from medgen.data.phantoms import write_volume
 from medgen.data.store import check_headers, open_store
 from medgen.errors import InputError
-from medgen.spec_data import DataSpec
+from medgen.spec_data import DataSpec, SplitFractions
 
 SHAPE = (12, 10, 4)
 PATIENTS = ("train/a", "train/b", "val/c", "test/d")
@@ -216,7 +216,10 @@ def line(place: str) -> str:
 def test_csv_with_and_without_columns(root: Path, tmp_path: Path) -> None:
     full = table(root, "patient,split,image,mask,label", *(f"{p[-1]},{p.partition('/')[0]},{line(p)},x" for p in PATIENTS))
     store = open_store(full, 1, tmp_path / "cache", lambda text: None)
-    assert check_headers(full, 1).patients == {"train": 2, "val": 1, "test": 1}
+    assert check_headers(full, 1).patients == {"train": 2, "val": 1, "test": 1} and not check_headers(full, 1).notes
+    other = full.model_copy(update={"splits": SplitFractions(train=0.5, val=0.25, test=0.25)})
+    assert check_headers(other, 1).notes == [f"{root / 'index.csv'} has a column split: that decides the splits, and data.splits is not used"]
+    assert check_headers(spec(root, splits={"train": 0.5, "val": 0.25, "test": 0.25}), 1).notes == [f"{root} has the folders train, val, test: that decides the splits, and data.splits is not used"]
     assert set(store.rows["patient"]) == {"a", "b", "c", "d"} and set(store.rows["label"]) == {"x"}
     for place in PATIENTS:
         shutil.copy(root / place / "t1.nii.gz", root / f"{place[-1]}.t1.nii.gz")

@@ -209,18 +209,19 @@ def test_noise_is_enough_and_not_too_much(epsilon: float, delta: float, rate: fl
     assert float(f"{noise:.4g}") == noise, "it can be written down as it is"
 
 
-def test_a_budget_that_no_noise_keeps_is_refused_with_what_would_do() -> None:
-    with pytest.raises(budget.TooSmall, match=r"even a noise multiplier of 100 costs .*; what would do: ") as refused:
+def test_a_budget_that_no_noise_keeps_is_refused_and_what_would_do_does() -> None:
+    with pytest.raises(budget.TooSmall, match=r"dp\.epsilon: 0\.5 cannot be kept in 8,000 critic updates at sampling rate 0\.25: even a noise multiplier of 100 costs ") as refused:
         budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(8_000))
-    message = str(refused.value)
-    advised = {name: float(message.split(name)[1].split()[0].strip(",;").replace(",", "").rstrip(")")) for name in ("would do: epsilon: ", "at most ", "(sampling rate ")}
-    assert accounting.epsilon(steps(0.25, budget.MOST_NOISE, 8_000), 1e-5) <= advised["would do: epsilon: "]
-    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(int(advised["at most "]))) <= budget.MOST_NOISE
-    assert budget.noise_multiplier_for(0.5, 1e-5, advised["(sampling rate "], constant(8_000)) <= budget.MOST_NOISE
+    assert accounting.epsilon(steps(0.25, budget.MOST_NOISE, 8_000), 1e-5) <= refused.value.least
+    updates = budget.updates_with_most_noise(0.5, 1e-5, 0.25, constant(8_000))
+    assert budget.noise_multiplier_for(0.5, 1e-5, 0.25, constant(updates)) <= budget.MOST_NOISE and updates > 100
+    batch = budget.batch_with_most_noise(0.5, 1e-5, 50, 200, constant(8_000))
+    assert budget.noise_multiplier_for(0.5, 1e-5, batch / 200, constant(8_000)) <= budget.MOST_NOISE and batch > 10
+    assert budget.updates_with_most_noise(1e-6, 1e-9, 0.25, constant(8_000)) == budget.batch_with_most_noise(1e-6, 1e-9, 50, 200, constant(8_000)) == 0
 
 
 def test_a_budget_that_hardly_needs_noise_is_refused() -> None:
-    with pytest.raises(budget.TooLarge, match=r"epsilon: 100 needs a noise multiplier below 0.2 in 1 steps.*write at most 28"):
+    with pytest.raises(budget.TooLarge, match=r"dp\.epsilon: 100 needs a noise multiplier below 0.2 in 1 critic update,.*write at most 28"):
         budget.noise_multiplier_for(100, 1e-5, 0.125, constant(1))
 
 
@@ -233,7 +234,7 @@ def test_no_budget(epsilon: float) -> None:
 
 
 def test_no_noise_for_no_steps() -> None:
-    with pytest.raises(ValueError, match="steps: 0"):
+    with pytest.raises(ValueError, match="0 critic updates: nothing is released"):
         budget.noise_multiplier_for(1, 1e-5, 0.1, constant(0))
 
 
@@ -244,9 +245,9 @@ def test_the_most_steps_are_the_most(epsilon: float, delta: float, rate: float, 
 
 
 def test_steps_of_no_budget_and_of_any_number() -> None:
-    with pytest.raises(ValueError, match=r"does not allow a single step with noise_multiplier 0.5, which costs"):
+    with pytest.raises(ValueError, match=r"does not allow a single critic update with dp\.noise_multiplier 0.5, which costs"):
         budget.steps_within(0.1, 1e-5, 0.5, 0.5, constant(1))
-    with pytest.raises(ValueError, match="allows more than 10,000,000 steps"):
+    with pytest.raises(ValueError, match="allows more than 10,000,000 critic updates"):
         budget.steps_within(8, 1e-5, 1e-6, 50.0, constant(1))
 
 

@@ -216,9 +216,9 @@ def test_the_budget_decides_the_noise_or_the_steps() -> None:
 
 
 @pytest.mark.parametrize(("dp", "people", "told"), [
-    ({"epsilon": 0.01, "delta": 1e-4}, 10, r"dp: epsilon: 0\.01"),
+    ({"epsilon": 0.01, "delta": 1e-4}, 10, r"dp\.epsilon: 0\.01 .*what would do: dp\.epsilon: "),
     ({"noise_multiplier": 1.0, "delta": 0.2}, 10, r"dp: delta: 0\.2 is not below 1 / 10 records"),
-    ({"noise_multiplier": 1.0}, 3, "dp: the expected batch of 4 is more than there are: 3 patients"),
+    ({"noise_multiplier": 1.0}, 3, "batch_size: 4 patients in an update, but the training split has 3; write 3 or fewer"),
     ({"noise_multiplier": 0.3, "epsilon": 0.5, "delta": 0.01}, 10, "epsilon"),
 ])  # fmt: skip
 def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], people: int, told: str) -> None:
@@ -227,7 +227,8 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
 
 
 @pytest.mark.parametrize(("changes", "told"), [
-    ({}, "dp"),
+    ({}, r"dp\n.*say what is promised: dp: \{epsilon: 8\}, .* or dp: none, which guarantees nothing"),
+    ({"dp": None}, r"dp\n.*say what is promised: dp: \{epsilon: 8\}, .* or dp: none, which guarantees nothing"),
     ({"dp": {}}, "write epsilon: the budget, from which the noise is found, or noise_multiplier"),
     ({"dp": {"noise_multiplier": 1, "clip_norm": None}}, "clip_norm: null leaves the influence of a record without limit"),
     ({"dp": {"noise_multiplier": 1, "unit": "slice", "slices": 2}}, "slices has no effect with unit: slice"),
@@ -247,6 +248,13 @@ def test_a_plan_that_cannot_be_is_refused_before_it_starts(dp: dict[str, Any], p
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Config.model_validate({**TINY, **changes})
+
+
+@pytest.mark.parametrize("dp", ["none", {"epsilon": 8.0, "slices": 2}])
+def test_the_resolved_form_reads_back(dp: Any) -> None:
+    config = Config.model_validate({**TINY, "dp": dp})
+    written = config.model_dump(mode="json")
+    assert Config.model_validate(written) == config and (written["dp"] == "none" if dp == "none" else written["dp"]["epsilon"] == 8)
 
 
 def test_frozen_layers_get_no_noise(tmp_path: Path) -> None:
@@ -381,6 +389,7 @@ def assert_nothing_names_the_data(run: Path) -> None:
 
 @pytest.mark.parametrize(("spec", "told"), [
     (spec_of({"noise_multiplier": 1}, batch_size=20), r"stages\.train\.config: batch_size: 20 patients in an update, but the training split has 6; write 6 or fewer"),
+    (spec_of(None), r"private\.yaml:\d+:\d+: stages\.train\.config\.dp: say what is promised: dp: \{epsilon: 8\}"),
     (spec_of({"noise_multiplier": 1, "delta": 0.5}), r"stages\.train\.config: dp\.delta: 0\.5 is not below 1 / 6 records"),
     (spec_of({"noise_multiplier": 1}, frozen_critic_layers=5, start_from=str(Path(__file__))), "frozen_critic_layers: 5, but at 16 px the critic has 4 convolutions"),
     (spec_of({"noise_multiplier": 1, "unit": "slice"}) | {"data": {"format": "phantom", "size": 16}}, "dp.unit: slice needs data.window: {percentiles: [2, 98], per: slice}"),
@@ -427,7 +436,10 @@ def test_public_weights_are_tuned_with_privacy(medgen: Medgen, write_spec: Write
     same = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(start)) | {"name": "same", "seed": 3}
     assert "was trained on the same images without differential privacy" in medgen("submit", write_spec(same), "--local", expect=1).stdout
     unlike = spec_of({"noise_multiplier": 1}, ema=None, start_from=str(start))
-    assert "ema" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
+    assert "of another shape: averages of the weights (ema, ema.more): [ema] there, none here; give the same" in medgen("submit", write_spec(unlike | {"name": "unlike"}), "--local", expect=2).stderr
+    larger = spec_of({"noise_multiplier": 1}, ema=ema, start_from=str(start)) | {"name": "larger"}
+    larger["data"] = {**larger["data"], "size": 32}
+    assert "of another shape: data.size 16 there, 32 here; give the same" in medgen("submit", write_spec(larger), "--local", expect=2).stderr
 
 
 def grids_of(run: Path) -> dict[str, bytes]:
@@ -502,7 +514,7 @@ def test_the_verb_that_prices_plans_knows_this_family() -> None:
 def test_check_tries_a_step_and_the_budget(medgen: Medgen, write_spec: WriteSpec) -> None:
     told = medgen("check", write_spec(spec_of({"noise_multiplier": 1})), "--local").stdout
     assert "8 steps" in told and "step, validation, sampling and save work" in told
-    assert "dp: epsilon: 1e-05" in medgen("check", write_spec(spec_of({"epsilon": 1e-5})), "--local", expect=2).stdout
+    assert "dp.epsilon: 1e-05" in medgen("check", write_spec(spec_of({"epsilon": 1e-5})), "--local", expect=2).stdout
 
 
 def test_a_card_tells_what_its_training_leaves_open(tmp_path: Path) -> None:

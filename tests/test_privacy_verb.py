@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ class Plan:
     delta: float | None = 1e-3
     clip_norm: float = 1.0
     expected_batch: int = 32
-    steps: int = 300
+    steps: int = 300  # of one update each
+    critic_steps: int = 1
     noise_decay: float | None = None
     clip_decay: float | None = None
 
@@ -69,7 +71,7 @@ def test_the_screen_tells_the_plan_and_others() -> None:
     ceiling = attack_ceiling(prv, 1e-3)
     for shown, exact in zip(cells(text, "as planned")[6:], (ceiling.auc, ceiling.true_positive_rate(0.01)), strict=True):
         assert exact <= float(shown) < exact + 0.001, "a limit is never told lower than it is"
-    for label, mechanism in {"half the steps": replace(planned, steps=150), "twice the steps": replace(planned, steps=600),
+    for label, mechanism in {"half the updates": replace(planned, steps=150), "twice the updates": replace(planned, steps=600),
                              "half the batch": replace(planned, sampling_rate=0.08), "twice the batch": replace(planned, sampling_rate=0.32)}.items():  # fmt: skip
         assert cells(text, label)[4] == told(accounting.epsilon((mechanism,), 1e-3))
     for target in (1, 3, 8, 20):
@@ -95,7 +97,7 @@ def test_noise_that_falls_is_priced_in_every_row(monkeypatch: pytest.MonkeyPatch
     assert history_of(plan, 200) == planned
     assert "40 critic updates, each with 32 of 200 patients expected, noise multiplier 5 falling to 2.5, clip norm 1 falling to 0.3." in " ".join(text.split())
     assert cells(text, "as planned")[3:5] == ["5-2.5", told(accounting.epsilon(planned, 1e-3))]
-    for label, changed in (("half the steps", geometric(20, 0.5).history(0.16, 5.0)), ("twice the batch", geometric(40, 0.5).history(0.32, 5.0))):
+    for label, changed in (("half the updates", geometric(20, 0.5).history(0.16, 5.0)), ("twice the batch", geometric(40, 0.5).history(0.32, 5.0))):
         assert cells(text, label)[3:5] == ["5-2.5", told(accounting.epsilon(changed, 1e-3))]
     first = budget.noise_multiplier_for(3, 1e-3, 0.16, geometric(40, 0.5))
     assert cells(text, "for epsilon 3")[3] == f"{first:.4g}-{first / 2:.4g}"
@@ -125,6 +127,37 @@ def test_few_patients_are_told_so() -> None:
     assert "are few" not in price.price(Plan(delta=1e-5), LARGE)
 
 
+def test_so_few_patients_that_nothing_helps_are_told_so() -> None:
+    """The comparison holds: the same sampling rate and noise, in a larger cohort, have the same epsilon and less noise on the mean of a batch."""
+    text = " ".join(price.price(Plan(noise_multiplier=4.0, expected_batch=2, steps=80), Cohort(patients=8, slices=40, most_slices=5)).split())
+    assert "8 patients are too few to be hidden usefully, whatever epsilon says: one is in 25% of the updates" in text
+    assert "noise multiplier / batch = 2, where 1 is as long as the longest gradient of one. 5,000 patients at this sampling rate and noise multiplier pay 0.0032." in text
+    assert pytest.approx(0.0032) == 4.0 / (5_000 * 0.25) and "thousand critic updates" not in text
+
+
+def test_a_budget_that_ends_training_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "critic_steps_total", lambda plan, records: 8)
+    assert ": 8 of 300 critic updates, after which the budget is spent, each with 32 of 200 patients" in " ".join(price.price(Plan(epsilon=1.0), SMALL).split())
+
+
+def test_what_would_do_does() -> None:
+    """Each way out is a key and a value that can be written, and with it the plan has a price; one of which nothing is left is not told."""
+    plan = Plan(epsilon=0.1, noise_multiplier=None, steps=9_000, critic_steps=3)
+    with pytest.raises(budget.TooSmall) as refused:
+        history_of(plan, 200)
+    found = re.fullmatch(r".*; what would do: dp\.epsilon: ([0-9.]+), or steps: ([0-9]+) \(each has 3 critic updates\), or batch_size: ([0-9]+)", str(refused.value))
+    assert found is not None
+    for changes in ({"epsilon": float(found[1])}, {"steps": 3 * int(found[2])}, {"expected_batch": int(found[3])}):
+        assert history_of(replace(plan, **changes), 200)[0].noise_multiplier <= budget.MOST_NOISE
+    with pytest.raises(budget.TooSmall, match=r"what would do: dp\.epsilon: [0-9.]+$"):
+        history_of(Plan(epsilon=1e-6, noise_multiplier=None, delta=1e-9), 200)
+
+
+def test_half_a_record_is_no_batch() -> None:
+    text = price.price(Plan(expected_batch=3), SMALL)
+    assert "half the batch" not in rows(text) and "twice the batch" in rows(text)
+
+
 def test_what_cannot_be_is_not_priced() -> None:
     """A batch above all records has no row, nor does an epsilon that no sensible noise gives."""
     assert cells(price.price(Plan(expected_batch=1, delta=1e-5, steps=1), LARGE), "for epsilon 20") == ["< 0.2"]
@@ -135,12 +168,12 @@ def test_what_cannot_be_is_not_priced() -> None:
 
 
 @pytest.mark.parametrize(("plan", "message"), [
-    (Plan(expected_batch=201), r"the expected batch of 201 is more than there are: 200 patients"),
+    (Plan(expected_batch=201), r"batch_size: 201 patients in an update, but the training split has 200; write 200 or fewer"),
     (Plan(delta=0.005), r"delta: 0.005 is not below 1 / 200 records.*write 0.0005"),
-    (Plan(epsilon=0.01, noise_multiplier=None, steps=10_000), r"epsilon: 0.01 cannot be kept in 10,000 steps"),
+    (Plan(epsilon=0.01, noise_multiplier=None, steps=10_000), r"dp\.epsilon: 0.01 cannot be kept in 10,000 critic updates.*what would do: dp\.epsilon: [0-9.]+, or steps: [0-9]+, or batch_size: 1$"),
     (Plan(noise_multiplier=None), "neither epsilon nor noise_multiplier"),
-    (Plan(noise_multiplier=0.0), "noise_multiplier: 0 promises nothing"),
-    (Plan(steps=0), "does not allow a single step"),
+    (Plan(noise_multiplier=0.0), "dp.noise_multiplier: 0 promises nothing"),
+    (Plan(steps=0), "dp.epsilon is spent before the first step is over"),
 ])  # fmt: skip
 def test_what_is_no_plan_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -186,4 +219,4 @@ def test_the_verb_prices_the_private_stages(medgen: Callable[..., subprocess.Com
 
 def test_the_verb_says_where_a_plan_cannot_be(medgen: Callable[..., subprocess.CompletedProcess[str]], private_spec: Callable[..., Path]) -> None:
     refused = medgen("privacy", private_spec(noise_multiplier=5.0), "-o", "stages.first.config.dp.noise_multiplier=0", expect=2)
-    assert "stages.first.config: noise_multiplier: 0 promises nothing, so that it has no price" in refused.stderr
+    assert "stages.first.config: dp.noise_multiplier: 0 promises nothing, so that it has no price" in refused.stderr

@@ -87,7 +87,7 @@ def test_the_table_and_a_card_of_each_set_lie_beside_the_page(run: RunDir, cache
     ]
     text = run.dataset_card("masks").read_text()
     assert yaml.safe_load(text.split("---\n")[1])["pretty_name"] == "brain_demo: 48 synthetic masks"
-    for wanted in ("c0ffee" * 10, "4f1c0de9b7a2", "| rejected empty | 3 |", "| split train | 4 patients", "drawn from nothing but noise 48", "nothing here shows a patient", "diffusion, rflow, seg"):
+    for wanted in ("c0ffee" * 10, "commit 4f1c0de9b7a2", "| rejected empty | 3 |", "| split train | 4 patients", "drawn from nothing but noise 48", "nothing here shows a patient", "diffusion, rflow, seg"):
         assert wanted in text, wanted
     assert not re.search(r"/tmp|node-7|ada\b", text), "a card is given away: no paths, hosts or people"
     assert text.splitlines()[12] in run.report.read_text(), "the page shows the card"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_empty_slices_are_left_out_or_told(tmp_path: Path) -> None:
     assert len(opened(spec(root, content=0.0, slices=[2, 4]), tmp_path / "cache")[0].rows) == 6
 
 
+def test_a_volume_that_gives_no_slice_is_told(tmp_path: Path) -> None:
+    """Each time the cache is opened, not only when it is built."""
+    generator = np.random.default_rng(2)
+    full = [generator.uniform(1, 9, (18, 18, 3)).astype(np.float32) for _ in range(2)]
+    root = table(tmp_path, {"a.nii.gz": full[0], "flat.nii.gz": np.full((18, 18, 3), 4, np.float32), "c.nii.gz": full[1]})
+    for _ in range(2):
+        store, said = opened(spec(root), tmp_path / "cache")
+        assert sorted(set(store.rows["patient"])) == ["a", "c"] and said[-1] == store.notes[-1]
+        assert re.fullmatch(r"1 of 3 volumes gave no slice, since none of theirs has data\.content: 0\.05 of its pixels above .*: flat \(.*flat\.nii\.gz\)", said[-1])
+
+
 def test_patients_are_read_from_file_names(tmp_path: Path) -> None:
     generator = np.random.default_rng(2)
     names = ["sub-01_run-1.nii.gz", "sub-01_run-2.nii.gz", "sub-02_run-1.nii.gz", "sub-03_run-1.nii.gz"]
@@ -83,8 +95,13 @@ def test_patients_are_read_from_file_names(tmp_path: Path) -> None:
     root = table(tmp_path, volumes)
     store, _ = opened(spec(root, patient_pattern="(sub-[0-9]+)"), tmp_path / "cache")
     assert dict(store.rows.groupby("patient").size()) == {"sub-01": 6, "sub-02": 3, "sub-03": 3}
-    with pytest.raises(InputError, match=r"nii_paths\.csv:2: data\.patient_pattern '\(PAT\\\\d\+\)' finds no patient in 'sub-01_run-1\.nii\.gz'"):
+    with pytest.raises(InputError, match=r"nii_paths\.csv:2: data\.patient_pattern '\(PAT\\\\d\+\)' finds no patient in 'volumes/sub-01_run-1\.nii\.gz'"):
         check_headers(spec(root, patient_pattern=r"(PAT\d+)"), 1)
+    folders = table(tmp_path / "folders", {f"{name[:6]}/{name[7:]}": volume for name, volume in volumes.items()})
+    store, _ = opened(spec(folders, patient_pattern="(sub-[0-9]+)"), tmp_path / "cache")
+    assert dict(store.rows.groupby("patient").size()) == {"sub-01": 6, "sub-02": 3, "sub-03": 3}, "from the folders, where the names have none"
+    with pytest.raises(InputError, match=r"nii_paths\.csv:4: volumes/sub-02/run-1\.nii\.gz and volumes/sub-01/run-1\.nii\.gz in line 2 have one name.*a column patient, or write data\.patient_pattern"):
+        check_headers(spec(folders), 1)
     (tmp_path / "named").mkdir()
     named = table(tmp_path / "named", volumes, header="nii_path,split")
     named.write_text("\n".join(line + (",patient" if number == 0 else f",p{number}") for number, line in enumerate(named.read_text().split())) + "\n")

@@ -104,6 +104,8 @@ def test_overrides_reach_configs_and_are_checked(tmp_path: Path) -> None:
     assert checked.data.size == 64
     with pytest.raises(InputError, match=r"-o stages.train.config.lrr=1: stages.train.config.lrr: unknown key; did you mean 'lr'"):
         load(tmp_path, GOOD, "stages.train.config.lrr=1")
+    with pytest.raises(InputError, match=r"^-o stages.train.config.loop=\{micro_batch: 2, kept: 4\}: stages.train.config.loop.kept: unknown key; did you mean 'keep'\?$"):
+        load(tmp_path, GOOD, "stages.train.config.loop={micro_batch: 2, kept: 4}")
     with pytest.raises(InputError, match="no stage 'trian'; the stages are: train"):
         load(tmp_path, GOOD, "stages.trian.config.lr=1")
     with pytest.raises(InputError, match=r"write NAME.SUBNAME=VALUE"):

@@ -15,7 +15,7 @@ from medgen import csv_files
 from medgen.data.splits import assign_splits
 from medgen.data.stacks import Stack, open_stack, require_disjoint, require_subjects_of_every_class
 from medgen.errors import InputError
-from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec
+from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec, SplitFractions
 
 MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
 SHOWN = 5  # how many of many problems a message lists
@@ -164,6 +164,7 @@ def _folder_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> 
         for split in split_folders:
             if not any(own == split for own, _ in folders):
                 raise InputError(f"{root / split}: the split {split} is empty; put patient folders into it or remove it")
+        notes += _unused_splits(data, f"{root} has the folders {', '.join(split_folders)}") if data.format != "phantom" else []
         if "train" not in split_folders:
             raise InputError(f"{root}: there is {', '.join(split_folders)} but no folder train; add it, or use no split folders at all")
     else:
@@ -179,6 +180,13 @@ def _folder_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> 
     ]
     _require_disjoint(sources, root)
     return sources
+
+
+def _unused_splits(data: DataSpec, given: str) -> list[str]:
+    """A note if shares were asked for and the data have their own."""
+    if data.splits == SplitFractions():
+        return []
+    return [f"{given}: that decides the splits, and data.splits is not used"]
 
 
 def _patient_folders(root: Path) -> list[Path]:
@@ -199,9 +207,11 @@ def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> lis
         raise InputError(f"data.patient_pattern has no effect: {path} has a column patient; remove one of them")
     if "patient" not in columns and data.patient_pattern is None:
         notes.append(f"{path} has no column patient: each file name counts as a patient of its own")
+        _require_different_names(data, path, lines)
     patients = [_csv_patient(data, path, number, row) for number, row in lines]
     if "split" in columns:
         splits = [_csv_split(path, number, row) for number, row in lines]
+        notes += _unused_splits(data, f"{path} has a column split")
     else:
         drawn = assign_splits(patients, data.splits.model_dump(), seed)
         splits = [drawn[patient] for patient in patients]
@@ -222,18 +232,36 @@ def _csv_sources(data: DataSpec, path: Path, seed: int, notes: list[str]) -> lis
 
 def _csv_patient(data: DataSpec, path: Path, number: int, row: dict[str, str]) -> str:
     if "patient" not in row:
-        name = Path(row[next(iter(roles(data).values()))]).name
-        return _stem(Path(name)) if data.patient_pattern is None else _patient_in(name, data.patient_pattern, path, number)
+        file = Path(row[_first_column(data)])
+        return _stem(file) if data.patient_pattern is None else _patient_in(file, data.patient_pattern, path, number)
     if not row["patient"]:
         raise InputError(f"{path}:{number}: the patient is empty; splits are by patient, so every line needs one")
     return row["patient"]
 
 
-def _patient_in(name: str, pattern: str, path: Path, number: int) -> str:
-    found = re.search(pattern, name)
-    if found is None or not found[1]:
-        raise InputError(f"{path}:{number}: data.patient_pattern {pattern!r} finds no patient in {name!r}")
-    return found[1]
+def _first_column(data: DataSpec) -> str:
+    """Of the file that tells the patient, where nothing else does."""
+    return next(iter(roles(data).values()))
+
+
+def _require_different_names(data: DataSpec, path: Path, lines: list[tuple[int, dict[str, str]]]) -> None:
+    """sub-01/T1.nii.gz and sub-02/T1.nii.gz are two patients, or two visits of one: only who wrote the table knows."""
+    first: dict[str, tuple[int, str]] = {}
+    for number, row in lines:
+        text = row[_first_column(data)]
+        line, other = first.setdefault(_stem(Path(text)), (number, text))
+        if other != text:
+            raise InputError(f"{path}:{number}: {text} and {other} in line {line} have one name, so that it cannot tell whose they are; "
+                             "give the table a column patient, or write data.patient_pattern, such as '(sub-[0-9]+)', which is also searched in the folders")  # fmt: skip
+
+
+def _patient_in(file: Path, pattern: str, path: Path, number: int) -> str:
+    """In the file's name, else in its path as the table has it."""
+    for text in (file.name, str(file)):
+        found = re.search(pattern, text)
+        if found is not None and found[1]:
+            return found[1]
+    raise InputError(f"{path}:{number}: data.patient_pattern {pattern!r} finds no patient in '{file}'")
 
 
 def _csv_split(path: Path, number: int, row: dict[str, str]) -> str:

@@ -119,17 +119,17 @@ def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str],
         say(note)
     known = build.known_hashes(cache_root, sources)
     if known is not None and files.broken_seal(folder := build.folder_of(data, sources, known, cache_root)) is None:
-        return _load(data, sources, known, folder, notes)
+        return _load(data, sources, known, folder, notes, say)
     with locked(cache_root):
         hashes = build.hash_sources(cache_root, sources, say)
         folder = build.folder_of(data, sources, hashes, cache_root)
         _discard_broken(folder, say)
         if not folder.is_dir():
             build.build(data, sources, hashes, folder, say)
-    return _load(data, sources, hashes, folder, notes)
+    return _load(data, sources, hashes, folder, notes, say)
 
 
-def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: Path, notes: list[str]) -> SliceStore:
+def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: Path, notes: list[str], say: Callable[[str], None]) -> SliceStore:
     import pandas
 
     rows = pandas.DataFrame(files.read_json(folder / build.ROWS))
@@ -137,11 +137,26 @@ def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: P
         rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
     # where the files lie is not part of the cache: a moved data set is still the same data
     source_of = rows.pop("source").to_numpy()
+    unused = _unused(data, sources, set(source_of))
+    for note in unused:
+        say(note)
     for role in sources[0].files:
         rows[f"file_{role}"] = [str(sources[number].files[role]) for number in source_of]
         rows[f"sha256_{role}"] = [hashes[sources[number].files[role]] for number in source_of]
     fingerprint = build.fingerprint(data, sources, hashes)
-    return SliceStore(rows, data.channels, data.size, fingerprint, folder, data.mask is not None, notes)
+    return SliceStore(rows, data.channels, data.size, fingerprint, folder, data.mask is not None, [*notes, *unused])
+
+
+def _unused(data: DataSpec, sources: list[Source], used: set[int]) -> list[str]:
+    """A note on the volumes that gave no slice; nothing if all did."""
+    empty = [source for number, source in enumerate(sources) if number not in used]
+    if not empty:
+        return []
+    content = [f"data.content: {data.content:g} of its pixels above the low end of the window (a slice of a single value has none)"] if data.content > 0 and data.images else []
+    wanted = " and ".join([*content, *(["a mask that is not empty (data.positive_only)"] if data.positive_only else [])])
+    named = ", ".join(f"{source.patient} ({next(iter(source.files.values()))})" for source in empty[: index.SHOWN])
+    more = f" and {len(empty) - index.SHOWN} more" if len(empty) > index.SHOWN else ""
+    return [f"{len(empty)} of {len(sources)} volumes gave no slice, since none of theirs has {wanted}: {named}{more}"]
 
 
 def _phantoms(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None]) -> Path:

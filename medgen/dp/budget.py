@@ -1,10 +1,9 @@
-"""From an epsilon to what a training must add or may do: the noise, the steps, a delta that means something. Used by private families and price.py.
+"""From an epsilon to what a training must add or may do: the noise, the updates, a delta that means something. Used by private families and price.py.
 
 Everything is rounded to the private side: what is returned costs no more than was asked for, by the accountant that is reported (prv)."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,16 +17,20 @@ LEAST_NOISE, MOST_NOISE = 0.2, 100.0  # noise multipliers that are sensible: bel
 DIGITS = 4  # of a noise multiplier that was solved for
 CLOSE = 0.995  # of the budget that must be used; what is left over would be noise for nothing
 MOST_TRIES = 30
-MOST_STEPS = 10_000_000
+MOST_UPDATES = 10_000_000
 ADVISED_SHARE = 10  # delta is advised to be 1 / (this x records)
 
 
 class TooSmall(ValueError):
-    """An epsilon that needs more than MOST_NOISE."""
+    """An epsilon that needs more than MOST_NOISE. `least`: the epsilon that so much noise costs."""
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
 
 
 class TooLarge(ValueError):
-    """An epsilon that needs less than LEAST_NOISE, or allows more than MOST_STEPS."""
+    """An epsilon that needs less than LEAST_NOISE, or allows more than MOST_UPDATES."""
 
 
 def advised_delta(records: int) -> float:
@@ -50,14 +53,13 @@ def check_delta(delta: float, records: int) -> None:
 
 @functools.lru_cache(maxsize=256)
 def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, noise: Profile) -> float:
-    """The least first noise multiplier, to four digits, with which steps of this noise profile cost at most `epsilon` at `delta` by prv.
+    """The least first noise multiplier, to four digits, with which updates of this noise profile cost at most `epsilon` at `delta` by prv.
 
-    The cost is at most epsilon and at least 99 % of it. Raises TooSmall or TooLarge, saying what would do, where no multiplier from 0.2 to
-    100 does that, and ValueError for numbers that are no epsilon, delta, sampling rate or steps."""
+    The cost is at most epsilon and at least 99 % of it. Raises TooSmall or TooLarge where no multiplier from 0.2 to 100 does that, and
+    ValueError for numbers that are no epsilon, delta, sampling rate or updates."""
     _check_epsilon(epsilon)
-    steps = noise.updates
-    if steps < 1:
-        raise ValueError(f"steps: {steps}: nothing is released in no steps; write at least 1")
+    if noise.updates < 1:
+        raise ValueError(f"{told_updates(noise.updates)}: nothing is released, so that no noise hides it; write at least 1 step")
 
     def cost(first: float) -> float:
         return epsilon_of(noise.history(sampling_rate, first), delta)
@@ -66,7 +68,8 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, noi
         return quick_bound(noise.history(sampling_rate, first), delta)
 
     if rough_cost(MOST_NOISE) > epsilon and cost(MOST_NOISE) > epsilon:
-        raise TooSmall(_too_small(epsilon, delta, sampling_rate, noise, cost(MOST_NOISE)))
+        least = rounded_up(cost(MOST_NOISE))
+        raise TooSmall(f"dp.epsilon: {epsilon:g} cannot be kept in {told_updates(noise.updates)} at sampling rate {sampling_rate:.3g}: even a noise multiplier of {MOST_NOISE:g} costs {least:g}", least)
     enough, too_little = _bracket(rough_cost, epsilon)
     while enough < MOST_NOISE and cost(enough) > epsilon:  # rare: the numerical bound above the Renyi bound, at very small epsilons
         enough, too_little = min(MOST_NOISE, enough * 1.1), enough
@@ -74,39 +77,55 @@ def noise_multiplier_for(epsilon: float, delta: float, sampling_rate: float, noi
         enough, too_little = too_little, max(LEAST_NOISE, too_little * 0.8)
     if too_little == LEAST_NOISE and cost(LEAST_NOISE) <= epsilon:
         raise TooLarge(
-            f"epsilon: {epsilon:g} needs a noise multiplier below {LEAST_NOISE:g} in {steps:,} steps, which protects nobody; "
-            f"write at most {_rounded_down(cost(LEAST_NOISE)):g}, or noise_multiplier: {LEAST_NOISE:g}"
+            f"dp.epsilon: {epsilon:g} needs a noise multiplier below {LEAST_NOISE:g} in {told_updates(noise.updates)}, which protects nobody; "
+            f"write at most {_rounded_down(cost(LEAST_NOISE)):g}, or dp.noise_multiplier: {LEAST_NOISE:g}"
         )
     return _narrow(cost, epsilon, enough, too_little)
 
 
 @functools.lru_cache(maxsize=256)
 def steps_within(epsilon: float, delta: float, sampling_rate: float, noise_multiplier: float, noise: Profile) -> int:
-    """The most steps of this noise profile, from its beginning and beyond its end, that cost at most `epsilon` at `delta` by prv, to one in a
-    thousand: exact below two thousand. noise_multiplier: of the first step.
+    """The most updates of this noise profile, from its beginning and beyond its end, that cost at most `epsilon` at `delta` by prv, to one in a
+    thousand: exact below two thousand. noise_multiplier: of the first update.
 
-    Raises ValueError if not even one step does, or ten million do."""
-    return _most_steps(epsilon, delta, noise_multiplier, lambda steps: noise.first(steps).history(sampling_rate, noise_multiplier))
+    Raises ValueError if not even one update does, or ten million do."""
+    return _most_updates(epsilon, delta, noise_multiplier, lambda updates: noise.first(updates).history(sampling_rate, noise_multiplier))
 
 
-def _most_steps(epsilon: float, delta: float, noise_multiplier: float, history: Callable[[int], History]) -> int:
-    """history: of so many steps."""
+def updates_with_most_noise(epsilon: float, delta: float, sampling_rate: float, noise: Profile) -> int:
+    """To how many updates this course must be shortened, so that MOST_NOISE keeps the budget; 0 if not even one does."""
+    if epsilon_of(noise.resized(1).history(sampling_rate, MOST_NOISE), delta) > epsilon:
+        return 0
+    return _most_updates(epsilon, delta, MOST_NOISE, lambda updates: noise.resized(updates).history(sampling_rate, MOST_NOISE))
+
+
+def batch_with_most_noise(epsilon: float, delta: float, batch: int, records: int, noise: Profile) -> int:
+    """The largest batch below `batch` with which MOST_NOISE keeps the budget, by the quick bound; 0 if not even one record does."""
+
+    def kept(expected: int) -> bool:
+        return expected == 0 or quick_bound(noise.history(expected / records, MOST_NOISE), delta) <= epsilon
+
+    return batch - 1 if kept(batch - 1) else _last(kept, 0, batch - 1)
+
+
+def _most_updates(epsilon: float, delta: float, noise_multiplier: float, history: Callable[[int], History]) -> int:
+    """history: of so many updates."""
     _check_epsilon(epsilon)
 
-    def cost(steps: int) -> float:
-        return epsilon_of(history(steps), delta)
+    def cost(updates: int) -> float:
+        return epsilon_of(history(updates), delta)
 
-    def rough_cost(steps: int) -> float:
-        return quick_bound(history(steps), delta)
+    def rough_cost(updates: int) -> float:
+        return quick_bound(history(updates), delta)
 
     if cost(1) > epsilon:
-        raise ValueError(f"epsilon: {epsilon:g} does not allow a single step with noise_multiplier {noise_multiplier:g}, which costs {cost(1):.3g}; write a larger noise_multiplier")
-    if rough_cost(MOST_STEPS) <= epsilon:
-        raise TooLarge(f"epsilon: {epsilon:g} allows more than {MOST_STEPS:,} steps with noise_multiplier {noise_multiplier:g}; write a smaller noise_multiplier or epsilon")
-    within = _last(lambda steps: rough_cost(steps) <= epsilon, 1, MOST_STEPS)
+        raise ValueError(f"dp.epsilon: {epsilon:g} does not allow a single critic update with dp.noise_multiplier {noise_multiplier:g}, which costs {cost(1):.3g}; write a larger dp.noise_multiplier")
+    if rough_cost(MOST_UPDATES) <= epsilon:
+        raise TooLarge(f"dp.epsilon: {epsilon:g} allows more than {MOST_UPDATES:,} critic updates with dp.noise_multiplier {noise_multiplier:g}; write a smaller dp.noise_multiplier or dp.epsilon")
+    within = _last(lambda updates: rough_cost(updates) <= epsilon, 1, MOST_UPDATES)
     beyond = within + 1
-    while beyond < MOST_STEPS and cost(beyond) <= epsilon:
-        within, beyond = beyond, min(MOST_STEPS, max(beyond + 1, beyond * 5 // 4))
+    while beyond < MOST_UPDATES and cost(beyond) <= epsilon:
+        within, beyond = beyond, min(MOST_UPDATES, max(beyond + 1, beyond * 5 // 4))
     while beyond - within > max(1, within // 1000):
         middle = (within + beyond) // 2
         within, beyond = (middle, beyond) if cost(middle) <= epsilon else (within, middle)
@@ -115,27 +134,12 @@ def _most_steps(epsilon: float, delta: float, noise_multiplier: float, history: 
 
 def _check_epsilon(epsilon: float) -> None:
     if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon: {epsilon:g} is no budget; write a number above 0, such as 8")
+        raise ValueError(f"dp.epsilon: {epsilon:g} is no budget; write a number above 0, such as 8")
 
 
-def _too_small(epsilon: float, delta: float, sampling_rate: float, noise: Profile, least: float) -> str:
-    """What would do instead: other steps, another batch, another epsilon."""
-    steps = noise.updates
-    ways = [f"epsilon: {rounded_up(least):g}"]
-    with contextlib.suppress(ValueError):  # not even one step
-        ways.append(f"at most {_most_steps(epsilon, delta, MOST_NOISE, lambda count: noise.resized(count).history(sampling_rate, MOST_NOISE)):,} steps")
-    rate = _largest_rate(epsilon, delta, noise)
-    if rate is not None:
-        ways.append(f"an expected batch {sampling_rate / rate:.3g} times smaller (sampling rate {rate:.2g})")
-    return f"epsilon: {epsilon:g} cannot be kept in {steps:,} steps at sampling rate {sampling_rate:.3g}: even a noise multiplier of {MOST_NOISE:g} costs {least:.3g}; what would do: {', or '.join(ways)}"
-
-
-def _largest_rate(epsilon: float, delta: float, noise: Profile) -> float | None:
-    """A sampling rate that keeps the budget with the most noise, found by halving; None if none does."""
-    for halvings in range(1, 40):
-        if quick_bound(noise.history(0.5**halvings, MOST_NOISE), delta) <= epsilon:
-            return 0.5**halvings
-    return None
+def told_updates(count: int) -> str:
+    """Never "steps": that is the key of the generator's updates, each of which comes after several of the critic's."""
+    return f"{count:,} critic update{'' if count == 1 else 's'}"
 
 
 # solving

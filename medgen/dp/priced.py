@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from medgen.dp import budget
+from medgen.dp.enough import too_few
 from medgen.dp.mechanism import History
 from medgen.dp.profile import Profile
 
@@ -16,7 +17,7 @@ Unit = Literal["patient", "slice"]
 
 @runtime_checkable
 class Priced(Protocol):
-    """A plan of steps that each release a clipped, noisy sum. One of `epsilon` and `noise_multiplier` is given and the other None; both
+    """A plan of critic updates that each release a clipped, noisy sum. One of `epsilon` and `noise_multiplier` is given and the other None; both
     None: a training without differential privacy."""
 
     @property
@@ -31,12 +32,12 @@ class Priced(Protocol):
 
     @property
     def noise_multiplier(self) -> float | None:
-        """Of the first step."""
+        """Of the first update."""
         ...
 
     @property
     def noise_profile(self) -> Profile:
-        """How it goes on, over all steps that are wanted."""
+        """How it goes on, over all updates that are wanted."""
         ...
 
     @property
@@ -46,7 +47,7 @@ class Priced(Protocol):
 
     @property
     def clip_norm(self) -> float:
-        """Of the first step."""
+        """Of the first update."""
         ...
 
     @property
@@ -54,7 +55,12 @@ class Priced(Protocol):
 
     @property
     def expected_batch(self) -> int:
-        """Records in a step on average: sampling rate x records."""
+        """Records in an update on average: sampling rate x records."""
+        ...
+
+    @property
+    def critic_steps(self) -> int:
+        """Updates in each of its `steps`, the key that is written."""
         ...
 
     def critic_steps_total(self, records: int) -> int:
@@ -93,8 +99,9 @@ def history_of(plan: Priced, records: int) -> History:
     """What the plan does to the records, its noise solved for if it names an epsilon; empty if nothing is released.
 
     Raises ValueError where that cannot be."""
-    if plan.expected_batch > records:
-        raise ValueError(f"the expected batch of {plan.expected_batch} is more than there are: {records:,} {plural(plan.unit)}; write a smaller batch, or bring more data")
+    problem = too_few(plan.expected_batch, plan.unit, records)
+    if problem is not None:
+        raise ValueError(problem)
     rate, noise = plan.expected_batch / records, plan.noise_profile.first(plan.critic_steps_total(records))
     if noise.updates == 0:
         return ()
@@ -102,12 +109,24 @@ def history_of(plan: Priced, records: int) -> History:
         return noise.history(rate, plan.noise_multiplier)
     if plan.epsilon is None:
         raise ValueError("neither epsilon nor noise_multiplier is given: nothing is promised of this training")
-    return noise.history(rate, budget.noise_multiplier_for(plan.epsilon, delta_of(plan, records), rate, noise))
+    try:
+        return noise.history(rate, budget.noise_multiplier_for(plan.epsilon, delta_of(plan, records), rate, noise))
+    except budget.TooSmall as error:
+        raise budget.TooSmall(f"{error}; what would do: {_ways(plan, plan.epsilon, records, noise, error.least)}", error.least) from None
 
 
-def clip_norms(plan: Priced, steps: int) -> tuple[float, float]:
-    """Of the first and of the last of so many steps."""
-    return plan.clip_norm, plan.clip_norm * plan.clip_profile.share(steps - 1)
+def _ways(plan: Priced, epsilon: float, records: int, noise: Profile, least: float) -> str:
+    """What would do where no noise keeps the budget, each as a key and a value that can be written; ways that no whole number is left of are left out."""
+    delta = delta_of(plan, records)
+    steps = budget.updates_with_most_noise(epsilon, delta, plan.expected_batch / records, noise) // plan.critic_steps
+    batch = budget.batch_with_most_noise(epsilon, delta, plan.expected_batch, records, noise)
+    told_steps = f"steps: {steps}" if plan.critic_steps == 1 else f"steps: {steps} (each has {budget.told_updates(plan.critic_steps)})"
+    return ", or ".join([f"dp.epsilon: {least:g}", *([told_steps] if steps else []), *([f"batch_size: {batch}"] if batch else [])])
+
+
+def clip_norms(plan: Priced, updates: int) -> tuple[float, float]:
+    """Of the first and of the last of so many updates."""
+    return plan.clip_norm, plan.clip_norm * plan.clip_profile.share(updates - 1)
 
 
 def plural(unit: Unit) -> str:

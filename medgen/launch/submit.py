@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock
+from pydantic import ValidationError
 
 from medgen import commits, document, files, plan, planning, redact, rundir, site, spec
 from medgen.errors import InputError, MedgenError
@@ -35,6 +36,7 @@ RESOURCE_FIELDS = (
     "nodes", "ranks_per_node", "gpus_per_node", "threads", "time_minutes", "mem_mebibytes", "parallel", "segments", "chain", "launcher", "setup", "command_setup", "directives", "left_out",
 )  # fmt: skip
 LOCK_SECONDS = 60
+FORM_IN_WORDS = {"ema": "averages of the weights (ema, ema.more):"}  # where a key of `form` is not told by its name and value
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def check_data(checked: spec.Spec) -> str:
     for name, stage in checked.stages.items():
         if isinstance(stage, TrainStage):
             config = spec.family_config(stage.config)
-            _check_start(name, stage.config["model"], config)
+            assert checked.data is not None  # a train stage is there
+            _check_start(name, stage.config["model"], config, checked.data.size)
             _check_weights(name, config)
         for needed in stage.weights_files() if isinstance(stage, EvaluateStage) else ():
             needed.verified()
@@ -139,20 +142,25 @@ def _check_patients(name: str, config: FamilyConfig, patients: int) -> None:
         raise InputError(f"stages.{name}.config: {error}") from None
 
 
-def _check_start(name: str, model: str, config: FamilyConfig) -> None:
-    """What can be told without its weights."""
+def _check_start(name: str, model: str, config: FamilyConfig, size: int) -> None:
+    """What can be told without its weights. size: pixels per side of this training's images."""
     if config.start_from is None:
         return
     where = f"stages.{name}.config.start_from: {config.start_from}"
     try:
         commits.read(config.start_from)
-        there: dict[str, Any] = files.read_json(config.start_from / commits.STATE)["config"]
+        state: dict[str, Any] = files.read_json(config.start_from / commits.STATE)
+        there: dict[str, Any] = state["config"]
+        their_size = state["size"] if config.weights_of_one_size else size
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{where} is no checkpoint; name a folder such as runs/<run>/<stage>/ckpt/step-001000, which holds a {commits.COMMIT}") from None
     if there["model"] != model:
         raise InputError(f"{where} is a checkpoint of the model {there['model']}, not {model}")
-    theirs = spec.family_config(there).form
-    different = [f"{key} {_plain(theirs[key])} there, {_plain(value)} here" for key, value in config.form.items() if theirs[key] != value]
+    try:
+        theirs = {**spec.family_config(there).form, "data.size": their_size}
+    except ValidationError as error:
+        raise InputError(f"{where} was trained with a configuration that this medgen does not read: {document.told(error)}") from None
+    different = [f"{FORM_IN_WORDS.get(key, key)} {_plain(theirs[key])} there, {_plain(value)} here" for key, value in {**config.form, "data.size": size}.items() if theirs[key] != value]
     if different:
         raise InputError(f"{where} is of a network of another shape: {'; '.join(different)}; give the same")
 
@@ -167,6 +175,8 @@ def _check_weights(name: str, config: FamilyConfig) -> None:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from medgen.dp.enough import too_few
 from medgen.names import absolute
 from medgen.pretrained.settings import WeightsFile
 from medgen.spec_base import Frozen
@@ -142,9 +143,7 @@ class RecordSampling:
 
     def too_few(self, records: int) -> str | None:
         """Why so many records in the training split are not enough, in words; None if they are."""
-        if self.size <= records:
-            return None
-        return f"batch_size: {self.size} {self.unit}s in an update, but the training split has {records}; write {records} or fewer"
+        return too_few(self.size, self.unit, records)
 
 
 @dataclass(frozen=True)
@@ -164,6 +163,7 @@ class FamilyConfig(Settings):
     """Base of every family's Config. Properties tell the planner what the model eats and makes."""
 
     offers: ClassVar[frozenset[Offer]] = frozenset()  # which parts of the loop its model takes part in, see models/base.py
+    weights_of_one_size: ClassVar[bool] = False  # True if data.size decides their shapes too, so that start_from must share it
 
     loop: LoopSettings = LoopSettings()
     find_lr: Annotated[LrSearch | None, BeforeValidator(_true_is_the_default)] = None  # search `lr` before training instead of writing it

@@ -213,7 +213,7 @@ def _made(source: Source, facts: StageFacts, dataset: Dataset) -> list[Fact]:
 
 def _code(run: RunDir) -> str:
     try:
-        git = files.read_json(run.manifest)["git"]
+        git = files.read_json(run.manifest)["git"]["medgen"]
         return f"medgen {__version__}, commit {git['commit']}" + (" and changes that were not committed" if git["dirty"] else "")
     except (OSError, ValueError, KeyError, TypeError):
         return f"medgen {__version__}, commit {card.UNKNOWN}"

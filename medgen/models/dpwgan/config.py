@@ -4,9 +4,15 @@ Defaults are the published system's, except where its differential privacy guara
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
+    model_validator,
+)
 
 from medgen.dp.budget import TooLarge, steps_within
 from medgen.dp.priced import Unit, delta_of
@@ -87,7 +93,15 @@ def _usual_average(value: Any) -> Any:
 
 
 def _none_is_said(value: Any) -> Any:
+    """What is left out comes here as None too."""
+    if value is None:
+        raise ValueError("say what is promised: dp: {epsilon: 8}, a budget for which the noise is found, or dp: none, which guarantees nothing")
     return None if value == "none" else value
+
+
+def _none_is_written(value: DpSettings | None, settings: SerializerFunctionWrapHandler) -> Any:
+    """So that the resolved form reads back."""
+    return "none" if value is None else settings(value)
 
 
 class Config(AdversarialConfig):
@@ -108,7 +122,10 @@ class Config(AdversarialConfig):
     ema: Annotated[EmaSettings | None, BeforeValidator(_usual_average)] = EmaSettings(**USUAL_AVERAGE)
     frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
 
-    dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said)]  # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed
+    weights_of_one_size: ClassVar[bool] = True
+
+    # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed. Neither is the default
+    dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said), WrapSerializer(_none_is_written)] = Field(None, validate_default=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
