@@ -217,7 +217,7 @@ def test_the_budget_decides_the_noise_or_the_steps() -> None:
 
 @pytest.mark.parametrize(("dp", "people", "told"), [
     ({"epsilon": 0.01, "delta": 1e-4}, 10, r"dp\.epsilon: 0\.01 .*what would do: dp\.epsilon: "),
-    ({"noise_multiplier": 1.0, "delta": 0.2}, 10, r"dp: delta: 0\.2 is not below 1 / 10 records"),
+    ({"noise_multiplier": 1.0, "delta": 0.2}, 10, r"dp\.delta: 0\.2 is not below 1 / 10 records"),
     ({"noise_multiplier": 1.0}, 3, "batch_size: 4 patients in an update, but the training split has 3; write 3 or fewer"),
     ({"noise_multiplier": 0.3, "epsilon": 0.5, "delta": 0.01}, 10, "epsilon"),
 ])  # fmt: skip

@@ -169,7 +169,7 @@ def test_what_cannot_be_is_not_priced() -> None:
 
 @pytest.mark.parametrize(("plan", "message"), [
     (Plan(expected_batch=201), r"batch_size: 201 patients in an update, but the training split has 200; write 200 or fewer"),
-    (Plan(delta=0.005), r"delta: 0.005 is not below 1 / 200 records.*write 0.0005"),
+    (Plan(delta=0.005), r"dp\.delta: 0.005 is not below 1 / 200 records.*write 0.0005"),
     (Plan(epsilon=0.01, noise_multiplier=None, steps=10_000), r"dp\.epsilon: 0.01 cannot be kept in 10,000 critic updates.*what would do: dp\.epsilon: [0-9.]+, or steps: [0-9]+, or batch_size: 1$"),
     (Plan(noise_multiplier=None), "neither epsilon nor noise_multiplier"),
     (Plan(noise_multiplier=0.0), "dp.noise_multiplier: 0 promises nothing"),

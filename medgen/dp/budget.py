@@ -43,10 +43,10 @@ def advised_delta(records: int) -> float:
 def check_delta(delta: float, records: int) -> None:
     """Raise ValueError unless delta is above 0 and below 1 / records (Dwork and Roth 2014, section 2.3)."""
     if not 0 < delta < 1:
-        raise ValueError(f"delta: {delta:g} is not above 0 and below 1; for {records:,} records write {advised_delta(records):g}")
+        raise ValueError(f"dp.delta: {delta:g} is not above 0 and below 1; for {records:,} records write {advised_delta(records):g}")
     if delta >= 1 / records:
         raise ValueError(
-            f"delta: {delta:g} is not below 1 / {records:,} records = {1 / records:.2g}: it would allow to publish a record as it is, drawn by chance; "
+            f"dp.delta: {delta:g} is not below 1 / {records:,} records = {1 / records:.2g}: it would allow to publish a record as it is, drawn by chance; "
             f"write {advised_delta(records):g}"
         )
 

@@ -247,7 +247,7 @@ class Config(AdversarialConfig):
         try:
             delta_of(self, patients)
         except ValueError as error:
-            raise ValueError(f"dp.{error}") from None
+            raise ValueError(str(error)) from None
 
     def sampling(self, raw: dict[str, Any]) -> SamplingSettings:
         unknown = sorted(set(raw) - set(SamplingSettings.model_fields))

@@ -47,10 +47,10 @@ def spending(config: Config, records: int) -> Spending:
     try:
         planned, delta = history_of(config, records), delta_of(config, records)
     except ValueError as error:
-        raise InputError(f"dp: {error}") from None
+        raise InputError(str(error)) from None
     steps = steps_of(planned) // config.critic_steps
     if steps == 0 < config.steps:
-        raise InputError(f"dp: epsilon {config.budget:g} is spent before the first step is over with noise_multiplier {config.noise_multiplier:g}; write a larger one, or leave it out")
+        raise InputError(f"dp.epsilon: {config.budget:g} is spent before the first step is over with dp.noise_multiplier {config.noise_multiplier:g}; write a larger one, or leave it out")
     return Spending(config, records, planned, delta, steps)
 
 
