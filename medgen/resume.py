@@ -69,9 +69,11 @@ def take_over(training: Training, folder: Path) -> Checkpoint:
 
 def _check_that_it_counted(training: Training, found: Checkpoint) -> None:
     """Raise InputError if this training counts its looks at images that the other one has looked at without counting."""
+    if training.config.looks_at_val:
+        return
     state, fingerprint = found.state(), training.store.fingerprint
     counted = not spec.family_config(state["config"]).looks_at_val
-    if not training.config.looks_at_val and not counted and state["data"] in (fingerprint, training.work.run.data_mark(fingerprint)):
+    if not counted and state["data"] in (fingerprint, training.work.run.data_mark(fingerprint)):
         raise InputError(f"start_from: {found.folder} was trained on the same images without differential privacy, which nothing can make good; start from weights of other, public images")
 
 

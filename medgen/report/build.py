@@ -223,7 +223,8 @@ def _data(source: Source, facts: StageFacts) -> list[Fact]:
     store = source.store
     if store is None:
         return [("real data", "no longer there")]
-    rows = [(f"split {row['split']}", f"{row['patients']} patients, {row['slices']} slices, with a lesion: {row['positive']}") for row in words.split_table(store)]
+    slices = "" if _is_private(source, facts) else ", {slices} slices, with a lesion: {positive}"  # that number less all other patients' is one patient's
+    rows = [(f"split {row['split']}", f"{row['patients']} patients{slices.format(**row)}") for row in words.split_table(store)]
     told = _window(DataSpec.model_validate(source.plan.data).window)
     return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", source.run.data_mark(store.fingerprint))]
 
