@@ -35,6 +35,7 @@ LARGEST_NUMBER = 2**64
 SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 200  # of a wrong value
 CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
+STARTS_WITH_KEY = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z0-9_]+|\[\d+\])*: ")
 
 
 @dataclass
@@ -58,7 +59,10 @@ class Document:
 
     def error(self, path: KeyPath, message: str) -> InputError:
         told = self.told(path)
-        return InputError(f"{self.where(path)}: {told}: {message}" if told else f"{self.where(path)}: {message}")
+        if not told:
+            return InputError(f"{self.where(path)}: {message}")
+        names_a_key = not path and STARTS_WITH_KEY.match(message)  # of this part of a document
+        return InputError(f"{self.where(path)}: {told}{'.' if names_a_key else ': '}{message}")
 
     def told(self, path: KeyPath) -> str:
         """The key as a message names it."""
