@@ -133,7 +133,7 @@ def stage_pictures(painter: Painter, seed: int, metrics: dict[str, Any] | None) 
 
 
 def without_training_images(pictures: StagePictures, metrics: dict[str, Any] | None) -> StagePictures:
-    """For a page about a private training, which may be shown to whoever may have its model."""
+    """For a page about a training with differential privacy, which may be shown to whoever may have its model."""
     from_train = metrics is None or metrics["against"] == "train"
     return replace(pictures, copies=None, real=None if from_train else pictures.real)
 
