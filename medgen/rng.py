@@ -21,8 +21,12 @@ MERSENNE_START = 24  # bytes of torch's state before the words of 8 bytes each: 
 
 def derive_seed(seed: int, stream: str, *index: int) -> int:
     """A 63-bit seed from (seed, stream, index...), the same on every machine and Python version."""
+    return int.from_bytes(_digest(seed, stream, index, 8), "little") >> 1
+
+
+def _digest(seed: int, stream: str, index: tuple[int, ...], size_bytes: int) -> bytes:
     text = f"{seed}|{stream}|" + "/".join(str(number) for number in index)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return hashlib.blake2b(text.encode(), digest_size=size_bytes).digest()
 
 
 def numpy_generator(seed: int, stream: str, *index: int) -> np.random.Generator:
@@ -41,9 +45,7 @@ def secret_generator(seed: int, stream: str, *index: int) -> torch.Generator:
     number of bits. torch's own seeding of a CPU generator keeps 32 of them, which can be tried one by one."""
     import torch
 
-    text = f"{seed}|{stream}|" + "/".join(str(number) for number in index)
-    digest = hashlib.blake2b(text.encode()).digest()
-    words = np.random.SeedSequence(list(np.frombuffer(digest, np.uint32)), pool_size=8).generate_state(MERSENNE_WORDS, np.uint32)
+    words = np.random.SeedSequence(list(np.frombuffer(_digest(seed, stream, index, 64), np.uint32)), pool_size=8).generate_state(MERSENNE_WORDS, np.uint32)
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
     place = state.numpy()[MERSENNE_START : MERSENNE_START + 8 * MERSENNE_WORDS].view(np.uint64)

@@ -44,6 +44,6 @@ def horizon(beta: float, settings: EmaSettings, total_steps: int) -> str:
     if updates == 0:
         return f"EMA: a copy of the weights, renewed every {settings.update_every} steps, since averaging starts after step {settings.update_after_step}"
     decay = min(beta, 1 - (1 + updates) ** (-2 / 3))
-    horizon = settings.update_every / (1 - decay)
-    reach = f"it averages about the last {horizon:,.0f} steps" if horizon < updates else "it still holds much of the weights that it began with: train longer, or write a smaller update_every"
+    reached_steps = settings.update_every / (1 - decay)
+    reach = f"it averages about the last {reached_steps:,.0f} steps" if reached_steps < updates else "it still holds much of the weights that it began with: train longer, or write a smaller update_every"
     return f"EMA: decay {decay:.5f} every {settings.update_every} steps at the end of {total_steps:,} steps (ceiling {beta:g}), so {reach}"

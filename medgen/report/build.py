@@ -133,7 +133,7 @@ def _generated(source: Source, facts: StageFacts) -> GeneratedSection:
     painter = Painter(dataset, source.store)
     try:
         pictures = stage_pictures(painter, source.plan.seed, first)
-        if _has_guarantee(source, facts):
+        if _guarantee(source, facts) is not None:
             pictures = without_training_images(pictures, first)
         selected = selection(source.run, source.plan.stage(facts.name), collected.read(dataset.folder)[1], painter)
     except MedgenError as error:
@@ -142,10 +142,10 @@ def _generated(source: Source, facts: StageFacts) -> GeneratedSection:
     return GeneratedSection(facts, title, dataset, None, pictures, shown, images, text, selected)
 
 
-def _has_guarantee(source: Source, facts: StageFacts) -> bool:
-    """True if the model behind a generate stage was trained with a guarantee."""
+def _guarantee(source: Source, facts: StageFacts) -> privacy.Card | None:
+    """Of the model behind a generate stage."""
     trained = source.stage(facts.settings["from"])
-    return trained is not None and "privacy" in trained.facts
+    return privacy.from_record(trained.facts["privacy"]) if trained is not None and "privacy" in trained.facts else None
 
 
 def _measurement(source: Source, stage: StageFacts) -> Measurement:
@@ -223,8 +223,11 @@ def _data(source: Source, facts: StageFacts) -> list[Fact]:
     store = source.store
     if store is None:
         return [("real data", "no longer there")]
-    slices = "" if _has_guarantee(source, facts) else ", {slices} slices, with a lesion: {positive}"  # that number less all other patients' is one patient's
-    rows = [(f"split {row['split']}", f"{row['patients']} patients{slices.format(**row)}") for row in words.split_table(store)]
+    counts_slices = _guarantee(source, facts) is None  # their number less that of all other patients would be one patient's
+    rows = [
+        (f"split {row['split']}", f"{row['patients']} patients" + (f", {row['slices']} slices, with a lesion: {row['positive']}" if counts_slices else ""))
+        for row in words.split_table(store)
+    ]
     told = _window(DataSpec.model_validate(source.plan.data).window)
     return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", source.run.data_mark(store.fingerprint))]
 
@@ -241,10 +244,9 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
     told = ["Single slices: two of them never belong to one volume."]
     if source.plan.data["format"] == "phantom":
         told.append("The model was trained on computer-drawn phantoms: nothing here shows a patient.")
-    if _has_guarantee(source, facts):
-        trained = source.stage(facts.settings["from"])
-        assert trained is not None, "its outcome has the card"
-        told.append(f"Differential privacy: {privacy.from_record(trained.facts['privacy']).words()[0]}; what it does not cover stands in the report.")
+    guarantee = _guarantee(source, facts)
+    if guarantee is not None:
+        told.append(f"Differential privacy: {guarantee.words()[0]}; what it does not cover stands in the report.")
     if source.store is not None:
         seen = source.store.rows["split"].isin(source.plan.trained_on(facts.name))
         told.append(f"The model has seen {source.store.rows['patient'][seen].nunique():,} patients: what they do not show, the images cannot.")
