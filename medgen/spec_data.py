@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from medgen.cardiac.map_type import MapType
 from medgen.names import ChannelName, absolute
 from medgen.spec_base import Frozen
 
@@ -71,8 +72,9 @@ class SplitFractions(Frozen):
 class DataSpec(Frozen):
     """Where the volumes are and how slices are made from them."""
 
-    format: Literal["nifti", "csv", "stack", "phantom"] = "nifti"
-    # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file; stack: a folder of labels.csv and Real*x*.nii.gz, or of such folders
+    format: Literal["nifti", "csv", "stack", "cardiac", "phantom"] = "nifti"
+    # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file; stack: a folder of labels.csv and Real*x*.nii.gz, or of such folders;
+    # cardiac: DICOM with contours, a folder in a known layout or a manifest (docs/cardiac_data.md)
     root: Path | None = None
     images: dict[ChannelName, str] = {}  # channel name -> file name (nifti), column (csv), or place of the channel (stack; default image: 0)
     mask: str | None = None  # file name or column of the label volume
@@ -87,6 +89,8 @@ class DataSpec(Frozen):
     patient_pattern: str | None = None  # csv without a column patient: a regular expression whose group is the patient in a file's name, else in its path
     splits: SplitFractions = SplitFractions()
     patients: int | None = Field(None, ge=3, le=100_000)  # phantom: how many patients to draw; default 16
+    types: tuple[MapType, ...] | None = None  # cardiac: only images of these; default: all
+    windows_ms: dict[MapType, tuple[float, float]] = {}  # cardiac: what becomes 0 and 1 of maps; default: WINDOWS_MS. Of cine frames `window` says it
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +101,10 @@ class DataSpec(Frozen):
             images = value.get("images", {"image": 0})
             places = {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
             return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": places}
+        if isinstance(value, dict) and value.get("format") == "cardiac":
+            _refuse_file_names(value)
+            windows = value.get("windows_ms", {})
+            return {"content": 0.0, **value, **CARDIAC_FILES, "windows_ms": {**WINDOWS_MS, **windows} if isinstance(windows, dict) else windows}
         return value
 
     @model_validator(mode="after")
@@ -133,10 +141,13 @@ class DataSpec(Frozen):
                 raise ValueError(f"format: phantom draws its own data; remove {'root' if self.root is not None else 'mask_labels'}")
             return self
         if self.root is None:
-            wanted = {"nifti": "a folder of patients", "csv": "the CSV file", "stack": "the folder with labels.csv, or with train and test"}
+            wanted = {"nifti": "a folder of patients", "csv": "the CSV file", "stack": "the folder with labels.csv, or with train and test",
+                      "cardiac": "the folder with the patients, or a manifest"}  # fmt: skip
             raise ValueError(f"format: {self.format} needs root: {wanted[self.format]}")
         if self.format == "stack":
             self._check_stack()
+        if self.format == "cardiac":
+            self._check_cardiac()
         if self.patients is not None:
             raise ValueError("patients counts phantoms and has no effect here; remove it")
         if not self.images and self.mask is None:
@@ -145,6 +156,8 @@ class DataSpec(Frozen):
             raise ValueError("positive_only needs mask: the name of the label file")
         if "seg" in self.images:
             raise ValueError("images: the name 'seg' is kept for the mask; write mask: ...")
+        if "valid" in self.images:
+            raise ValueError("images: the name 'valid' is kept for where there is an image; choose another")
         return self
 
     def _check_stack(self) -> None:
@@ -156,6 +169,39 @@ class DataSpec(Frozen):
         places = list(self.images.values())
         if places != [str(place) for place in range(len(places))] or len(places) not in (1, 3):
             raise ValueError(f"images names the channels of a stack by their places: {{image: 0}}, or {{red: 0, green: 1, blue: 2}}; got {self.images}")
+
+    def _check_cardiac(self) -> None:
+        """Images are single slices with contours: what chooses slices of volumes, or lesions, has no effect."""
+        for name in ("mask_labels", "axis", "content", "positive_only", "every", "slices"):
+            usual = 0.0 if name == "content" else type(self).model_fields[name].default
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} has no effect with format: cardiac, whose images are single slices with contours; remove it")
+        if self.types is not None and (not self.types or len(set(self.types)) < len(self.types)):
+            raise ValueError(f"types names each of {', '.join(get_args(MapType))} at most once, and one at least; got {list(self.types)}")
+        for kind, (low, high) in self.windows_ms.items():
+            if kind == "cine":
+                raise ValueError("windows_ms: cine frames have no ms; window: {percentiles: [0, 99.5]} says what becomes 0 and 1 of them")
+            if not 0 <= low < high:
+                raise ValueError(f"windows_ms.{kind}: two numbers of ms that rise, such as {list(WINDOWS_MS[kind])}; got [{low:g}, {high:g}]")
+        if self.window.fixed is not None or self.window.per != "volume":
+            raise ValueError("window: with format: cardiac it is of cine frames, whose brightness has no unit: write percentiles; of maps, windows_ms says it")
+
+    @model_validator(mode="after")
+    def _types_are_cardiac(self) -> DataSpec:
+        for name in ("types", "windows_ms"):
+            if self.format != "cardiac" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with format: {self.format}; it is of cardiac maps, remove it")
+        return self
+
+    @property
+    def has_regions(self) -> bool:
+        """True if a mask says which of several regions each pixel is in, and not only where something is."""
+        return self.format == "cardiac"
+
+    @property
+    def keeps_contours(self) -> bool:
+        """True if masks can be drawn again at any spacing."""
+        return self.format == "cardiac"
 
     @field_validator("root")
     @classmethod
@@ -169,7 +215,16 @@ class DataSpec(Frozen):
         return list(self.images)
 
 
+def _refuse_file_names(value: dict[str, Any]) -> None:
+    """What the resolved form has is no writing of the user's."""
+    for name in ("images", "mask"):
+        if value.get(name) not in (None, {}, CARDIAC_FILES[name]):
+            raise ValueError(f"{name} has no effect with format: cardiac, where folders and headers, or a manifest, say which file is what; remove it")
+
+
 PHANTOM_PATIENTS = 16
+CARDIAC_FILES: dict[str, Any] = {"images": {"image": "DICOM"}, "mask": "contours"}
+WINDOWS_MS: dict[MapType, tuple[float, float]] = {"T1": (0.0, 2500.0), "T2": (0.0, 200.0)}  # native blood has about 1,500 and 150; fluid saturates
 PHANTOM_FILES: dict[str, Any] = {
     "images": {"bravo": "bravo.nii.gz", "t1_pre": "t1_pre.nii.gz", "t1_gd": "t1_gd.nii.gz"},
     "mask": "seg.nii.gz",

@@ -19,7 +19,7 @@ from medgen.context import Context
 from medgen.data.store import SliceStore, open_store
 from medgen.dist import Ranks
 from medgen.errors import InputError
-from medgen.models.base import Batch, DataShape, Given, Lot, Model, Phase
+from medgen.models.base import Batch, DataShape, Given, Lot, Model, Phase, Sizes
 from medgen.models.settings import FamilyConfig
 from medgen.records import Records
 from medgen.spec_data import DataSpec
@@ -90,10 +90,8 @@ class Training:
 
     def batch(self, rows: np.ndarray, positions: list[int], stream: str, device: torch.device | None = None) -> Batch:
         """Slices by row number, of the phase's size, as one batch; noise will be drawn by position and stream. `device`: the training's by default."""
-        store, device = self.stores[self.phase.size], device or self.ranks.device
-        channels = {name: load_channel(store, name, rows, device) for name in self.config.input_channels}
-        labels = torch.from_numpy(store.labels(rows)).to(device) if self.config.uses_labels else None
-        return Batch(channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", labels)
+        given = load_given(self.config, self.stores[self.phase.size], rows, device or self.ranks.device)
+        return Batch(given.channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", given.labels, given.sizes)
 
     def batch_of_step(self, step: int, device: torch.device | None = None) -> Batch:
         """This rank's share of the global batch at a step of the phase, counted from 0. `device`: as of `batch`."""
@@ -123,12 +121,26 @@ class Training:
     def given(self, rows: np.ndarray) -> Given:
         """What images like these slices are made from, of the phase's size."""
         batch = self.batch(rows, [], "preview")
-        return Given({name: batch.channels[name] for name in self.config.condition_channels}, batch.labels)
+        return Given({name: batch.channels[name] for name in self.config.condition_channels}, batch.labels, batch.sizes)
+
+
+def load_given(config: FamilyConfig, store: SliceStore, rows: np.ndarray, device: torch.device) -> Given:
+    """Everything that a family eats of these slices, on the device: images among the channels."""
+    channels = {name: load_channel(store, name, rows, device) for name in config.input_channels}
+    labels = torch.from_numpy(store.labels(rows)).to(device) if config.uses_labels else None
+    return Given(channels, labels, sizes_of(store.sizes_mm(rows), device) if config.uses_sizes else None)
+
+
+def sizes_of(sizes_mm: np.ndarray, device: torch.device) -> Sizes:
+    """From float32 [N, 2, 2]: spacing and field of view, each of rows and of columns."""
+    both = torch.from_numpy(sizes_mm).to(device, non_blocking=True)
+    return Sizes(both[:, 0], both[:, 1])
 
 
 def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """[N, 1, H, W] float32 in [0, 1] on the device; "seg" is the mask."""
-    array = store.masks(rows).astype(np.float32) if name == "seg" else store.images(name, rows)
+    """[N, 1, H, W] float32 on the device: images in [0, 1], "seg" the mask, "valid" where there is an image."""
+    made = {"seg": store.masks, "valid": store.valid}.get(name)
+    array = made(rows).astype(np.float32) if made is not None else store.images(name, rows)
     return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(1).to(device, non_blocking=True)
 
 
@@ -145,7 +157,7 @@ def of_phase(training: Training, phase: Phase, score: str) -> str:
 def shape_of(config: FamilyConfig, store: SliceStore, records: Records | None = None) -> DataShape:
     """`records`: of the training split, for whoever trains."""
     counts = (len(records), records.most_of_a_patient) if records is not None else ()
-    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), *counts)
+    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), store.regions, *counts)
 
 
 def of_size(work: Work, data: DataSpec, size: int, full: SliceStore) -> SliceStore:

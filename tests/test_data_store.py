@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medgen import files
-from medgen.data import build
+from medgen.data import array_files
 from medgen.data.image_files import write_slice
 from medgen.data.phantoms import write_volume
 from medgen.data.store import SliceStore, check_headers, open_store
@@ -273,7 +273,7 @@ def test_arrays_are_mapped_and_reading_is_fast(root: Path, tmp_path: Path) -> No
     """The cache must beat the volumes at least 20 times, or it is not worth its disk space."""
     make_patient(root / "train/a", 5, shape=(128, 128, 40))
     store, _ = opened(spec(root, size=128, content=0), tmp_path / "cache")
-    assert isinstance(build.mapped(store.folder, "t1"), np.memmap)
+    assert isinstance(array_files.mapped(store.folder, "t1"), np.memmap)
     rows = np.flatnonzero(store.rows["patient"] == "a")
     assert len(rows) == 40 and store.images("t1", rows).any()
     started = time.perf_counter()

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from launch_stub import build
 
 from medgen import document, files, names, planning, redact, sbatch_options, spec
-from medgen.data import build as cache_build
+from medgen.data import array_files
 from medgen.data.image_files import read_slice
 from medgen.data.phantoms import write_phantoms
 from medgen.errors import InputError, MedgenError
@@ -314,7 +314,7 @@ def test_arrays_with_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_slice(tmp_path / "images.npy")
     with pytest.raises(MedgenError, match="damaged"):
-        cache_build.mapped(tmp_path, "images")
+        array_files.mapped(tmp_path, "images")
     assert not (tmp_path / CANARY).exists()
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,17 +231,16 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     import torch
 
     from medgen.checks.shapes import Kept
-    from medgen.models.base import Batch, Given, Lot, SampleNoise
-    from medgen.training import load_channel
+    from medgen.models.base import Batch, Lot, SampleNoise
+    from medgen.training import load_given
 
     model, config, cpu = _build(trial, "cpu"), trial.config, torch.device("cpu")
     chosen = rows[:TRIAL_SAMPLES]
-    channels = {channel: load_channel(trial.store, channel, chosen, cpu) for channel in config.input_channels}
-    labels = torch.from_numpy(trial.store.labels(chosen)) if config.uses_labels else None
-    batch = Batch(channels, list(range(len(chosen))), trial.item.spec.seed, labels=labels)
+    every = load_given(config, trial.store, chosen, cpu)
+    batch = Batch(every.channels, list(range(len(chosen))), trial.item.spec.seed, labels=every.labels, sizes=every.sizes)
     trained = batch
     if config.record_sampling is not None:
-        lot = Lot({name: images.unsqueeze(1) for name, images in channels.items()}, batch.positions, len(chosen), batch.seed, "check", 0)
+        lot = Lot({name: images.unsqueeze(1) for name, images in every.channels.items()}, batch.positions, len(chosen), batch.seed, "check", 0)
         trained = Batch({}, batch.positions, batch.seed, lots=(lot,))
     kept, context, started = Kept(model), _context(len(rows) / model.phases()[0].batch_size), time.monotonic()
     with kept.counting():
@@ -249,7 +248,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     step_seconds = time.monotonic() - started
     with torch.no_grad():
         model.validate(batch, context)
-    given = Given({channel: channels[channel] for channel in config.condition_channels}, labels)
+    given = replace(every, channels={name: every.channels[name] for name in config.condition_channels})
     settings = config.preview_sampling().model_copy(update={"steps": 2})
     images = model.sample(SampleNoise(trial.item.spec.seed, "check", [(number,) for number in range(len(batch))], cpu), given, settings)
     if not math.isfinite(loss) or not all(bool(torch.isfinite(tensor).all()) for tensor in images.values()):

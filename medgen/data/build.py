@@ -12,39 +12,24 @@ from typing import Any
 import numpy as np
 
 from medgen import files
+from medgen.data import cardiac_build
+from medgen.data.array_files import ArrayFile
 from medgen.data.index import MASK, Source, wanted_slices
+from medgen.data.maps import MAPS_VERSION
 from medgen.data.resize import resize_images, resize_masks
 from medgen.data.stacks import open_stack
 from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
-from medgen.errors import InputError, MedgenError
+from medgen.errors import InputError
 from medgen.spec_data import SPLITS, DataSpec, Window
 
 CACHE_VERSION = 1  # raise it when the same data and spec would give other slices
 ROWS = "rows.json"
-AFFINES = "affines"
+AFFINES = cardiac_build.AFFINES
 HASHES = "hashes.json"
 SMALLEST_SHARE = 0.1  # of a joint window that each of its channels must fill
 LABEL_TOLERANCE = 1e-3  # float label files hold 2.9999998 for 3
 
 Hashes = dict[Path, str]
-
-
-def mapped(folder: Path, name: str) -> np.ndarray:
-    """An array of the cache, read from disk page by page; processes on one machine share the pages."""
-    return _mapped(str(folder / f"{name}.npy"))
-
-
-def forget_maps() -> None:
-    """Open arrays anew: their files were replaced."""
-    _mapped.cache_clear()
-
-
-@lru_cache(maxsize=64)
-def _mapped(path: str) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise MedgenError(f"{path}: this part of the slice cache is damaged ({error}); delete {Path(path).parent}, it is built again") from None
 
 
 # hashes
@@ -66,14 +51,14 @@ def _remembered(cache_root: Path) -> dict[str, str]:
 def known_hashes(cache_root: Path, sources: list[Source]) -> Hashes | None:
     """sha256 of every source file from memory, or None if any file is new or changed."""
     remembered = _remembered(cache_root)
-    found = {path: remembered.get(_state(path)) for source in sources for path in source.files.values()}
+    found = {path: remembered.get(_state(path)) for source in sources for path in source.paths}
     return {path: digest for path, digest in found.items() if digest} if all(found.values()) else None
 
 
 def hash_sources(cache_root: Path, sources: list[Source], say: Callable[[str], None]) -> Hashes:
     """sha256 of every source file; only new or changed files are read."""
     remembered = _remembered(cache_root)
-    paths = list(dict.fromkeys(path for source in sources for path in source.files.values()))
+    paths = list(dict.fromkeys(path for source in sources for path in source.paths))
     new = [path for path in paths if _state(path) not in remembered]
     if new:
         say(f"hashing {len(new)} files ({sum(path.stat().st_size for path in new) / 1e6:.0f} MB)")
@@ -101,9 +86,14 @@ def fingerprint(data: DataSpec, sources: list[Source], hashes: Hashes) -> str:
         del how["window"]["per"]
     if data.slices is None:
         del how["slices"]
+    if data.format == "cardiac":
+        how["cardiac"] = MAPS_VERSION
+    else:
+        del how["types"], how["windows_ms"]
     what = [
         [source.id, source.patient, source.split, source.label, source.caption,
-         {role: hashes[path] for role, path in source.files.items()}]
+         {role: hashes[path] for role, path in source.files.items()},
+         *([[hashes[path] for path in source.paths], source.place] if source.entry is not None else [])]
         for source in sources
     ]
     return files.sha256_json([CACHE_VERSION, data.channels, how, what])
@@ -114,33 +104,6 @@ def folder_of(data: DataSpec, sources: list[Source], hashes: Hashes, cache_root:
 
 
 # building
-
-
-class ArrayFile:
-    """A .npy file [n, ...] that grows by whole blocks; n is written into the header at the end.
-
-    Plain writes, not a memory map: on a full disk a write raises OSError, a memory map kills the process."""
-
-    def __init__(self, path: Path, tail: tuple[int, ...], dtype: type):
-        self.tail, self.dtype, self.count = tail, np.dtype(dtype), 0
-        self.handle = open(path, "w+b")  # noqa: SIM115  (build closes it)
-        self._header()
-        self.start = self.handle.tell()
-
-    def _header(self) -> None:
-        shape = (self.count, *self.tail)
-        description = np.lib.format.dtype_to_descr(self.dtype)
-        np.lib.format.write_array_header_1_0(self.handle, {"descr": description, "fortran_order": False, "shape": shape})
-
-    def append(self, block: np.ndarray) -> None:
-        assert block.shape[1:] == self.tail
-        self.handle.write(np.ascontiguousarray(block, self.dtype).data)
-        self.count += len(block)
-
-    def finish(self) -> None:
-        self.handle.seek(0)
-        self._header()
-        assert self.handle.tell() == self.start, "numpy leaves room in the header for the first axis to grow"
 
 
 @dataclass
@@ -171,6 +134,8 @@ def build(data: DataSpec, sources: list[Source], hashes: Hashes, folder: Path, s
         for number, source in enumerate(sources):
             rows += _add_source(data, number, source, arrays, tally)
         _require_slices(data, tally)
+        if data.keeps_contours:
+            cardiac_build.write_natives(temporary, rows)
         for array in arrays.values():
             array.finish()
         stack.close()  # what is sealed must be on disk
@@ -184,7 +149,8 @@ def _array_shapes(data: DataSpec) -> dict[str, tuple[tuple[int, ...], type]]:
     """Name -> (shape of one entry, type) of the arrays in the cache."""
     square = (data.size, data.size)
     masks: dict[str, tuple[tuple[int, ...], type]] = {MASK: (square, np.uint8)} if data.mask is not None else {}
-    return {**dict.fromkeys(data.channels, (square, np.float32)), **masks, AFFINES: ((4, 4), np.float64)}
+    natives = cardiac_build.ARRAYS if data.keeps_contours else {}
+    return {**dict.fromkeys(data.channels, (square, np.float32)), **masks, AFFINES: ((4, 4), np.float64), **natives}
 
 
 def _add_source(
@@ -193,6 +159,9 @@ def _add_source(
     """Append the kept slices of one volume to the arrays and return their rows."""
     if source.number is not None:
         return _add_stacked(data, number, source, source.number, arrays, tally)
+    if source.entry is not None:
+        tally.add(source.split, 1, 1)
+        return [cardiac_build.add_image(data, number, source, source.entry, arrays)]
     headers = {role: read_header(path) for role, path in source.files.items()}
     first = next(iter(headers.values()))
     require_same_grid(f"patient {source.patient}", first, list(headers.values()))
@@ -364,7 +333,7 @@ def _require_no_copies(sources: list[Source], hashes: Hashes) -> None:
         for role, path in source.files.items():
             if role == MASK:
                 continue  # two empty masks are equal files and no leak
-            other = owner.setdefault((hashes[path], source.number), source)
+            other = owner.setdefault((hashes[path], source.place), source)
             if other.split != source.split:
                 raise InputError(
                     f"patient {source.patient} ({source.split}) and patient {other.patient} ({other.split}) hold the same {role} image "

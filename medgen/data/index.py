@@ -10,12 +10,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medgen import csv_files
 from medgen.data.splits import assign_splits
 from medgen.data.stacks import Stack, open_stack, require_disjoint, require_subjects_of_every_class
 from medgen.errors import InputError
 from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec, SplitFractions
+
+if TYPE_CHECKING:
+    from medgen.cardiac.tree import Entry
 
 MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
 SHOWN = 5  # how many of many problems a message lists
@@ -33,6 +37,17 @@ class Source:
     caption: str | None = None
     number: int | None = None  # of a stack: which slice of its file this is ...
     label_number: int | None = None  # ... and the number that its labels.csv gives the class
+    entry: Entry | None = None  # of a cardiac image: all that its files say
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that decides what the slices are."""
+        return (*self.files.values(), *(self.entry.contour_files[1:] if self.entry is not None else ()))
+
+    @property
+    def place(self) -> int | None:
+        """Which image of its file this is, where there are several."""
+        return self.entry.header.frame if self.entry is not None else self.number
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class HeaderReport:
         splits = ", ".join(f"{count} {split}" for split, count in self.patients.items())
         shapes = " or ".join("x".join(str(count) for count in shape) for shape in self.shapes[:3])
         more = f" (and {len(self.shapes) - 3} other shapes)" if len(self.shapes) > 3 else ""
-        return f"{sum(self.patients.values())} patients ({splits}), {self.slices} slices, volumes {shapes}{more}"
+        return f"{sum(self.patients.values())} patients ({splits}), {self.slices} slices, {'images' if self.slices == self.volumes else 'volumes'} {shapes}{more}"
 
 
 def check_headers(data: DataSpec, seed: int) -> HeaderReport:
@@ -64,6 +79,8 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
     sources, notes = read_index(data, seed)
     if data.format == "stack":
         return HeaderReport(patients_per_split(sources), len(sources), len(sources), [(data.size, data.size, 1)], [], notes, _classes(sources))
+    if data.format == "cardiac":
+        return _cardiac_report(sources, notes)
     first_headers: list[Header] = []
     slices = 0
     for source in sources:
@@ -80,6 +97,13 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
         notes=notes,
         classes=_classes(sources),
     )
+
+
+def _cardiac_report(sources: list[Source], notes: list[str]) -> HeaderReport:
+    headers = [source.entry.header for source in sources if source.entry is not None]
+    shapes = Counter((header.columns, header.rows, 1) for header in headers)
+    spacings = sorted({(round(header.spacing_mm[1], 3), round(header.spacing_mm[0], 3)) for header in headers})
+    return HeaderReport(patients_per_split(sources), len(sources), len(sources), [shape for shape, _ in shapes.most_common()], list(spacings), notes, _classes(sources))
 
 
 def wanted_slices(data: DataSpec, source: Source, count: int) -> range:
@@ -139,7 +163,7 @@ def read_index(data: DataSpec, seed: int, root: Path | None = None) -> tuple[lis
     place = place.expanduser().absolute()
     notes: list[str] = []
     try:
-        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources, "phantom": _folder_sources}[data.format]
+        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources, "phantom": _folder_sources, "cardiac": _cardiac_sources}[data.format]
         sources = read(data, place, seed, notes)
         _require_files(sources, place)
     except OSError as error:  # no permission, a network disk that is gone
@@ -334,6 +358,31 @@ def _drawn_by_class(stack: Stack, data: DataSpec, seed: int, sides: tuple[str, .
     for label in sorted(set(class_of.values())):
         drawn |= assign_splits([subject for subject in class_of if class_of[subject] == label], {name: share / sum(shares.values()) for name, share in shares.items()}, seed)
     return drawn
+
+
+# cardiac images with contours
+
+
+def _cardiac_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> list[Source]:
+    """One source per image; its type is its label."""
+    from medgen.cardiac.tree import read_tree
+
+    index = read_tree(root)
+    entries = [entry for entry in index.entries if data.types is None or entry.header.type in data.types]
+    if not entries:
+        there = ", ".join(sorted({entry.header.type for entry in index.entries})) or "none"
+        wanted = f" of type {' or '.join(data.types)}" if data.types is not None else ""
+        raise InputError(f"{index.report()}\n{root}: no image{wanted} with contours is left; the types there are: {there}")
+    notes += index.notes
+    if index.skipped:
+        counted = ", ".join(f"{count} {reason}" for reason, count in index.reasons().items())
+        notes.append(f"{len(index.skipped)} files were left out: {counted}; `medgen data` lists each with its reason")
+    drawn = assign_splits([entry.patient for entry in entries], data.splits.model_dump(), seed)
+    sources = [
+        Source(entry.id, entry.patient, drawn[entry.patient], {"image": entry.header.source, MASK: entry.contour_files[0]}, entry.header.type, entry=entry)
+        for entry in entries
+    ]
+    return sorted(sources, key=lambda source: SPLITS.index(source.split))
 
 
 # checks

@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medgen import files
+from medgen.cardiac.rasterise import LABELS
 from medgen.data import build, index
+from medgen.data.array_files import forget_maps, mapped
+from medgen.data.cardiac_build import read_natives
 from medgen.data.index import HeaderReport, Source, check_headers
+from medgen.data.maps import NativeMaps
 from medgen.errors import InputError, MedgenError
 from medgen.spec_data import DataSpec
 
@@ -40,6 +44,8 @@ class SliceStore:
     folder: Path
     has_masks: bool
     notes: list[str]
+    regions: tuple[str, ...] = ("foreground",)  # what the labels 1, 2, ... of the masks mean
+    maps: NativeMaps | None = None  # the images as they were acquired and their contours, of formats that keep them
 
     def select(self, split: str, positive_only: bool = False) -> np.ndarray:
         """Row numbers of a split in the order of `rows`. Raises InputError if there are none."""
@@ -58,12 +64,24 @@ class SliceStore:
         """float32 [n, size, size] in [0, 1], a copy. Raises InputError for an unknown channel."""
         if channel not in self.channels:
             raise InputError(f"no channel {channel!r} in the data; the channels are: {', '.join(self.channels) or 'none'}")
-        return build.mapped(self.folder, channel)[rows]
+        return mapped(self.folder, channel)[rows]
 
     def masks(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [n, size, size] with 1 in the foreground, a copy. Raises InputError if the spec names no mask."""
+        """uint8 [n, size, size] with the number of each pixel's region, 0 outside, a copy. Raises InputError if the spec names no mask."""
         self._require_masks()
-        return build.mapped(self.folder, index.MASK)[rows]
+        return mapped(self.folder, index.MASK)[rows]
+
+    def valid(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [n, size, size], 1 where there is an image, 0 in the padding around it."""
+        if self.maps is None:
+            return np.ones((len(rows), self.size, self.size), np.uint8)
+        return self.maps.valid(rows, self.size)
+
+    def sizes_mm(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, 2, 2]: spacing, and field of view without padding, each of rows and of columns."""
+        spacing = self.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=np.float32)[rows]
+        pixels = np.full_like(spacing, self.size) if self.maps is None else self.maps.inside_pixels(rows)
+        return np.stack([spacing, spacing * pixels], axis=1)
 
     def contents(self, channel: str, rows: np.ndarray) -> list[str]:
         """What tells the content of each slice, for what is derived from it and kept: the data, and its place in them."""
@@ -85,7 +103,7 @@ class SliceStore:
 
     def affine(self, row: int) -> np.ndarray:
         """4x4 float64: (row, column, 0) of a [size, size, 1] image to the patient's millimetres (RAS)."""
-        return build.mapped(self.folder, build.AFFINES)[row].copy()
+        return mapped(self.folder, build.AFFINES)[row].copy()
 
     @cached_property
     def aliases(self) -> np.ndarray:
@@ -144,7 +162,11 @@ def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: P
         rows[f"file_{role}"] = [str(sources[number].files[role]) for number in source_of]
         rows[f"sha256_{role}"] = [hashes[sources[number].files[role]] for number in source_of]
     fingerprint = build.fingerprint(data, sources, hashes)
-    return SliceStore(rows, data.channels, data.size, fingerprint, folder, data.mask is not None, [*notes, *unused])
+    store = SliceStore(rows, data.channels, data.size, fingerprint, folder, data.mask is not None, [*notes, *unused])
+    if not data.keeps_contours:
+        return store
+    regions = tuple(name for name in LABELS[1:] if rows[f"mean_{name}"].notna().any())
+    return replace(store, regions=regions, maps=NativeMaps(folder, read_natives(folder), data.size))
 
 
 def _unused(data: DataSpec, sources: list[Source], used: set[int]) -> list[str]:
@@ -185,7 +207,7 @@ def _discard_broken(folder: Path, say: Callable[[str], None]) -> None:
     if problem is not None:
         say(f"{folder}: {problem}; it is built again")
         shutil.rmtree(folder)
-        build.forget_maps()
+        forget_maps()
 
 
 @contextmanager

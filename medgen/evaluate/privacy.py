@@ -24,11 +24,12 @@ from medgen.evaluate.maker import maker
 from medgen.evaluate.membership import Inferred
 from medgen.evaluate.scores import Score, score
 from medgen.models.base import Batch, DataShape, Model
+from medgen.models.settings import FamilyConfig
 from medgen.plan import Plan
 from medgen.roc import binary_area
 from medgen.rundir import RunDir
 from medgen.spec_evaluate import Measures
-from medgen.training import load_channel, trained_model
+from medgen.training import load_given, trained_model
 
 SHOWN = 16  # pictures of the most suspicious
 MOST_SEARCHED = 100_000  # synthetic images, in pixels; in features those that the other scores are of
@@ -401,19 +402,19 @@ def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray, bench:
     state = made_by.state()
     config = spec.family_config(state["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]))
+    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]), tuple(state["regions"]))
     model = trained_model(made_by, state["config"]["model"], config, shape, device)
     parts = []
     for start in range(0, len(rows), MODEL_BATCH):
         bench.progress(start, len(rows), "slices attacked")
-        parts.append(_scores_of_block(model, config.input_channels, config.uses_labels, sides, rows[start : start + MODEL_BATCH], device))
+        parts.append(_scores_of_block(model, config, sides, rows[start : start + MODEL_BATCH], device))
     return np.concatenate(parts)
 
 
-def _scores_of_block(model: Model, channels: tuple[str, ...], uses_labels: bool, sides: Sides, rows: np.ndarray, device: torch.device) -> np.ndarray:
+def _scores_of_block(model: Model, config: FamilyConfig, sides: Sides, rows: np.ndarray, device: torch.device) -> np.ndarray:
     assert isinstance(sides.store, SliceStore)  # a run's real images are its slice store
-    labels = torch.from_numpy(sides.store.labels(rows)).to(device) if uses_labels else None
-    batch = Batch({name: load_channel(sides.store, name, rows, device) for name in channels}, rows.tolist(), sides.seed, "membership", labels)
+    given = load_given(config, sides.store, rows, device)
+    batch = Batch(given.channels, rows.tolist(), sides.seed, "membership", given.labels, given.sizes)
     return model.attack_scores(batch).double().cpu().numpy()
 
 

@@ -27,6 +27,7 @@ class DataShape:
     channels: tuple[str, ...]
     size: int
     classes: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ("foreground",)  # what the labels 1, 2, ... of the mask mean; read by families that take regions
     records: int = 0  # in the training split, of families that draw records; 0 where nothing is trained
     most_records: int = 1  # of one patient
 
@@ -75,19 +76,35 @@ class Lot:
         return drawn.to(next(iter(self.channels.values())).device)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large pixels and images are, both float32 [N, 2] in mm, of rows and of columns.
+
+    spacing_mm: from one row to the next; field_mm: of all rows together that are no padding."""
+
+    spacing_mm: Tensor
+    field_mm: Tensor
+
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> Sizes:
+        return Sizes(move(self.spacing_mm), move(self.field_mm))
+
+
 @dataclass
 class Batch:
     """One rank's share of a global batch.
 
-    channels: name -> [B, 1, H, W] float32 in [0, 1] ("seg": 0 or 1) on the training device, H = W = the phase's size.
+    channels: name -> [B, 1, H, W] float32 in [0, 1] on the training device, H = W = the phase's size. "seg": 0 or 1, or the number of each
+    pixel's region for families that take regions; "valid": 1 where there is an image, 0 in the padding around it.
     positions: the place of each sample in the whole run's order; noise is drawn by position (see `normal`).
-    labels: int64 [B], the number of each sample's class; None unless the family's config says that it uses labels."""
+    labels: int64 [B], the number of each sample's class; None unless the family's config says that it uses labels.
+    sizes: what the family's config says that it uses, else None: see Sizes."""
 
     channels: dict[str, Tensor]
     positions: list[int]
     seed: int
     stream: str = "train"
     labels: Tensor | None = None
+    sizes: Sizes | None = None
     drawn: dict[Draw, Tensor] = field(default_factory=dict)  # noise that was drawn ahead, [B, *shape]
     asked: set[Draw] = field(default_factory=set)  # what noise the model wanted; shared with the parts
     lots: tuple[Lot, ...] = ()  # of families that draw records: the real images of each update, this rank's share; `channels` is then empty
@@ -117,15 +134,18 @@ class Batch:
         """The same with its images and labels elsewhere."""
         lots = tuple(replace(lot, channels={name: move(tensor) for name, tensor in lot.channels.items()}) for lot in self.lots)
         channels = {name: move(tensor) for name, tensor in self.channels.items()}
-        return replace(self, channels=channels, labels=move(self.labels) if self.labels is not None else None, lots=lots)
+        labels = move(self.labels) if self.labels is not None else None
+        sizes = self.sizes.mapped(move) if self.sizes is not None else None
+        return replace(self, channels=channels, labels=labels, sizes=sizes, lots=lots)
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             channels = {name: tensor[part] for name, tensor in self.channels.items()}
             labels = self.labels[part] if self.labels is not None else None
+            sizes = Sizes(self.sizes.spacing_mm[part], self.sizes.field_mm[part]) if self.sizes is not None else None
             drawn = {draw: tensor[part] for draw, tensor in self.drawn.items()}
-            yield Batch(channels, self.positions[part], self.seed, self.stream, labels, drawn, self.asked)
+            yield Batch(channels, self.positions[part], self.seed, self.stream, labels, sizes, drawn, self.asked)
 
 
 @dataclass
@@ -206,12 +226,13 @@ class SampleNoise:
 
 @dataclass(frozen=True)
 class Given:
-    """What images are made from. channels: name -> [N, 1, H, W] in [0, 1], empty for unconditional models.
+    """What images are made from. channels: name -> [N, 1, H, W] as in a Batch, empty for unconditional models.
 
-    labels: int64 [N], the number of each image's class; None unless the family's config says that it uses labels."""
+    labels: int64 [N], the number of each image's class; None unless the family's config says that it uses labels. sizes: the same."""
 
     channels: dict[str, Tensor]
     labels: Tensor | None = None
+    sizes: Sizes | None = None
 
 
 class Model(ABC):

@@ -101,6 +101,7 @@ class LoopSettings(Settings):
         return self
 
 
+NO_IMAGES = ("seg", "valid")  # channels that no file of the data is named for: the mask, and where there is an image
 Offer = Literal["blocks", "compile", "spike_guard", "constant_loss"]
 # what of the loop works only if the family's model takes part in it, and what it must offer for that
 NEEDED_OFFERS: dict[str, Offer] = {
@@ -144,6 +145,22 @@ class RecordSampling:
     def too_few(self, records: int) -> str | None:
         """Why so many records in the training split are not enough, in words; None if they are."""
         return too_few(self.size, self.unit, records)
+
+
+class Respacing(Settings):
+    """Training images at other spacings than their own, so that spacing means something by itself; masks are drawn again from the contours.
+
+    A factor above 1 makes pixels larger; below 1 an image is interpolated, which adds no detail."""
+
+    factors: tuple[float, float] = (1.0, 1.5)  # of the image's own spacing, drawn evenly in their logarithm
+    share: float = Field(0.5, gt=0, le=1)  # of the samples; the others are seen as they were acquired
+
+    @field_validator("factors")
+    @classmethod
+    def _rise(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.5 <= value[0] < value[1] <= 4:
+            raise ValueError(f"factors: two numbers between 0.5 and 4 that rise, such as [1, 1.5]; got [{value[0]:g}, {value[1]:g}]")
+        return value
 
 
 @dataclass(frozen=True)
@@ -256,6 +273,21 @@ class FamilyConfig(Settings):
         return False
 
     @property
+    def uses_sizes(self) -> bool:
+        """True if each image needs its spacing and field of view in mm."""
+        return False
+
+    @property
+    def takes_regions(self) -> bool:
+        """True if the mask may have several regions; else it says where something is, and nothing more."""
+        return False
+
+    @property
+    def respacing(self) -> Respacing | None:
+        """How training images are brought to other spacings; None: each is seen as it was acquired."""
+        return None
+
+    @property
     def record_sampling(self) -> RecordSampling | None:
         """None: each step has one batch of slices, in shuffled order."""
         return None
@@ -306,12 +338,16 @@ class FamilyConfig(Settings):
 
     def check_data(self, data: DataSpec) -> None:
         """Raise ValueError, naming the knob, if the model cannot be trained on these data."""
-        missing = [name for name in self.input_channels if name != "seg" and name not in data.images]
+        missing = [name for name in self.input_channels if name not in NO_IMAGES and name not in data.images]
         if missing:
             have = ", ".join(data.images) or "none"
             raise ValueError(f"needs data.images.{missing[0]}; the data have: {have}")
         if "seg" in self.input_channels and data.mask is None:
             raise ValueError("needs data.mask: the file name of the label volume")
+        if "seg" in self.input_channels and data.has_regions and not self.takes_regions:
+            raise ValueError(f"takes a mask of one thing, and the contours of format: {data.format} bound several regions; use model: sdm")
+        if self.respacing is not None and not data.keeps_contours:
+            raise ValueError(f"respacing has no effect with format: {data.format}, whose masks cannot be drawn again at another spacing; remove it")
 
     def check_patients(self, patients: int) -> None:
         """Raise ValueError, naming the knob, if the model cannot be trained on so many patients in the training split."""

@@ -1,0 +1,107 @@
+"""One cardiac image with contours into the slice cache: on its canvas, as it was acquired, and the edges of its anatomy. Called by build.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgen import files
+from medgen.cardiac.dicom import Header, Map
+from medgen.cardiac.rasterise import LABELS, MYOCARDIUM
+from medgen.cardiac.tree import Entry
+from medgen.data.array_files import ArrayFile
+from medgen.data.index import MASK, Source
+from medgen.data.maps import EDGES, NATIVES, PIXELS, Canvas, Native, canvas_of, edges_of, heart_of, resample
+from medgen.errors import InputError
+from medgen.spec_data import DataSpec
+
+AFFINES = "affines"
+ARRAYS: dict[str, tuple[tuple[int, ...], type]] = {PIXELS: ((), np.float32), EDGES: ((6,), np.float64)}
+NATIVE = "native"  # of a row while the cache is built: where its image lies in the arrays above
+USUAL_THICKNESS_MM = 8.0  # where a file does not tell the thickness of its slice
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
+FLAT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # orientation of an image that tells none: rows run to posterior, columns to the patient's left
+
+
+def add_image(data: DataSpec, number: int, source: Source, entry: Entry, arrays: dict[str, ArrayFile]) -> dict[str, Any]:
+    """Append one image to the arrays and return its row. Raises InputError if it cannot be what its contours and its unit say."""
+    image, anatomy = entry.load(), entry.anatomy()
+    window = _window(data, source, image)
+    labels = anatomy.labels(entry.grid())
+    _require_in_window(source, image, labels, window)
+    edges = edges_of(anatomy)
+    native = Native((image.rows, image.columns), image.spacing_mm, arrays[PIXELS].count, (arrays[EDGES].count, arrays[EDGES].count + len(edges)), window, heart_of(anatomy))
+    canvas = canvas_of(native, native.spacing_mm, data.size)
+    low, high = window
+    scaled = np.clip((resample(image.pixels, native.grid, canvas) - low) / (high - low), 0, 1) * canvas.valid()
+    on_canvas = anatomy.labels(canvas.grid)
+    affine = affine_of(image, canvas)
+    blocks = {"image": scaled[None], MASK: on_canvas[None], AFFINES: affine[None], PIXELS: image.pixels.ravel(), EDGES: edges}
+    for name, block in blocks.items():
+        arrays[name].append(block)
+    spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return {
+        "id": source.id, "patient": source.patient, "split": source.split, "slice": image.frame, "label": source.label, "caption": None,
+        "level": image.region, "unit": image.unit, "mask_pixels": int((on_canvas > 0).sum()), "content": 1.0,
+        "spacing_x_mm": float(spacing_mm[1]), "spacing_y_mm": float(spacing_mm[0]), "thickness_mm": float(spacing_mm[2]),
+        "window_low_image": float(low), "window_high_image": float(high), **_means(image, labels), "source": number, NATIVE: asdict(native),
+    }  # fmt: skip
+
+
+def write_natives(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Take what is needed to find the images again out of the rows, into a file of its own."""
+    files.write_json(folder / NATIVES, [row.pop(NATIVE) for row in rows])
+
+
+def read_natives(folder: Path) -> list[Native]:
+    return [
+        Native(tuple(record["shape"]), tuple(record["spacing_mm"]), record["first_pixel"], tuple(record["edges"]), tuple(record["window"]), tuple(record["heart"]))
+        for record in files.read_json(folder / NATIVES)
+    ]
+
+
+def affine_of(header: Header, canvas: Canvas) -> np.ndarray:
+    """4 x 4, (row, column, 0) of the canvas to the patient's mm, RAS. DICOM says LPS; an image that tells no place lies at 0, flat."""
+    orientation = np.array(header.orientation or FLAT)
+    along_columns, along_rows = orientation[:3], orientation[3:]  # in which the columns count up, and the rows
+    step, first_mm = canvas.grid.spacing_mm, canvas.grid.origin_mm
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = along_rows * step[0], along_columns * step[1]
+    affine[:3, 2] = np.cross(along_columns, along_rows) * (header.slice_thickness_mm or USUAL_THICKNESS_MM)
+    affine[:3, 3] = np.array(header.position_mm or (0.0, 0.0, 0.0)) + along_rows * first_mm[0] + along_columns * first_mm[1]
+    affine[:3] = LPS_TO_RAS @ affine[:3]
+    return affine
+
+
+def _window(data: DataSpec, source: Source, image: Map) -> tuple[float, float]:
+    if image.type != "cine":
+        return data.windows_ms[image.type]
+    assert data.window.percentiles is not None, "the spec wants percentiles of cine frames"
+    low, high = (float(value) for value in np.percentile(image.pixels[image.pixels != 0], data.window.percentiles)) if image.pixels.any() else (0.0, 0.0)
+    if not low < high:
+        raise InputError(f"patient {source.patient}: {image.source}: all its pixels are {low:g}; leave the image out")
+    return low, high
+
+
+def _require_in_window(source: Source, image: Map, labels: np.ndarray, window: tuple[float, float]) -> None:
+    """A map in tenths of a ms, or in seconds, would be all white or all black."""
+    muscle = image.pixels[labels == MYOCARDIUM]
+    if image.type == "cine" or not len(muscle):
+        return
+    middle = float(np.median(muscle))
+    if not window[0] < middle < window[1]:
+        raise InputError(f"patient {source.patient}: {image.source}: half of the myocardium has a {image.type} of more than {middle:g} ms (unit by {image.unit_from}), "
+                         f"outside the window {list(window)}; write ms_per_value into a manifest, or another data.windows_ms")  # fmt: skip
+
+
+def _means(image: Map, labels: np.ndarray) -> dict[str, float | None]:
+    """Of each region that has pixels, in the unit of the image."""
+    found = {}
+    for number, name in enumerate(LABELS):
+        inside = image.pixels[labels == number]
+        if number:
+            found[f"mean_{name}"] = float(inside.mean()) if len(inside) else None
+    return found
