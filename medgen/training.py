@@ -20,7 +20,7 @@ from medgen.data.store import SliceStore, open_store
 from medgen.dist import Ranks
 from medgen.errors import InputError
 from medgen.models.base import Batch, DataShape, Given, Lot, Model, Phase, Sizes
-from medgen.models.settings import FamilyConfig
+from medgen.models.settings import FamilyConfig, Respacing
 from medgen.records import Records
 from medgen.spec_data import DataSpec
 from medgen.task import Work
@@ -101,7 +101,24 @@ class Training:
         first = step * self.phase.batch_size + self.ranks.rank * share
         positions = list(range(first, first + share))  # in the order of the whole phase
         rows = self.rows[rng.sample_order(positions, len(self.rows), self.work.plan.seed, f"{self.work.stage.name}/order/{self.clock.phase}")]
-        return self.batch(rows, positions, f"train/{self.clock.phase}", device)
+        batch = self.batch(rows, positions, f"train/{self.clock.phase}", device)
+        return batch if self.config.respaces is None else self._respaced(batch, rows, self.config.respaces)
+
+    def _respaced(self, batch: Batch, rows: np.ndarray, respacing: Respacing) -> Batch:
+        """Some of the samples, which and how by their positions alone, at another spacing and not in the middle."""
+        maps = self.stores[self.phase.size].maps
+        assert maps is not None and batch.sizes is not None, "check_data wants data that keep contours"
+        chances = rng.uniform_per_sample(batch.seed, f"{batch.stream}/respacing", [(position, number) for position in batch.positions for number in range(4)]).view(-1, 4)
+        changed = [place for place, chance in enumerate(chances.tolist()) if chance[0] < respacing.share]
+        for place in changed:
+            _, factor, down, right = chances[place].tolist()
+            placed = maps.respaced(int(rows[place]), respacing.factor_at(factor), (2 * down - 1, 2 * right - 1))
+            seen = {"seg": placed.labels, "valid": placed.canvas.valid()}
+            for name, channel in batch.channels.items():
+                channel[place, 0] = torch.from_numpy(np.ascontiguousarray(seen[name] if name in seen else placed.image)).to(channel)
+            batch.sizes.spacing_mm[place] = torch.tensor(placed.canvas.grid.spacing_mm)
+            batch.sizes.field_mm[place] = torch.tensor(placed.canvas.field_mm)
+        return batch
 
     def _batch_of_records(self, step: int, records: Records, device: torch.device) -> Batch:
         """This rank's share of the records of every update; the positions are those of all ranks, as what is made without real images is not shared."""

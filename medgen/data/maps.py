@@ -97,9 +97,10 @@ class NativeMaps:
         scaled = np.clip((image - low) / (high - low), 0, 1) * canvas.valid()
         return Placed(canvas, scaled.astype(np.float32), self.anatomy(row).labels(canvas.grid))
 
-    def labels(self, row: int, canvas: Canvas) -> np.ndarray:
-        """uint8 [size, size]"""
-        return self.anatomy(row).labels(canvas.grid)
+    def respaced(self, row: int, factor: float, shift: Pair) -> Placed:
+        """An image at `factor` times its own spacing, as it is trained on. `shift`: see canvas_of."""
+        row_mm, column_mm = self.natives[row].spacing_mm
+        return self.place(row, self.canvas(row, (row_mm * factor, column_mm * factor), shift=shift))
 
     def pixels(self, row: int) -> np.ndarray:
         """float32 [rows, columns] in the unit of the image."""

@@ -162,6 +162,11 @@ class Respacing(Settings):
             raise ValueError(f"factors: two numbers between 0.5 and 4 that rise, such as [1, 1.5]; got [{value[0]:g}, {value[1]:g}]")
         return value
 
+    def factor_at(self, share: float) -> float:
+        """The factor that this share of all samples stays below."""
+        low, high = self.factors
+        return float(low * (high / low) ** share)
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -283,7 +288,7 @@ class FamilyConfig(Settings):
         return False
 
     @property
-    def respacing(self) -> Respacing | None:
+    def respaces(self) -> Respacing | None:
         """How training images are brought to other spacings; None: each is seen as it was acquired."""
         return None
 
@@ -346,7 +351,7 @@ class FamilyConfig(Settings):
             raise ValueError("needs data.mask: the file name of the label volume")
         if "seg" in self.input_channels and data.has_regions and not self.takes_regions:
             raise ValueError(f"takes a mask of one thing, and the contours of format: {data.format} bound several regions; use model: sdm")
-        if self.respacing is not None and not data.keeps_contours:
+        if self.respaces is not None and not data.keeps_contours:
             raise ValueError(f"respacing has no effect with format: {data.format}, whose masks cannot be drawn again at another spacing; remove it")
 
     def check_patients(self, patients: int) -> None:
