@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from medgen import checkpoint, collected, dist, fault, files, rng, spec
+from medgen import checkpoint, dist, fault, files, rng, spec
 from medgen import plan as planning
 from medgen.checkpoint import Checkpoint
-from medgen.data.image_files import read_slice, write_slice
+from medgen.conditions import Condition, conditions_of
+from medgen.data.image_files import write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError, Interrupted, MedgenError
 from medgen.gate import accounts, fit
@@ -32,21 +32,11 @@ from medgen.spec_accept import AcceptImages, AcceptMasks
 from medgen.spec_data import SPLITS, DataSpec
 from medgen.spec_stages import GenerateStage
 from medgen.task import Done, Work
-from medgen.training import load_channel, of_size, shape_of, trained_model
+from medgen.training import of_size, shape_of, trained_model
 
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 MOST_SHOWN = 8  # rejected images of a shard that are kept, for the report
 Channels = dict[str, np.ndarray]  # channel -> [H, W] of one image
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What an image is made from. channels: name -> float32 [H, W] in [0, 1]; affine: 4 x 4, (row, column, 0) to millimetres."""
-
-    id: str
-    kind: str  # "real" or "synthetic"
-    channels: dict[str, np.ndarray]
-    affine: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     accept = settings.accept or (AcceptMasks() if config.output_kind == "mask" else None)
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
-    conditions = _conditions(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
+    conditions = conditions_of(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     classes = _classes(settings, store) if config.uses_labels else None
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
@@ -195,35 +185,6 @@ def _plain_affine(store: SliceStore, config: FamilyConfig) -> np.ndarray:
         return np.eye(4)
     row = store.rows.iloc[int(store.select("train")[0])]
     return np.diag([row.spacing_y_mm, row.spacing_x_mm, row.thickness_mm, 1.0])  # axis 0 runs over rows
-
-
-def _conditions(work: Work, settings: GenerateStage, data: DataSpec, names: tuple[str, ...], store: SliceStore, indices: range) -> dict[int, Condition]:
-    """What these images are made from: slices of a split of the real data, spread evenly; or collected masks, one each."""
-    assert settings.condition is not None
-    if settings.condition in SPLITS:
-        rows = store.select(settings.condition, data.positive_only)
-        return {index: _real_condition(store, names, int(rows[_spread(index, settings.count, len(rows))])) for index in indices}
-    with collected.made_again_if_damaged(work.run, settings.condition):
-        dataset = work.run.dataset(settings.condition)
-        table, _ = collected.read(dataset)
-        return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
-
-
-def _real_condition(store: SliceStore, names: tuple[str, ...], row: int) -> Condition:
-    channels = {name: load_channel(store, name, np.array([row]), torch.device("cpu"))[0, 0].numpy() for name in names}
-    return Condition(str(store.aliases[row]), "real", channels, store.affine(row))
-
-
-def _spread(index: int, count: int, available: int) -> int:
-    """Which of `available` conditions image `index` of `count` takes: evenly spread, or in turn if there are too few."""
-    return index * available // count if count <= available else index % available
-
-
-def _collected_mask(dataset: Path, row: pd.Series) -> Condition:
-    found = read_slice(collected.verified_file(dataset, row, "seg"))
-    spacing = [float(row["spacing_y_mm"]), float(row["spacing_x_mm"]), float(row["thickness_mm"])]
-    affine = found.affine if found.affine is not None else np.diag([*spacing, 1.0])
-    return Condition(row["id"], "synthetic", {"seg": (found.array > 0.5).astype(np.float32)}, affine)
 
 
 def _draw_shard(generation: Generation, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

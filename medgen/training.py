@@ -113,9 +113,9 @@ class Training:
         for place in changed:
             _, factor, down, right = chances[place].tolist()
             placed = maps.respaced(int(rows[place]), respacing.factor_at(factor), (2 * down - 1, 2 * right - 1))
-            seen = {"seg": placed.labels, "valid": placed.canvas.valid()}
+            seen = {"image": placed.image, "seg": placed.labels, "valid": placed.canvas.valid()}
             for name, channel in batch.channels.items():
-                channel[place, 0] = torch.from_numpy(np.ascontiguousarray(seen[name] if name in seen else placed.image)).to(channel)
+                channel[place, 0] = torch.from_numpy(seen[name]).to(channel)
             batch.sizes.spacing_mm[place] = torch.tensor(placed.canvas.grid.spacing_mm)
             batch.sizes.field_mm[place] = torch.tensor(placed.canvas.field_mm)
         return batch
