@@ -13,8 +13,8 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from medgen import csv_files, files
-from medgen.collected import INDEX, MANIFEST, SHA_SUFFIX
+from medgen import collected, csv_files, files
+from medgen.collected import EXPORT_PREFIX, INDEX, MANIFEST, SHA_SUFFIX
 from medgen.data.image_files import read_slice
 from medgen.errors import MedgenError
 from medgen.gate import accounts
@@ -108,17 +108,19 @@ def _index(manifests: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for manifest in manifests:
         for entry in manifest["images"]:
-            row = {key: value for key, value in entry.items() if key != "files"}
+            row = {key: value for key, value in entry.items() if key not in ("files", "exports")}
             row = {"id": row.pop("id"), "patient": f"synthetic_{entry['id']}", **row, "checkpoint_sha256": manifest["checkpoint_sha256"]}
             for channel, facts in entry["files"].items():
-                row |= {channel: facts["path"], f"{channel}_sha256": facts["sha256"]}
+                row |= {channel: facts["path"], channel + SHA_SUFFIX: facts["sha256"]}
+            for what, facts in entry["exports"].items():
+                row |= {EXPORT_PREFIX + what: facts["path"], EXPORT_PREFIX + what + SHA_SUFFIX: facts["sha256"]}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _link_images(shard_folder: Path, dataset: Path, manifest: dict[str, Any]) -> None:
     for entry in manifest["images"]:
-        for facts in entry["files"].values():
+        for facts in (*entry["files"].values(), *entry["exports"].values()):
             target = dataset / facts["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -129,7 +131,7 @@ def _link_images(shard_folder: Path, dataset: Path, manifest: dict[str, Any]) ->
 
 def _write_stack(folder: Path, table: pd.DataFrame) -> list[Path]:
     """All images in one file [W, H, channels, N] in [-1, 1], in the order of the index, which is that of the classes; and their labels."""
-    channels = _channels(table)
+    channels = collected.channels(table)
     slices = [np.stack([read_slice(folder / row[channel]).array.T for channel in channels], axis=2) for _, row in table.iterrows()]
     size = slices[0].shape[0]
     stack, labels = folder / f"Generated{size}x{size}.nii.gz", folder / "labels_syn.csv"
@@ -137,11 +139,6 @@ def _write_stack(folder: Path, table: pd.DataFrame) -> list[Path]:
     rows = [{"ID": number, "Label": row["label_number"], "Subject_ID": row["patient"]} for number, row in enumerate(table.to_dict("records"))]
     csv_files.write_rows(labels, ["ID", "Label", "Subject_ID"], rows)
     return [stack, labels]
-
-
-def _channels(table: pd.DataFrame) -> list[str]:
-    """Columns that hold files."""
-    return [name for name in table.columns if f"{name}{SHA_SUFFIX}" in table.columns]
 
 
 def _counts(manifests: list[dict[str, Any]]) -> dict[str, int]:
@@ -173,7 +170,7 @@ def _dataset_problem(dataset: Path, table: pd.DataFrame) -> str | None:
     expected = table.to_csv(index=False, lineterminator="\n")
     if (dataset / INDEX).read_text() != expected:
         return f"{dataset / INDEX} is not what the shards say"
-    listed = [item for column in _channels(table) for item in zip(table[column], table[f"{column}{SHA_SUFFIX}"], strict=True)]
+    listed = [item for column in collected.file_columns(table) for item in zip(table[column], table[f"{column}{SHA_SUFFIX}"], strict=True)]
     for path, digest in [*listed, *_stacked(dataset).items()]:
         if not (dataset / path).is_file() or files.sha256_file(dataset / path) != digest:
             return f"{dataset / path} is missing or does not match its sha256"
@@ -189,5 +186,5 @@ def _stacked(dataset: Path) -> dict[str, str]:
 
 
 def _done(dataset: Path, table: pd.DataFrame, manifests: list[dict[str, Any]]) -> Done:
-    images = [dataset / path for column in _channels(table) for path in table[column]]
+    images = [dataset / path for column in collected.file_columns(table) for path in table[column]]
     return Done([dataset / INDEX, dataset / MANIFEST, *(dataset / name for name in _stacked(dataset)), *images], {"images": len(table), **_counts(manifests)})

@@ -18,7 +18,18 @@ from medgen.rundir import RunDir
 INDEX = "index.csv"
 MANIFEST = "manifest.json"
 SHA_SUFFIX = "_sha256"
+EXPORT_PREFIX = "export_"  # of columns with files for others, which medgen does not read again
 AGAIN = "submit the spec again, it is collected anew"
+
+
+def file_columns(index: pd.DataFrame) -> list[str]:
+    """Columns that hold files."""
+    return [name for name in index.columns if f"{name}{SHA_SUFFIX}" in index.columns]
+
+
+def channels(index: pd.DataFrame) -> list[str]:
+    """Those of them that are images and masks in medgen's own form."""
+    return [name for name in file_columns(index) if not name.startswith(EXPORT_PREFIX)]
 
 
 class DamagedDataset(MedgenError):

@@ -1,7 +1,8 @@
-"""What images are made from: slices of a split of the real data, or collected masks. Called by generate.py."""
+"""What images are made from: slices of a split of the real data, or collected masks; and of which class each is. Called by generate.py."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pandas as pd
 import torch
 
 from medgen import collected
+from medgen.cardiac.rasterise import Grid
 from medgen.data.image_files import read_slice
 from medgen.data.store import SliceStore
+from medgen.errors import InputError
 from medgen.spec_data import SPLITS, DataSpec
 from medgen.spec_stages import GenerateStage
 from medgen.task import Work
@@ -20,29 +23,81 @@ from medgen.training import load_channel
 
 @dataclass(frozen=True)
 class Condition:
-    """What an image is made from. channels: name -> float32 [H, W] in [0, 1]; affine: 4 x 4, (row, column, 0) to millimetres."""
+    """What an image is made from. channels: name -> float32 [H, W] as in a Batch; affine: 4 x 4, (row, column, 0) to millimetres.
+
+    sizes_mm: float32 [2, 2], spacing and field of view, each of rows and columns; inside: first and last + 1 of the rows, then of the columns,
+    that are no padding. Both of real slices only."""
 
     id: str
     kind: str  # "real" or "synthetic"
     channels: dict[str, np.ndarray]
     affine: np.ndarray
+    sizes_mm: np.ndarray | None = None
+    inside: tuple[int, int, int, int] | None = None
 
 
-def conditions_of(work: Work, settings: GenerateStage, data: DataSpec, names: tuple[str, ...], store: SliceStore, indices: range) -> dict[int, Condition]:
-    """What these images are made from: slices of a split of the real data, spread evenly; or collected masks, one each."""
+@dataclass(frozen=True)
+class Classes:
+    """Of which class each image is. `ends`: the number of the first image after each class; images are sorted by class."""
+
+    names: tuple[str, ...]
+    ends: tuple[int, ...]
+
+    def of(self, index: int) -> int:
+        return bisect_right(self.ends, index)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which of the images of its class it is, and how many those are."""
+        first = ([0, *self.ends])[self.of(index)]
+        return index - first, self.ends[self.of(index)] - first
+
+
+def conditions_of(
+    work: Work, settings: GenerateStage, data: DataSpec, names: tuple[str, ...], store: SliceStore, indices: range, classes: Classes | None
+) -> dict[int, Condition]:
+    """What these images are made from: slices of a split of the real data, spread evenly, of each image's own class; or collected masks, one each."""
     assert settings.condition is not None
     if settings.condition in SPLITS:
         rows = store.select(settings.condition, data.positive_only)
-        return {index: _real_condition(store, names, int(rows[_spread(index, settings.count, len(rows))])) for index in indices}
+        return {index: _real_condition(store, names, _row_of(index, settings, store, rows, classes), settings.spacing) for index in indices}
     with collected.made_again_if_damaged(work.run, settings.condition):
         dataset = work.run.dataset(settings.condition)
         table, _ = collected.read(dataset)
         return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
 
 
-def _real_condition(store: SliceStore, names: tuple[str, ...], row: int) -> Condition:
-    channels = {name: load_channel(store, name, np.array([row]), torch.device("cpu"))[0, 0].numpy() for name in names}
-    return Condition(str(store.aliases[row]), "real", channels, store.affine(row))
+def _row_of(index: int, settings: GenerateStage, store: SliceStore, rows: np.ndarray, classes: Classes | None) -> int:
+    """Raises InputError if the split has no slice of the image's class."""
+    if classes is None:
+        return int(rows[_spread(index, settings.count, len(rows))])
+    name = classes.names[classes.of(index)]
+    own = rows[store.rows["label"].to_numpy()[rows] == name]
+    if not len(own):
+        raise InputError(f"condition: {settings.condition}: that split has no image of the class {name} whose mask could be drawn on; write per_class with 0 for it, or another split")
+    return int(own[_spread(*classes.place(index), len(own))])
+
+
+def _real_condition(store: SliceStore, names: tuple[str, ...], row: int, spacing_mm: tuple[float, float] | None) -> Condition:
+    """`spacing_mm`: None for that of the slice; of data that keep contours alone."""
+    name = str(store.aliases[row])
+    if store.maps is None or spacing_mm is None:
+        channels = {name: load_channel(store, name, np.array([row]), torch.device("cpu"))[0, 0].numpy() for name in names}
+        inside = (0, store.size, 0, store.size) if store.maps is None else store.maps.canvas(row).inside
+        return Condition(name, "real", channels, store.affine(row), store.sizes_mm(np.array([row]))[0], inside)
+    canvas, own = store.maps.canvas(row, spacing_mm), store.maps.canvas(row)
+    drawn = {"seg": store.maps.labels(row, canvas), "valid": canvas.valid()}
+    sizes_mm = np.array([canvas.grid.spacing_mm, canvas.field_mm], dtype=np.float32)
+    return Condition(name, "real", {name: drawn[name].astype(np.float32) for name in names}, moved_affine(store.affine(row), own.grid, canvas.grid), sizes_mm, canvas.inside)
+
+
+def moved_affine(affine: np.ndarray, own: Grid, wanted: Grid) -> np.ndarray:
+    """That of another grid in the plane of an image, from the affine of its own grid."""
+    first = [(new - old) / step for new, old, step in zip(wanted.origin_mm, own.origin_mm, own.spacing_mm, strict=True)]
+    factors = [new / old for new, old in zip(wanted.spacing_mm, own.spacing_mm, strict=True)]
+    moved = affine.copy()
+    moved[:3, 3] = affine[:3, :2] @ first + affine[:3, 3]
+    moved[:3, :2] = affine[:3, :2] * factors
+    return moved
 
 
 def _spread(index: int, count: int, available: int) -> int:

@@ -4,12 +4,11 @@ Called by `medgen generate` through task.perform; what a shard is and when it is
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,37 +16,28 @@ import torch
 from medgen import checkpoint, dist, fault, files, rng, spec
 from medgen import plan as planning
 from medgen.checkpoint import Checkpoint
-from medgen.conditions import Condition, conditions_of
+from medgen.conditions import Classes, Condition, conditions_of
 from medgen.data.image_files import write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError, Interrupted, MedgenError
+from medgen.exports import Exports
 from medgen.gate import accounts, fit
 from medgen.gate.judge import OF_ALL_CLASSES, Gate, Verdict, judge_mask
-from medgen.models.base import Given, Model, SampleNoise
+from medgen.models.base import Given, Model, SampleNoise, Sizes
 from medgen.models.settings import FamilyConfig, Settings
 from medgen.plan import PlannedStage
 from medgen.resume import check_identity
-from medgen.shards import MANIFEST, MANIFEST_VERSION, Counts, read_manifest, set_aside, shard_problem
+from medgen.shards import MANIFEST, MANIFEST_VERSION, Counts, files_listed, read_manifest, set_aside, shard_problem
 from medgen.spec_accept import AcceptImages, AcceptMasks
 from medgen.spec_data import SPLITS, DataSpec
 from medgen.spec_stages import GenerateStage
 from medgen.task import Done, Work
-from medgen.training import of_size, shape_of, trained_model
+from medgen.training import of_size, shape_of, sizes_of, trained_model
 
+SPACING_TOLERANCE = 0.02  # beyond those that were trained on
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 MOST_SHOWN = 8  # rejected images of a shard that are kept, for the report
 Channels = dict[str, np.ndarray]  # channel -> [H, W] of one image
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Of which class each image is. `ends`: the number of the first image after each class; images are sorted by class."""
-
-    names: tuple[str, ...]
-    ends: tuple[int, ...]
-
-    def of(self, index: int) -> int:
-        return bisect_right(self.ends, index)
 
 
 @dataclass
@@ -67,6 +57,7 @@ class Generation:
     full_size: int  # pixels
     device: torch.device
     store: SliceStore
+    exports: Exports
     counts: Counts
     gates: dict[int, Gate] = field(default_factory=dict)  # by pixels per side: known when the first image is there
 
@@ -125,11 +116,24 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     accept = settings.accept or (AcceptMasks() if config.output_kind == "mask" else None)
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
-    conditions = conditions_of(work, settings, data, config.condition_channels, store, indices) if settings.condition else {}
-    work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     classes = _classes(settings, store) if config.uses_labels else None
+    if settings.spacing is not None:
+        _require_trained_spacing(settings.spacing, config, store)
+    conditions = conditions_of(work, settings, data, config.condition_channels, store, indices, classes) if settings.condition else {}
+    work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
+    exports = Exports.of(settings.export, data, store, config.uses_labels, f"{work.run.run_id}/{stage.name}/{chosen.sha256}")
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
-                      _plain_affine(store, config), store.size, device, store, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
+                      _plain_affine(store, config), store.size, device, store, exports, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
+
+
+def _require_trained_spacing(wanted_mm: tuple[float, float], config: FamilyConfig, store: SliceStore) -> None:
+    """Raises InputError for a spacing beyond all that the model has seen: it would draw what it knows, and say another size."""
+    rows = store.select("train")
+    own = store.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[rows]
+    low, high = config.respaces.factors if config.respaces is not None else (1.0, 1.0)
+    finest, coarsest = own.min() * min(1.0, low), own.max() * max(1.0, high)
+    if not all(finest * (1 - SPACING_TOLERANCE) <= step <= coarsest * (1 + SPACING_TOLERANCE) for step in wanted_mm):
+        raise InputError(f"spacing_mm: {wanted_mm[0]:g} x {wanted_mm[1]:g} mm is beyond {finest:.3g} to {coarsest:.3g} mm, which the model was trained on; write one of those, or train with wider respacing.factors")
 
 
 def _rules(accept: AcceptMasks | AcceptImages | None, config: FamilyConfig) -> tuple[str, ...]:
@@ -283,12 +287,19 @@ def sample(generation: Generation, indices: list[int], attempt: int) -> list[dic
         condition[name] = torch.from_numpy(stacked).unsqueeze(1).to(generation.device)
     classes = generation.classes
     labels = torch.tensor([classes.of(index) for index in indices], device=generation.device) if classes is not None else None
-    images = generation.model.sample(noise, Given(condition, labels), generation.sampling)
+    images = generation.model.sample(noise, Given(condition, labels, _sizes(generation, indices)), generation.sampling)
     arrays = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in images.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise MedgenError(f"images {indices[0]} to {indices[-1]}: channel {name} holds NaN; the checkpoint is not usable, choose another")
     return [{name: array[place] for name, array in arrays.items()} for place in range(len(indices))]
+
+
+def _sizes(generation: Generation, indices: list[int]) -> Sizes | None:
+    if not generation.config.uses_sizes:
+        return None
+    known = [generation.conditions[index].sizes_mm for index in indices]
+    return sizes_of(np.stack([size for size in known if size is not None]), generation.device)
 
 
 def _write_image(generation: Generation, folder: Path, drawn: Drawn, earlier: list[tuple[str, ...]]) -> dict[str, Any]:
@@ -298,6 +309,8 @@ def _write_image(generation: Generation, folder: Path, drawn: Drawn, earlier: li
     affine = _affine_of(generation, drawn)
     mask = {"seg": condition.channels["seg"]} if condition and "seg" in condition.channels else {}
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    label = _label(generation.classes, index) if generation.classes is not None else {}
+    below = Path("images") / name
     return {
         "id": name,
         "index": index,
@@ -306,12 +319,20 @@ def _write_image(generation: Generation, folder: Path, drawn: Drawn, earlier: li
         **({"rejected_for": "; ".join("+".join(rules) for rules in earlier)} if generation.accept is not None else {}),
         "condition": condition.id if condition else "",
         "condition_kind": condition.kind if condition else "none",
-        **(_label(generation.classes, index) if generation.classes is not None else {}),
+        **label,
         "spacing_x_mm": round(float(spacing[1]), 6),  # between columns
         "spacing_y_mm": round(float(spacing[0]), 6),  # between rows
         "thickness_mm": round(float(spacing[2]), 6),
-        "files": _write_channels(generation, folder, Path("images") / name, {**drawn.channels, **mask}, affine),
+        "files": _write_channels(generation, folder, below, {**drawn.channels, **mask}, affine),
+        "exports": _write_exports(generation, folder, below, drawn, label, name),
     }
+
+
+def _write_exports(generation: Generation, folder: Path, below: Path, drawn: Drawn, label: dict[str, Any], name: str) -> dict[str, dict[str, str]]:
+    condition = generation.conditions.get(drawn.index)
+    if condition is None:
+        return {}
+    return generation.exports.write(folder, below, next(iter(drawn.channels.values())), condition, label.get("label"), name)
 
 
 def _write_rejected(generation: Generation, folder: Path, drawn: Drawn) -> dict[str, Any]:
@@ -330,9 +351,15 @@ def _write_channels(generation: Generation, folder: Path, below: Path, channels:
     written = {}
     for channel, array in channels.items():
         relative = below / f"{channel}{SUFFIX[generation.stage.settings['format']]}"
-        write_slice(folder / relative, array, "mask" if channel == "seg" else "image", affine)
+        write_slice(folder / relative, array, _kind_of(channel, generation.store), affine)
         written[channel] = {"path": str(relative), "sha256": files.sha256_file(folder / relative)}
     return written
+
+
+def _kind_of(channel: str, store: SliceStore) -> Literal["image", "mask", "labels"]:
+    if channel != "seg":
+        return "image"
+    return "mask" if len(store.regions) == 1 else "labels"
 
 
 def _affine_of(generation: Generation, drawn: Drawn) -> np.ndarray:
@@ -364,5 +391,5 @@ def _manifest(generation: Generation, entries: list[dict[str, Any]], shown: list
 
 def _done(target: Path) -> Done:
     manifest = read_manifest(target)
-    produced = [target / facts["path"] for entry in [*manifest["images"], *manifest["rejected_shown"]] for facts in entry["files"].values()]
+    produced = [target / facts["path"] for facts in files_listed(manifest)]
     return Done([target / MANIFEST, *produced], {"images": len(manifest["images"]), **manifest["counts"]})

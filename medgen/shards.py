@@ -13,7 +13,7 @@ from medgen.plan import Task
 from medgen.rundir import RunDir
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 
 
 @dataclass
@@ -42,6 +42,12 @@ def read_manifest(shard_folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def files_listed(manifest: dict[str, Any]) -> list[dict[str, str]]:
+    """Path and sha256 of every file of a shard."""
+    of_images = [facts for entry in manifest["images"] for facts in (*entry["files"].values(), *entry["exports"].values())]
+    return [*of_images, *(facts for entry in manifest["rejected_shown"] for facts in entry["files"].values())]
+
+
 def shard_problem(folder: Path, task: Task) -> str | None:
     """Why a shard folder cannot be used, in words; None if it is exactly what the plan asks for and every file verifies."""
     assert task.images is not None
@@ -53,7 +59,7 @@ def shard_problem(folder: Path, task: Task) -> str | None:
             return "it was made for another plan"
         if [entry["index"] for entry in manifest["images"]] != list(range(task.images.first, task.images.stop)):
             return f"it does not hold exactly images {task.images.first} to {task.images.stop - 1}"
-        written = [(str(facts["path"]), facts["sha256"]) for entry in [*manifest["images"], *manifest["rejected_shown"]] for facts in entry["files"].values()]
+        written = [(str(facts["path"]), facts["sha256"]) for facts in files_listed(manifest)]
         complete = written and manifest["counts"]["accepted"] == len(manifest["images"]) and manifest["data_fingerprint"]
     except FileNotFoundError:
         return "manifest.json is missing" if folder.exists() else "the shard is missing"

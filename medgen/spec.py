@@ -213,6 +213,8 @@ def _drawn_by(spec: Spec, spec_document: Document, name: str, of: str) -> tuple[
     drawn = spec.stages[of]
     if not isinstance(drawn, GenerateStage):
         raise spec_document.error(("stages", name, "of"), f"{of} is a {drawn.kind} stage; name a generate stage")
+    if drawn.spacing_mm is not None:
+        raise spec_document.error(("stages", name, "of"), f"the images of {of} have a spacing of their own (spacing_mm), and those of the data cannot be compared with them pixel by pixel; name a stage without it")
     source = spec.stages.get(drawn.source)
     return drawn, source if isinstance(source, TrainStage) else None
 
@@ -283,6 +285,9 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
     if stage.stack and not config.uses_labels:
         raise spec_document.error((*path, "stack"), f"a stack is sorted by class, and the model of {stage.source} knows no classes; remove it")
+    problem = _map_problem(stage, config, spec.data) if spec.data is not None else None
+    if problem is not None:
+        raise spec_document.error((*path, problem[0]), problem[1])
     unfit = spec_accept.problem(stage.accept, config, spec.data.size, stage.source) if stage.accept is not None and spec.data is not None else None
     if unfit is not None:
         raise spec_document.error((*path, "accept"), unfit)
@@ -304,6 +309,21 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "sampling"), document.told(error) if isinstance(error, ValidationError) else str(error)) from None
     stage.sampling.clear()
     stage.sampling.update(sampling.model_dump(mode="json"))  # the resolved form, like that of a training
+
+
+def _map_problem(stage: GenerateStage, config: FamilyConfig, data: DataSpec) -> tuple[str, str] | None:
+    """The key to blame, and why, of what only images with contours can be made with; None if there is nothing."""
+    if stage.format == "png" and data.has_regions:
+        return "format", "png holds neither the regions of a mask nor millimetres; write nifti or npy"
+    if stage.spacing_mm is not None and not data.keeps_contours:
+        return "spacing_mm", f"the masks of format: {data.format} are made already, and cannot be drawn again at another spacing; remove it"
+    if stage.spacing_mm is not None and not config.uses_sizes:
+        return "spacing_mm", f"the model of {stage.source} is not told the size of pixels; remove it"
+    if stage.export and data.format != "cardiac":
+        return "export", f"format: {data.format} says no unit that its images could be written in; remove it"
+    if stage.export and stage.condition is None:
+        return "export", "images that are drawn on no contours have no place in a patient; remove it"
+    return None
 
 
 def _check_blind(spec: Spec, spec_document: Document, name: str, stage: AnyStage) -> None:

@@ -54,6 +54,8 @@ class GenerateStage(StageSpec):
     shards: int = Field(1, ge=1, le=1_000_000)
     parallel: int | None = Field(None, ge=1)
     format: Literal["nifti", "png", "npy"] = "nifti"
+    spacing_mm: float | tuple[float, float] | None = None  # of the images, or between rows and between columns; default: that of the slice whose contours are drawn on
+    export: list[Literal["dicom", "nifti"]] = []  # also each image as a file for others: in its unit, without padding; cardiac maps
     stack: bool = False  # also all images in one file, sorted by class, and labels_syn.csv, as `format: stack` data are kept
     accept: Accept | None = None  # masks: default by size; images: default all of them
 
@@ -75,6 +77,26 @@ class GenerateStage(StageSpec):
         if value.get("count", sum(counts)) != sum(counts):
             raise ValueError(f"per_class makes {sum(counts)} images, but count is {value['count']}; remove count")
         return {**value, "count": sum(counts)}
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _spacing_can_be(cls, value: float | tuple[float, float] | None) -> float | tuple[float, float] | None:
+        steps = value if isinstance(value, tuple) else (value,) if value is not None else ()
+        if not all(0.05 <= step <= 20 for step in steps):
+            raise ValueError(f"spacing_mm: mm from one pixel to the next, such as 1.5, or [1.5, 1.2] between rows and between columns; got {value}")
+        return value
+
+    @field_validator("export")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"export: name each once, got {value}")
+        return value
+
+    @property
+    def spacing(self) -> tuple[float, float] | None:
+        """Between rows and between columns."""
+        return (self.spacing_mm, self.spacing_mm) if isinstance(self.spacing_mm, float) else self.spacing_mm
 
     @model_validator(mode="after")
     def _no_empty_shard(self) -> GenerateStage:

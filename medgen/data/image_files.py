@@ -39,8 +39,8 @@ def suffix_of(path: Path) -> str:
     raise InputError(f"{path}: unknown image format; the formats are: {', '.join(SUFFIXES)}")
 
 
-def write_slice(path: Path, array: np.ndarray, kind: Literal["image", "mask"], affine: np.ndarray) -> None:
-    """Write [H, W] float in [0, 1] (kind image) or 0/1 (kind mask); `affine` maps (row, column, 0) to patient mm.
+def write_slice(path: Path, array: np.ndarray, kind: Literal["image", "mask", "labels"], affine: np.ndarray) -> None:
+    """Write [H, W] float in [0, 1] (kind image), 0/1 (kind mask) or the numbers of regions (kind labels); `affine` maps (row, column, 0) to patient mm.
 
     Images keep 16 bits in NIfTI and PNG and float32 in npy; masks are 0/1, in PNG 0/255.
     Raises MedgenError if values are out of range or not finite: such a file would be read back as something else."""
@@ -69,13 +69,18 @@ def _as_steps(array: np.ndarray) -> np.ndarray:
 
 
 def _nifti_bytes(array: np.ndarray, kind: str, affine: np.ndarray) -> bytes:
+    return nifti_bytes(array.astype(np.uint8), affine) if kind == "mask" else nifti_bytes(_as_steps(array), affine, 1 / STEPS)
+
+
+def nifti_bytes(stored: np.ndarray, affine: np.ndarray, slope: float | None = None, description: str = "") -> bytes:
+    """A compressed NIfTI file of uint8 or uint16 [H, W]. `slope`: what a stored 1 is; `description`: at most 79 letters of ASCII."""
     import nibabel
 
-    stored = array.astype(np.uint8) if kind == "mask" else _as_steps(array)
     image = nibabel.Nifti1Image(stored[:, :, None], affine)
     image.header.set_xyzt_units("mm")
-    if kind == "image":
-        image.header.set_slope_inter(1 / STEPS, 0)
+    image.header["descrip"] = description
+    if slope is not None:
+        image.header.set_slope_inter(slope, 0)
     header = image.header.copy()
     raw = io.BytesIO()
     # written by hand: nibabel recomputes the slope when it saves an array

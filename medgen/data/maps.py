@@ -95,7 +95,11 @@ class NativeMaps:
         image = resample(self.pixels(row), native.grid, canvas)
         low, high = native.window
         scaled = np.clip((image - low) / (high - low), 0, 1) * canvas.valid()
-        return Placed(canvas, scaled.astype(np.float32), self.anatomy(row).labels(canvas.grid))
+        return Placed(canvas, scaled.astype(np.float32), self.labels(row, canvas))
+
+    def labels(self, row: int, canvas: Canvas) -> np.ndarray:
+        """uint8 [size, size]: the number of each pixel's region."""
+        return self.anatomy(row).labels(canvas.grid)
 
     def respaced(self, row: int, factor: float, shift: Pair) -> Placed:
         """An image at `factor` times its own spacing, as it is trained on. `shift`: see canvas_of."""

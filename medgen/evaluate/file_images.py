@@ -251,7 +251,7 @@ def _slices(look: Look, reading: Reading) -> Sequence[int]:
 def _dataset(root: Path) -> Found:
     """What medgen collected: its index says which files are images and which masks."""
     index, _ = collected.read(root)
-    channels = [name.removesuffix(collected.SHA_SUFFIX) for name in index.columns if name.endswith(collected.SHA_SUFFIX) and name.removesuffix(collected.SHA_SUFFIX) in index.columns]
+    channels = collected.channels(index)
     pictures = [name for name in channels if name != MASK]
     if len(pictures) != 1:
         raise InputError(f"{root}: a dataset of {', '.join(channels) or 'nothing'}; one image channel is compared: copy its files to a folder of their own")

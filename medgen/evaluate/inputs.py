@@ -118,8 +118,7 @@ def read_dataset(run: RunDir, stage: str) -> Dataset:
     """The collected dataset of a generate stage. Raises MedgenError if it is not there, is not what was collected, or has no samples."""
     folder = run.dataset(stage)
     index, manifest = collected.read(folder)
-    channels = [name.removesuffix(SHA_SUFFIX) for name in index.columns if name.endswith(SHA_SUFFIX)]
-    channels = [name for name in channels if name in index.columns]
+    channels = collected.channels(index)
     if len(index) == 0 or not channels:
         raise MedgenError(f"{folder / collected.INDEX}: no samples in it; collect {stage} again")
     outputs = [name for name in channels if name != MASK or (index["condition_kind"] == "none").all()]
