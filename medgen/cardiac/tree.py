@@ -88,15 +88,22 @@ class Index:
         counts = Counter((entry.header.type, entry.header.region or "no level") for entry in self.entries)
         lines = [f"{self.root}: {len(self.entries)} images of {len(self.patients)} patients"]
         lines += [f"  {kind} {region}: {count}" for (kind, region), count in sorted(counts.items())]
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"{len(self.skipped)} files were left out"] if self.skipped else []
+        lines += [f"note: {self._below_root(note)}" for note in self.notes]
+        return "\n".join([*lines, *([self.left_out()] if self.skipped else [])])
+
+    def left_out(self) -> str:
+        """How many files, and for each reason the first."""
+        lines = [f"{len(self.skipped)} files were left out"]
         for reason, count in self.reasons().items():
             lines.append(f"  {count} {reason}")
             own = [skip for skip in self.skipped if skip.reason == reason]
             lines += [f"    {skip.path}: {skip.detail}" for skip in own[:SHOWN]]
             lines += [f"    and {count - SHOWN} more"] if count > SHOWN else []
-        folder = self.root if self.root.is_dir() else self.root.parent
-        return "\n".join([lines[0], *(line.replace(f"{folder}/", "") for line in lines[1:])])
+        return self._below_root("\n".join(lines))
+
+    def _below_root(self, text: str) -> str:
+        """Paths as they count from the root, or from a manifest."""
+        return text.replace(f"{self.root if self.root.is_dir() else self.root.parent}/", "")
 
     def write_skipped(self, path: Path) -> None:
         """All of them as a table with the columns path, reason and detail."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 GLYPHS: dict[Mark, str] = {"fine": "✔", "note": "·", "warning": "!", "wrong": "✘"}
 
+LEFT_OUT = "left_out.csv"  # every file of a cohort that is not used
+
 
 @dataclass(frozen=True)
 class Told:
@@ -101,8 +103,10 @@ def show_data(spec_path: Path, overrides: Sequence[str], out: Path, as_json: boo
     from medgen import files
     from medgen.data import summary
 
-    store, facts = _open(spec.load(spec_path, overrides))
+    checked = spec.load(spec_path, overrides)
+    store, facts = _open(checked)
     files.private_folder(out)  # it will hold pictures of patients
+    left_out = _left_out(checked, out)
     summary.contact_sheet(store, out / "contact_sheet.png")
     if store.channels:
         summary.histogram(store, out / "histogram.png")
@@ -111,7 +115,23 @@ def show_data(spec_path: Path, overrides: Sequence[str], out: Path, as_json: boo
         return
     console = Console()
     summary.print_summary(store, console)
+    if left_out:
+        console.print(left_out, highlight=False, markup=False)
     console.print(f"pictures: {out / 'contact_sheet.png'}" + (f", {out / 'histogram.png'}" if store.channels else ""), highlight=False)
+
+
+def _left_out(checked: Spec, out: Path) -> str:
+    """Which files of a cardiac cohort are not used and why, in words; all of them in left_out.csv. Nothing of other data."""
+    if checked.data is None or checked.data.format != "cardiac":
+        return ""
+    from medgen.cardiac.tree import read_tree
+
+    assert checked.data.root is not None, "the spec wants one"
+    index = read_tree(checked.data.root)
+    if not index.skipped:
+        return ""
+    index.write_skipped(out / LEFT_OUT)
+    return f"{index.left_out()}\nall of them: {out / LEFT_OUT}"
 
 
 def _open_all(prepared: list[Prepared]) -> tuple[dict[str, SliceStore], list[Finding]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medgen import files
+from medgen.data import cardiac_summary
 from medgen.data.store import SliceStore
 from medgen.spec_data import SPLITS
 
@@ -20,6 +21,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 SAMPLE_SLICES = 256  # enough for percentiles to two digits, and a second to read
 SHEET_ROWS = 9
 SHEET_COLUMNS = 8
+OUTLINES = ("red", "cyan", "yellow")  # of a mask's first, second and third region
 FIXED_METADATA = {"Software": None}  # no version in the PNG: equal pictures are equal files
 
 
@@ -37,6 +39,7 @@ def summarise(store: SliceStore) -> dict[str, Any]:
         },
         "windows": {channel: _windows(store, channel) for channel in store.channels},
         "joint_windows": joint_windows(store),
+        **({"maps": cardiac_summary.maps(store)} if store.maps is not None else {}),
         "notes": list(store.notes),
     }
 
@@ -100,6 +103,8 @@ def print_summary(store: SliceStore, console: Console) -> None:
         for channel, ends in summary["windows"].items():
             windows.add_row(channel, _range(ends["low"], 5), _range(ends["high"], 5))
         console.print(windows)
+    if store.maps is not None:
+        cardiac_summary.show(summary["maps"], console)
     for group in summary["joint_windows"]:
         console.print(f"the same window in each patient: {', '.join(group)}")
 
@@ -155,10 +160,18 @@ def _draw(place: Any, store: SliceStore, channel: str | None, row: int) -> None:
     mask = store.masks(np.array([row]))[0] if store.has_masks else None
     picture = mask if channel is None else store.images(channel, np.array([row]))[0]
     place.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    if channel is not None and mask is not None and mask.any() and not mask.all():
-        place.contour(mask, levels=[0.5], colors="red", linewidths=0.7)
+    for number, colour in zip(range(1, len(store.regions) + 1), OUTLINES, strict=False):
+        inside = None if channel is None or mask is None else mask == number
+        if inside is not None and inside.any() and not inside.all():
+            place.contour(inside, levels=[0.5], colors=colour, linewidths=0.7)
     name = f"{channel} " if channel and len(store.channels) > 1 else ""
-    place.text(0.02, 0.02, f"{name}{store.rows['slice'].iloc[row]}", color="yellow", fontsize=5, transform=place.transAxes)
+    place.text(0.02, 0.02, name + _words_of(store, row), color="yellow", fontsize=5, transform=place.transAxes)
+
+
+def _words_of(store: SliceStore, row: int) -> str:
+    """Which slice it is: its number, or the type and level of a map."""
+    record = store.rows.iloc[row]
+    return f"{record['label']} {record['level'] or record['slice']}" if store.maps is not None else str(record["slice"])
 
 
 def histogram(store: SliceStore, path: Path) -> None:
