@@ -24,7 +24,7 @@ def make(family: str, name: str, seed: int = 1) -> tuple[Any, Model]:
     config = models.config_class(family).model_validate(models.config_class(family).examples()[name])
     classes = ("AD", "CN") if config.uses_labels else ()
     records = len(records_of(config)) if config.record_sampling is not None else 0
-    return config, build_model(family, config, DataShape(config.input_channels, SIZE, classes, records), seed, "test")
+    return config, build_model(family, config, DataShape(config.input_channels, SIZE, classes, records=records), seed, "test")
 
 
 def records_of(config: Any) -> Records:
