@@ -53,8 +53,8 @@ class SampleLosses:
     @classmethod
     def joined(cls, parts: list[SampleLosses]) -> SampleLosses:
         every = zip(*((part.loss, part.squared_error, part.constant, part.fraction) for part in parts), strict=True)
-        logged = {name: torch.cat([part.logged[name] for part in parts]) for name in parts[0].logged}
-        return cls(*(torch.cat(values) for values in every), logged)
+        loss, squared_error, constant, fraction = (torch.cat(values) for values in every)
+        return cls(loss, squared_error, constant, fraction, {name: torch.cat([part.logged[name] for part in parts]) for name in parts[0].logged})
 
 
 class DenoisingModel(Model):
