@@ -41,7 +41,7 @@ TINY = {"latent": 4, "features": 4, "steps": 8, "batch_size": 4, "critic_steps":
 
 def model_of(dp: Any, people: int = 100, **changes: Any) -> Model:
     config = Config.model_validate({**TINY, "dp": dp, **changes})
-    model = build_model("dpwgan", config, DataShape(("image",), 16, (), people), 1, "test")
+    model = build_model("dpwgan", config, DataShape(("image",), 16, records=people), 1, "test")
     assert isinstance(model, Model)
     return model
 

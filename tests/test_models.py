@@ -11,12 +11,13 @@ import torch
 from medgen import models
 from medgen.context import Context
 from medgen.dist import Ranks
-from medgen.models.base import Batch, DataShape, Given, Lot, Model, SampleNoise
+from medgen.models.base import Batch, DataShape, Given, Lot, Model, SampleNoise, Sizes
 from medgen.records import Records
 from medgen.training import build_model
 
 CPU = torch.device("cpu")
 SIZE = 16
+REGIONS = ("wall", "cavity")
 VARIANTS = [(family, name) for family in models.families() for name in models.config_class(family).examples()]
 
 
@@ -24,7 +25,8 @@ def make(family: str, name: str, seed: int = 1) -> tuple[Any, Model]:
     config = models.config_class(family).model_validate(models.config_class(family).examples()[name])
     classes = ("AD", "CN") if config.uses_labels else ()
     records = len(records_of(config)) if config.record_sampling is not None else 0
-    return config, build_model(family, config, DataShape(config.input_channels, SIZE, classes, records), seed, "test")
+    shape = DataShape(config.input_channels, SIZE, classes, REGIONS if config.takes_regions else ("foreground",), records)
+    return config, build_model(family, config, shape, seed, "test")
 
 
 def records_of(config: Any) -> Records:
@@ -33,12 +35,26 @@ def records_of(config: Any) -> Records:
 
 
 def images_of(config: Any, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Smooth images and blob masks."""
+    """Smooth images, blob masks with a region within another where the family takes them, and padding, each other, where it is told."""
     channels = {}
     for name in config.input_channels:
         smooth = torch.nn.functional.interpolate(torch.rand(count, 1, 4, 4, generator=generator), SIZE, mode="bilinear")
-        channels[name] = (smooth > 0.6).float() if name == "seg" else smooth
-    return channels
+        levels = (0.6, 0.75) if config.takes_regions else (0.6,)
+        channels[name] = sum(((smooth > level).float() for level in levels), start=torch.zeros_like(smooth)) if name == "seg" else smooth
+    if "valid" not in channels:
+        return channels
+    valid = torch.zeros(count, 1, SIZE, SIZE)
+    for number in range(count):
+        valid[number, :, number % 3 : SIZE - 2, : SIZE - number % 4] = 1
+    return {name: channel * valid if name != "valid" else valid for name, channel in channels.items()}
+
+
+def sizes_of(config: Any, count: int, generator: torch.Generator) -> Sizes | None:
+    """Pixels of 1 to 2 mm, and a field of view that goes with them."""
+    if not config.uses_sizes:
+        return None
+    spacing_mm = 1 + torch.rand(count, 2, generator=generator)
+    return Sizes(spacing_mm, spacing_mm * SIZE)
 
 
 def training_batch(config: Any, step: int, size: int = 4, rank: int = 0, world_size: int = 1) -> Batch:
@@ -61,9 +77,13 @@ def batch_of(config: Any, step: int, size: int = 4, first: int = 0, count: int |
     generator = torch.Generator().manual_seed(step)
     channels = images_of(config, size, generator)
     labels = torch.randint(2, (size,), generator=generator) if config.uses_labels else None
+    sizes = sizes_of(config, size, generator)
     part = slice(first, first + (count or size))
     positions = list(range(step * size, (step + 1) * size))[part]
-    return Batch({name: tensor[part] for name, tensor in channels.items()}, positions, seed=1, labels=labels[part] if labels is not None else None)
+    return Batch(
+        {name: tensor[part] for name, tensor in channels.items()}, positions, seed=1,
+        labels=labels[part] if labels is not None else None, sizes=sizes.mapped(lambda tensor: tensor[part]) if sizes is not None else None,
+    )  # fmt: skip
 
 
 def within_last_phase(made: Context, phases: int) -> Context:
@@ -100,7 +120,9 @@ def load_into(model: Model, state: dict[str, Any]) -> None:
 def sample(model: Model, config: Any, indices: list[int]) -> dict[str, torch.Tensor]:
     names = [name for name in config.input_channels if name not in config.output_channels]
     whole = batch_of(config, 0, size=8)
-    given = Given({name: whole.channels[name][indices] for name in names}, whole.labels[indices] if whole.labels is not None else None)
+    labels = whole.labels[indices] if whole.labels is not None else None
+    sizes = whole.sizes.mapped(lambda tensor: tensor[indices]) if whole.sizes is not None else None
+    given = Given({name: whole.channels[name][indices] for name in names}, labels, sizes)
     settings = config.preview_sampling()
     if "steps" in type(settings).model_fields:
         settings = settings.model_copy(update={"steps": 3})

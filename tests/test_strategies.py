@@ -14,9 +14,10 @@ from medgen.context import Context
 from medgen.dist import Ranks
 from medgen.models.averages import horizon
 from medgen.models.base import Batch, DataShape, Given, SampleNoise
+from medgen.models.denoising import learning_rate
 from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.discrete import cosine_alpha_bar, linear_alpha_bar
-from medgen.models.diffusion.model import Model, learning_rate
+from medgen.models.diffusion.model import Model
 from medgen.models.diffusion.samplers import (
     Level,
     adams_bashforth_2,
@@ -208,7 +209,7 @@ def test_min_snr_weighs_each_sample_and_not_the_batch() -> None:
     model = Model(config, DataShape(config.input_channels, 16))
     batch = Batch({name: torch.rand(4, 1, 16, 16) for name in config.input_channels}, [0, 1, 2, 3], seed=1)
     times = model.strategy.times(batch.uniform("time"))
-    errors = model._errors(model.network, batch, times, None)
+    errors = model.squared_errors(model.network, batch, times)
     by_hand = sum(float(model.strategy.loss_weight(times)[row]) * errors[row] for row in range(4)) / 4
     assert isinstance(by_hand, Tensor)
     expected = torch.autograd.grad(by_hand, list(model.network.parameters()), allow_unused=True)

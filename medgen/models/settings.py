@@ -185,7 +185,6 @@ class FamilyConfig(Settings):
     """Base of every family's Config. Properties tell the planner what the model eats and makes."""
 
     offers: ClassVar[frozenset[Offer]] = frozenset()  # which parts of the loop its model takes part in, see models/base.py
-    weights_of_one_size: ClassVar[bool] = False  # True if data.size decides their shapes too, so that start_from must share it
 
     loop: LoopSettings = LoopSettings()
     find_lr: Annotated[LrSearch | None, BeforeValidator(_true_is_the_default)] = None  # search `lr` before training instead of writing it
@@ -326,6 +325,11 @@ class FamilyConfig(Settings):
     def form(self) -> dict[str, Any]:
         """The settings that decide the shapes of the weights, which start_from must share. Empty where nobody has listed them."""
         return {}
+
+    @property
+    def weights_of_one_size(self) -> bool:
+        """True if data.size decides the shapes of the weights too, so that start_from must share it."""
+        return False
 
     @property
     def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:

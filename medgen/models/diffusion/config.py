@@ -4,11 +4,12 @@ Defaults reproduce the reference U-Net study; the reason stands beside each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from medgen.models import plugin
+from medgen.models.denoising_settings import DenoisingConfig, DenoisingSampling
 from medgen.models.diffusion.modes import MODES, Mode, find_mode
 from medgen.models.diffusion.network_settings import (
     MAX_LEVELS,
@@ -19,13 +20,7 @@ from medgen.models.diffusion.network_settings import (
     with_unet_defaults,
 )
 from medgen.models.diffusion.perceptual_settings import Perceptual
-from medgen.models.settings import (
-    EmaSettings,
-    FamilyConfig,
-    Offer,
-    SteppedSampling,
-    check_weights,
-)
+from medgen.models.settings import check_weights
 
 if TYPE_CHECKING:
     from medgen.spec_data import DataSpec
@@ -47,27 +42,15 @@ WHY_NOT = {
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
-class SamplingSettings(SteppedSampling):
-    """How a generate stage samples. Times are shares of the way from clean (0) to noise (1)."""
+class SamplingSettings(DenoisingSampling):
+    """How a generate stage samples."""
 
-    sampler: str
-    eta: float = Field(0.0, ge=0, le=1)  # ddim: 0 deterministic, 1 as noisy as ddpm
     time_shift: float = Field(1.0, ge=0.01, le=100)  # rflow: above 1 more steps near the noise
-    guidance: float = Field(1.0, ge=0)  # classifier-free: 1 as trained, above 1 more of what the condition asks for
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which it guides
-    weights: str = "ema"  # ema | ema_<beta> of ema.more | raw
 
     @model_validator(mode="after")
-    def _everything_has_an_effect(self) -> SamplingSettings:
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta has no effect with the {self.sampler} sampler; remove it")
+    def _time_shift_has_an_effect(self) -> SamplingSettings:
         if self.time_shift != 1 and self.sampler in SAMPLERS["ddpm"]:
             raise ValueError(f"time_shift has no effect with the {self.sampler} sampler, whose times are those of training; remove it")
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_interval: times lie in 0 to 1 and rise, got [{low:g}, {high:g}]")
-        if self.guidance == 1 and (low, high) != (0.0, 1.0):
-            raise ValueError("guidance_interval has no effect with guidance: 1; remove it")
         return self
 
     @property
@@ -77,15 +60,11 @@ class SamplingSettings(SteppedSampling):
         return self.steps * per_step - (1 if self.sampler == "heun" else 0)  # the last step of heun is Euler's
 
 
-class Config(FamilyConfig):
-    """Strategy (how) x mode (what), the network, and the optimizer."""
-
-    offers: ClassVar[frozenset[Offer]] = frozenset({"blocks", "compile", "spike_guard", "constant_loss"})
+class Config(DenoisingConfig):
+    """Strategy (how) x mode (what), and the network."""
 
     strategy: str = "ddpm"  # ddpm | rflow | package.module:Name
     mode: str = "bravo"  # seg | bravo | dual | package.module:Name
-    epochs: float = Field(500, gt=0)
-    batch_size: int = Field(16, ge=1)  # global: over all GPUs and accumulation steps
 
     network: Literal["unet", "dit"] = "unet"
     # of the U-Net, one per level; where one number is given it stands for all levels. Defaults: network_settings.py
@@ -95,12 +74,6 @@ class Config(FamilyConfig):
     head_channels: tuple[AtLeastOne | None, ...] | None = None  # null at a level without attention
     dit: DiTSettings | None = None  # S/2, B/4, ... of the paper, or {depth, width, heads, patch, qk_norm}
 
-    lr: float = Field(1e-4, gt=0)
-    lr_min: float = Field(1e-6, gt=0)
-    warmup_epochs: float = Field(5, ge=0)  # linear from 0.1 x lr, then cosine to lr_min
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    ema: EmaSettings | None = EmaSettings()  # null: none, the weights themselves are sampled
     condition_dropout: float = Field(0.0, ge=0, lt=1)  # share of samples trained without their condition, for guidance
     perceptual: Perceptual | None = None  # radimagenet | alex | vgg | squeeze: a loss on the predicted clean image, beside the squared error
 
@@ -168,10 +141,6 @@ class Config(FamilyConfig):
         self._refuse_keys_of_the_other_strategy()
         if self.condition_dropout and not self.mode_class.conditions:
             raise ValueError(f"condition_dropout has no effect in mode {self.mode}, which has no condition; remove it")
-        if self.find_lr is None and self.lr_min > self.lr:
-            raise ValueError(f"lr_min: {self.lr_min:g} is above lr: {self.lr:g}")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: {self.warmup_epochs:g} must be below epochs: {self.epochs:g}")
         return self
 
     @model_validator(mode="after")
@@ -228,10 +197,6 @@ class Config(FamilyConfig):
         return self.channels, self.attention, self.res_blocks, self.head_channels
 
     @property
-    def global_batch_sizes(self) -> tuple[str, tuple[int, ...]]:
-        return "batch_size", (self.batch_size,)
-
-    @property
     def mode_class(self) -> type[Mode]:
         return find_mode(self.mode)
 
@@ -246,10 +211,6 @@ class Config(FamilyConfig):
     @property
     def input_channels(self) -> tuple[str, ...]:
         return (*self.mode_class.targets, *self.mode_class.conditions)
-
-    @property
-    def attackable(self) -> bool:
-        return True
 
     def trains_positive_only(self, data: DataSpec) -> bool:
         return self.mode_class.positive_only or data.positive_only

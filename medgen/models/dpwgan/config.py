@@ -4,7 +4,7 @@ Defaults are the published system's, except where its differential privacy guara
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -122,8 +122,6 @@ class Config(AdversarialConfig):
     ema: Annotated[EmaSettings | None, BeforeValidator(_usual_average)] = EmaSettings(**USUAL_AVERAGE)
     frozen_critic_layers: int = Field(0, ge=0)  # the critic's first convolutions, which stay as start_from has them: less to add noise to
 
-    weights_of_one_size: ClassVar[bool] = True
-
     # {epsilon: 8, delta: 1e-5}, or `none`: nothing is guaranteed. Neither is the default
     dp: Annotated[DpSettings | None, BeforeValidator(_none_is_said), WrapSerializer(_none_is_written)] = Field(None, validate_default=True)
 
@@ -212,6 +210,10 @@ class Config(AdversarialConfig):
     @property
     def looks_at_val(self) -> bool:
         return self.dp is None
+
+    @property
+    def weights_of_one_size(self) -> bool:
+        return True
 
     @property
     def form(self) -> dict[str, Any]:

@@ -66,9 +66,8 @@ class NetworkShape:
         """The one of that paper for images of 64, 128, 256 or 512 pixels per side."""
         if size not in MULTIPLIERS:
             raise ValueError(f"size: {size} px is none of {', '.join(map(str, sorted(MULTIPLIERS)))}; give multipliers and attention per level instead")
-        levels = len(MULTIPLIERS[size])
-        attention = tuple(size >> level <= ATTENTION_FROM for level in range(levels))
-        return cls(classes, image_channels, channels, MULTIPLIERS[size], attention, head_order=head_order)
+        multipliers = MULTIPLIERS[size]
+        return cls(classes, image_channels, channels, multipliers, attention_at(size, len(multipliers)), head_order=head_order)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -100,3 +99,8 @@ class NetworkShape:
             raise ValueError(f"a network of {len(self.multipliers)} levels needs rows and columns divisible by {self.factor}, got {rows} x {columns}; pad them")
         if rows == columns == self.factor and min(self.widths[-2:]) // self.groups == 1:
             raise ValueError(f"multipliers: at {rows} px the last of {len(self.multipliers)} levels is one pixel, and its norms would make everything 0; take a level less")
+
+
+def attention_at(size: int, levels: int) -> tuple[bool, ...]:
+    """Which levels attend of images with so many pixels per side."""
+    return tuple(size >> level <= ATTENTION_FROM for level in range(levels))

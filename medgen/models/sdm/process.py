@@ -15,9 +15,8 @@ from medgen.models.base import SampleNoise
 from medgen.models.diffusion import samplers
 from medgen.models.diffusion.config import SAMPLERS
 from medgen.models.diffusion.discrete import DiscreteTime, Predict
+from medgen.models.sdm.config import BOUND_WEIGHT
 from medgen.models.sdm.variance import Steps, bits_of_a_step
-
-BOUND_WEIGHT = 0.001  # lambda of the paper's eq. 16, of the bound summed over all times; at 1000 times a step's bits count once
 
 
 @dataclass(frozen=True)
