@@ -91,7 +91,7 @@ def _table(settings: UtilityStage, records: list[Record], seed: int) -> tuple[Ta
         if all(np.isfinite(reached.by_seed).all() for reached in arms.values()):
             table[question] = arms
         else:
-            skipped[question.name] = LEFT_OUT[question.metric] if question.region is None else f"no test slice shows {question.region}"
+            skipped[question.name] = _why_left_out(question, records[0])
     return table, skipped
 
 
@@ -100,6 +100,13 @@ LEFT_OUT = {
     "utility_dice": "no test slice has a lesion",
     "utility_false_positives": "every test slice has a lesion",
 }
+
+
+def _why_left_out(question: Question, record: Record) -> str:
+    if question.region is not None:
+        return f"no test slice shows {question.region}"
+    several = len(regions.of_sides(record["sides"])) > 1
+    return LEFT_OUT[question.metric].replace("has a lesion", "shows a region") if several else LEFT_OUT[question.metric]
 
 
 def _statistics(settings: UtilityStage, record: Record, patients: np.ndarray, count: int) -> dict[Question, Statistic]:
