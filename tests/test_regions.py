@@ -207,7 +207,7 @@ def test_few_patients_give_no_interval_and_few_images_no_distance() -> None:
     real = real_side(4)
     found, told, reason = measured(drawn_side(real, 0.5), real)
     assert {item.ci for item in found.values()} == {None} and {item.metric for item in found.values()} == {"region_mean", "region_spread"}
-    assert reason is not None and "distance of T1 myocardium: 4 images on the smallest side, at least 8 are needed" in reason
+    assert reason is not None and reason.startswith("no distance with 4 images on the smallest side, at least 8 are needed (T1 myocardium, T2 myocardium, ")
     assert {item["verdict"] for item in told} == {"too few patients"} and "with too few patients to tell it from chance" in told[0]["words"]
     still = measured(drawn_side(real, 0.0), real)[1][0]
     assert still["verdict"] == "narrow" and "do not vary at all" in still["words"]

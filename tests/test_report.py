@@ -252,7 +252,7 @@ def test_charts_map_values_to_places() -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0.0, "0"), (0.12345, "0.123"), (0.0012345, "0.00123"), (1.0, "1.00"), (27.69, "27.7"), (999.0, "999"), (12345, "12,345"), (1e-5, "1e-05"),
+    (0.0, "0"), (0.12345, "0.123"), (0.0012345, "0.00123"), (1.0, "1.00"), (27.69, "27.7"), (999.0, "999"), (1059.6, "1,060"), (12345, "12,345"), (1e-5, "1e-05"),
 ])
 def test_numbers_for_people(value: float, text: str) -> None:
     assert words.number(value) == text

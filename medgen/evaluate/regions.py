@@ -78,18 +78,27 @@ def region_scores(sides: Sides, images: dict[str, np.ndarray], told: list[dict[s
     first, second, floor_words = floor_sides(sides)
     second = some_rows(second, sides.seed, "regions_floor", MOST_IMAGES)
     found: list[Score] = []
-    left_out: list[str] = []
+    left_out: dict[str, list[str]] = {}  # reason -> of what
     for channel in sides.dataset.image_channels:
         drawn, real = values_in_regions(images[channel], shown, sides.store.regions), _real_values(sides, channel, np.union1d(sides.reference, np.concatenate([first, second])))
         for region in drawn:
             compared = [_compared(sides, channel, region, group, drawn[region], real[region], (first, second)) for group in sides.classes or (None,)]
             usable = [item for item in compared if min(len(item.synthetic.values), len(item.real.values)) >= FEWEST_VALUES]
-            left_out += [f"{_name(item.group, region)}: {len(item.synthetic.values)} synthetic and {len(item.real.values)} real images show it, at least {FEWEST_VALUES} are needed"
-                         for item in compared if item not in usable]  # fmt: skip
-            new, too_few = _scores(sides, f"{channel}: {region}", usable, floor_words)
-            found, left_out = found + new, left_out + [f"distance of {_name(group, region)}: {count} images on the smallest side, at least {FEWEST_IMAGES} are needed" for group, count in too_few]
+            for item in compared:
+                too_few = _too_few(item)
+                if too_few is not None:
+                    left_out.setdefault(too_few, []).append(_name(item.group, region))
+            found += _scores(sides, f"{channel}: {region}", usable, floor_words)
             told += [_told(channel, region, item) for item in usable]
-    return found, "; ".join(left_out) or None
+    return found, "; ".join(f"{reason} ({', '.join(names)})" for reason, names in left_out.items()) or None
+
+
+def _too_few(item: Compared) -> str | None:
+    """Why a region has no scores, or no distance; None where it has all."""
+    shown = min(len(item.synthetic.values), len(item.real.values))
+    if shown < FEWEST_VALUES:
+        return f"a region that {shown} images of a side show is left out, at least {FEWEST_VALUES} are needed"
+    return f"no distance with {item.count} images on the smallest side, at least {FEWEST_IMAGES} are needed" if item.count < FEWEST_IMAGES else None
 
 
 def _why_not(sides: Sides, shown: np.ndarray | None) -> str | None:
@@ -160,10 +169,10 @@ def _scale(sides: Sides, channel: str, group: str | None) -> Scale:
 # --- scores -------------------------------------------------------------------------------------------------------------
 
 
-def _scores(sides: Sides, name: str, compared: list[Compared], floor_words: str) -> tuple[list[Score], list[tuple[str | None, int]]]:
-    """Of one region of one channel, and the classes with too few images for a distance, with how many they have."""
+def _scores(sides: Sides, name: str, compared: list[Compared], floor_words: str) -> list[Score]:
+    """Of one region of one channel, class by class."""
     found = []
-    protocol = _protocol(sides, compared, "standard deviation between images by n - 1")
+    protocol = _protocol(sides, compared)
     for item in compared:
         count, unit = len(item.synthetic.values), item.scale.unit
         apart, ratio = mean_difference(item.synthetic, item.real), spread_ratio(item.synthetic, item.real)
@@ -173,8 +182,7 @@ def _scores(sides: Sides, name: str, compared: list[Compared], floor_words: str)
         found.append(score("region_spread", name, item.synthetic.spread, around, item.real.spread, count, protocol, item.group, unit=unit))
     enough = [item for item in compared if item.count >= FEWEST_IMAGES]
     distance_protocol = _distance_protocol(sides, enough, floor_words)
-    found += [_distance_score(sides, name, item, distance_protocol) for item in enough]
-    return found, [(item.group, item.count) for item in compared if item.count < FEWEST_IMAGES]
+    return found + [_distance_score(sides, name, item, distance_protocol) for item in enough]
 
 
 def _distance_score(sides: Sides, name: str, item: Compared, protocol: str) -> Score:
@@ -249,9 +257,9 @@ def _name(group: str | None, region: str) -> str:
     return region if group is None else f"{group} {region}"
 
 
-def _protocol(sides: Sides, compared: list[Compared], what: str) -> str:
+def _protocol(sides: Sides, compared: list[Compared]) -> str:
     return "; ".join([
-        f"value of an image: mean over the pixels of the region at {sides.store.size}x{sides.store.size} pixels; {what}; {_counts(sides, compared)}", _units(compared),
+        f"value of an image: mean over the pixels of the region at {sides.store.size}x{sides.store.size} pixels; standard deviation between images by n - 1; {_counts(compared)}", _units(compared),
         f"floor: {_reference(sides)}; interval: 95% of the difference of the means and of the ratio of the spreads, laid on the floor, by leaving out each patient of the real side "
         f"and each {_unit(sides)} of the synthetic one, none where a side has fewer than {intervals.FEWEST_GROUPS}", f"seed {sides.seed}",
     ])  # fmt: skip
@@ -266,7 +274,7 @@ def _distance_protocol(sides: Sides, compared: list[Compared], floor_words: str)
     ])  # fmt: skip
 
 
-def _counts(sides: Sides, compared: list[Compared]) -> str:
+def _counts(compared: list[Compared]) -> str:
     synthetic = ", ".join(_counted(item, len(item.synthetic.values)) for item in compared)
     real = ", ".join(f"{_counted(item, len(item.real.values))} of {len(np.unique(item.real.groups))} patients" for item in compared)
     return f"synthetic images: {synthetic}; real images: {real}"

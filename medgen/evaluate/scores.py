@@ -306,7 +306,7 @@ MEANINGS: dict[str, Meaning] = {
     "utility_balanced_accuracy": Meaning("Balanced accuracy of a classifier", "", "higher", "Mean over the classes of the share of real test images that is told right.", ARM),
     "utility_macro_f1": Meaning("Macro-F1 of a classifier", "", "higher", "Mean over the classes of the harmonic mean of precision and recall, on real test images.", ARM),
     "utility_auc": Meaning("AUC of a classifier", "", "higher", "Area under the ROC curve on real test images, one class against the rest, averaged.", ARM),
-    "utility_dice": Meaning("Dice of a segmenter", "", "higher", "Mean over the real test slices that have a lesion.", ARM),
+    "utility_dice": Meaning("Dice of a segmenter", "", "higher", "Mean over the real test slices that have a lesion, or show the region: of several regions each by itself, and their mean.", ARM),
     "utility_false_positives": Meaning("Found in empty slices", "share of slices", "lower", "Of the real test slices without a lesion, those in which the segmenter finds something.", ARM),
 }
 
