@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from medgen import checkpoint, dist, fault, files, rng, spec
 from medgen import plan as planning
 from medgen.checkpoint import Checkpoint
 from medgen.conditions import Classes, Condition, conditions_of
-from medgen.data.image_files import write_slice
+from medgen.data.image_files import Kind, write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError, Interrupted, MedgenError
 from medgen.exports import Exports
@@ -356,7 +356,7 @@ def _write_channels(generation: Generation, folder: Path, below: Path, channels:
     return written
 
 
-def _kind_of(channel: str, store: SliceStore) -> Literal["image", "mask", "labels"]:
+def _kind_of(channel: str, store: SliceStore) -> Kind:
     if channel != "seg":
         return "image"
     return "mask" if len(store.regions) == 1 else "labels"

@@ -266,6 +266,8 @@ def _check_evaluate(spec: Spec, spec_document: Document, name: str, stage: Evalu
     config = family_config(source.config)
     if "auc" in stage.metrics and not config.classifies:
         raise spec_document.error((*path, "metrics"), f"auc: the model of {drawn.source} tells no classes apart; remove it")
+    if spec.data is not None and spec.data.has_regions and stage.problem_of_regions is not None:
+        raise spec_document.error(path, stage.problem_of_regions)
     if "registration" in stage.metrics and len(config.output_channels) == 1:
         raise spec_document.error((*path, "metrics"), f"registration compares channels, and the model of {drawn.source} makes {config.output_channels[0]} alone; remove it")
 

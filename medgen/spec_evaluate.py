@@ -15,7 +15,7 @@ USUAL_METRICS = ("mae", "psnr", "ssim", "ms_ssim", "ms_ssim_diversity", "swd")
 FEATURE_METRICS = ("fid", "kid", "prdc", "cmmd")  # compare the features of an extractor
 PERCEPTUAL_METRICS = ("lpips", "lpips_diversity")  # compare images by LPIPS
 MASK_METRICS = ("dice", "iou", "hd95")  # of masks that belong together
-METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, *PERCEPTUAL_METRICS, "ssim_pairs", "registration", "auc", *MASK_METRICS)
+METRICS = (*USUAL_METRICS, "mse", "psd", *FEATURE_METRICS, *PERCEPTUAL_METRICS, "ssim_pairs", "registration", "regions", "auc", *MASK_METRICS)
 
 
 class InceptionExtractor(PublishedWeights):
@@ -146,6 +146,12 @@ class Measures(Frozen):
         if self.lpips is not None and not asked:
             raise ValueError(f"lpips has no effect without {' or '.join(PERCEPTUAL_METRICS)} among the metrics; remove it")
         return self
+
+    @property
+    def problem_of_regions(self) -> str | None:
+        """Why this cannot be measured where masks hold several regions, in words; None if it can."""
+        asked = "by: lesion_size" if self.by == "lesion_size" else "positive_only" if self.positive_only is not None else None
+        return None if asked is None else f"{asked} is of lesions, and the masks of these data hold several regions, none of them a lesion; remove it"
 
     def weights_files(self) -> list[WeightsFile]:
         """The files that must be there when this is measured."""

@@ -55,6 +55,10 @@ class Drawn:
     def image_channels(self) -> list[str]:
         return [name for name in self.outputs if name != MASK]
 
+    @property
+    def tells_regions(self) -> bool:
+        return True
+
     def contents(self, channel: str, rows: np.ndarray) -> list[str]:
         """What decides each image."""
         return [f"{self._key} {channel} {self.index['id'][row]} {self.index['condition'][row]} {len(self.index)}" for row in rows]

@@ -17,6 +17,7 @@ from medgen.task import Done, Work
 from medgen.utility import fitting, learners, trials
 from medgen.utility.arms import InMemory, Pool, RealMasks, TrainingSet
 from medgen.utility.learners import Segmenter
+from medgen.utility.regions import Region, as_channels, column
 from medgen.utility.sides import Sides, open_sides
 
 Column = list[Any]
@@ -64,29 +65,29 @@ def _real_answers(sides: Sides, settings: StructureStage, learner: Segmenter, ne
     """Of real held-out slices: the ceiling."""
     rows = some_rows(sides.rows(settings.against), sides.seed, "structure_real")
     pool = RealMasks(sides.store, sides.channels, rows)
-    truth, spacing = sides.store.masks(rows) > 0, sides.spacing_mm(rows)
+    truth, found = as_channels(sides.store.masks(rows), len(sides.regions)), learner.found(network, pool, device)
     return {
         "id": sides.store.aliases[rows].tolist(), "group": [f"patient {number}" for number in sides.patient_numbers(rows)],
-        **_agreement(learner.found(network, pool, device), truth, spacing), **_quick_look(pool, truth),
+        **_agreement(found, truth, sides.spacing_mm(rows), sides.regions), **_quick_look(pool, truth),
     }  # fmt: skip
 
 
 def _synthetic_answers(sides: Sides, learner: Segmenter, network: torch.nn.Module, device: torch.device) -> dict[str, Column]:
     """Of each synthetic image and the mask that it was drawn on; and of the same images and masks of others."""
     numbers = some_rows(np.arange(len(sides.dataset.index)), sides.seed, "structure_synthetic")
-    truth = sides.synthetic_masks(numbers) > 0
+    truth = as_channels(sides.synthetic_masks(numbers), len(sides.regions))
     pool = InMemory(sides.synthetic_images(numbers), truth)
     found, groups = learner.found(network, pool, device), sides.condition_groups(numbers)
-    partners = _partners(truth, groups, sides.seed)
+    partners = _partners(np.any(truth, axis=1), groups, sides.seed)
     return {
         "id": sides.dataset.index["id"].to_numpy()[numbers].tolist(), "group": groups.tolist(),
-        **_agreement(found, truth, sides.synthetic_spacing_mm(numbers)), **_quick_look(pool, truth, partners),
-        "dice_shuffled": _dice_with_others(found, truth, partners),
+        **_agreement(found, truth, sides.synthetic_spacing_mm(numbers), sides.regions), **_quick_look(pool, truth, partners),
+        **{column("dice_shuffled", region): _dice_with_others(found[:, place], truth[:, place], partners) for place, region in enumerate(sides.regions)},
     }  # fmt: skip
 
 
 def _partners(truth: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """Whose mask each image is held against as a control, int [n]; -1 for images without a lesion, and where nobody else has one."""
+    """Whose mask each image is held against as a control, int [n]; -1 for images on empty masks, and where nobody else has another."""
     with_lesion = np.flatnonzero(truth.any(axis=(1, 2)))
     chosen = masks.strangers(groups[with_lesion], seed, "structure_control")
     partners = np.full(len(truth), -1)
@@ -95,19 +96,31 @@ def _partners(truth: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _dice_with_others(found: np.ndarray, truth: np.ndarray, partners: np.ndarray) -> Column:
-    return [float(value) if partner >= 0 else None for partner, value in zip(partners, masks.dice(found, truth[partners]), strict=True)]
+    """None where there is no other mask, or the other does not show the region."""
+    there = (partners >= 0) & truth[partners].any(axis=(1, 2))
+    return [float(value) if is_there else None for is_there, value in zip(there, masks.dice(found, truth[partners]), strict=True)]
 
 
-def _agreement(found: np.ndarray, truth: np.ndarray, spacing_mm: np.ndarray) -> dict[str, Column]:
-    distances = masks.hd95_mm(found, truth, spacing_mm)
-    return {
-        "bin": masks.lesion_bins(truth, spacing_mm).tolist(), "found_pixels": found.sum(axis=(1, 2)).tolist(), "dice": masks.dice(found, truth).tolist(), "iou": masks.iou(found, truth).tolist(),
-        "hd95_mm": [float(value) if np.isfinite(value) else None for value in distances],
-    }  # fmt: skip
+def _agreement(found: np.ndarray, truth: np.ndarray, spacing_mm: np.ndarray, regions: tuple[Region, ...]) -> dict[str, Column]:
+    """Of masks [n, regions, H, W]. Sizes are sorted into bins where the only region is a lesion; of several, pixels are counted."""
+    answers: dict[str, Column] = {}
+    for place, region in enumerate(regions):
+        ours, theirs = found[:, place], truth[:, place]
+        distances = masks.hd95_mm(ours, theirs, spacing_mm)
+        size = {"bin": masks.lesion_bins(theirs, spacing_mm).tolist()} if region is None else {"pixels": theirs.sum(axis=(1, 2)).tolist()}
+        columns = {
+            **size, "found_pixels": ours.sum(axis=(1, 2)).tolist(), "dice": masks.dice(ours, theirs).tolist(), "iou": masks.iou(ours, theirs).tolist(),
+            "hd95_mm": [float(value) if np.isfinite(value) else None for value in distances],
+        }  # fmt: skip
+        answers |= {column(name, region): values for name, values in columns.items()}
+    return answers
 
 
 def _quick_look(pool: Pool, truth: np.ndarray, partners: np.ndarray | None = None) -> dict[str, Column]:
-    """Dice of what is bright, without any segmenter. In the mean over the channels."""
+    """Dice of what is bright, without any segmenter, in the mean over the channels. Of several regions nobody would say that the bright one is it."""
+    if truth.shape[1] > 1:
+        return {}
+    truth = truth[:, 0]
     images = pool.images(np.arange(len(pool))).mean(axis=1)
     bright = np.stack([image > _brightness_limit(image) for image in images])
     columns = {"quick_dice": masks.dice(bright, truth).tolist()}

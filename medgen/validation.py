@@ -124,7 +124,8 @@ def _preview(training: Training, log: TrainingLog | None) -> None:
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
     images = training.model.sample(noise, given, config.preview_sampling())
-    shown = {**given.channels, **images}
+    conditions = {name: channel / len(training.store.regions) if name == "seg" else channel for name, channel in given.channels.items()}  # labels become grey levels
+    shown = {**conditions, **images}
     for name, channel in shown.items():
         log.images(name, channel, training.clock.step)
     if _is_kept(training):

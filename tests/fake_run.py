@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter
 
 from medgen import files, rng
-from medgen.data.image_files import write_slice
+from medgen.data.image_files import Kind, write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.plan import PLAN_VERSION, Place, Plan, PlannedStage, Shard, Task
 from medgen.rundir import Outcome, RunDir
@@ -89,7 +89,8 @@ def write_dataset(run: RunDir, stage: str, images: dict[str, np.ndarray], condit
             record["label"] = labels[number]
         for channel, arrays in images.items():
             path = folder / channel / f"{number:06d}.nii.gz"
-            write_slice(path, arrays[number], "mask" if channel == "seg" else "image", np.eye(4))
+            stored: Kind = "image" if channel != "seg" else "labels" if arrays.max() > 1 else "mask"
+            write_slice(path, arrays[number], stored, np.eye(4))
             record |= {channel: str(path.relative_to(folder)), f"{channel}_sha256": files.sha256_file(path)}
         records.append(record | {"spacing_x_mm": 1.0, "spacing_y_mm": 1.0, "seed": SEED, "checkpoint_sha256": "c0ffee" * 10, "tries": 1})
     pd.DataFrame(records).to_csv(folder / "index.csv", index=False)

@@ -42,7 +42,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Ru
 def test_every_metric_has_a_score_or_a_reason_under_its_own_name(evaluated: tuple[RunDir, dict[str, Any], list[str]]) -> None:
     """A metric that nobody wired up would be reported under another's name, or not at all."""
     run, record, _ = evaluated
-    names = {"prdc": ("precision", "recall", "density", "coverage"), "fid": ("fd_small_n",)}
+    names = {"prdc": ("precision", "recall", "density", "coverage"), "fid": ("fd_small_n",), "regions": ("region_mean", "region_spread", "region_distance")}
     found = {item.metric for item in from_json(record["scores"])}
     asked = [name for name in METRICS if name not in (*MASK_METRICS, "auc")]
     for name in asked:

@@ -18,7 +18,7 @@ from PIL import Image
 from medgen.evaluate.run import evaluate_run
 from medgen.report import charts, gather, words
 from medgen.report.build import build_report
-from medgen.report.pictures import outline, tile
+from medgen.report.pictures import Outline, mask_tile, outline, tile
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
 
@@ -225,6 +225,20 @@ def test_the_outline_of_a_mask_goes_around_its_pixels() -> None:
     assert outline(np.ones((6, 6), np.uint8)).count("M") == 1, "a mask that touches the border is closed there"
 
 
+def test_regions_of_a_mask_have_outlines_and_colours_of_their_own() -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[1:7, 1:7], mask[3:5, 3:5] = 1, 2
+    ring, cavity = mask_tile(mask, "given mask", "a").outlines
+    assert (ring.colour, cavity.colour) == (1, 2)
+    assert ring.path.count("M") == 2 and cavity.path.count("M") == 1, "a ring has an inner border too; filled by the even-odd rule it is empty inside"
+    columns = [float(text) for text in re.findall(r"-?[\d.]+", cavity.path)][::2]
+    assert (min(columns), max(columns)) == (3.0, 5.0)
+    (only,) = tile(np.zeros((8, 8)), (mask > 0).astype(np.uint8), "synthetic image", "synthetic", "a").outlines
+    assert only == Outline(outline(mask > 0), 1) and mask_tile(np.zeros((8, 8), np.uint8), "given mask", "a").outlines == ()
+    (third,) = mask_tile(np.where(mask == 2, 3, 0), "given mask", "a").outlines
+    assert third.colour == 3, "a region keeps its colour where others are missing"
+
+
 def test_charts_map_values_to_places() -> None:
     axis = charts.Axis(0, 10, 100, 200)
     assert (axis(0), axis(5), axis(10)) == (100, 150, 200)
@@ -238,7 +252,7 @@ def test_charts_map_values_to_places() -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0.0, "0"), (0.12345, "0.123"), (0.0012345, "0.00123"), (1.0, "1.00"), (27.69, "27.7"), (999.0, "999"), (12345, "12,345"), (1e-5, "1e-05"),
+    (0.0, "0"), (0.12345, "0.123"), (0.0012345, "0.00123"), (1.0, "1.00"), (27.69, "27.7"), (999.0, "999"), (1059.6, "1,060"), (12345, "12,345"), (1e-5, "1e-05"),
 ])
 def test_numbers_for_people(value: float, text: str) -> None:
     assert words.number(value) == text

@@ -17,6 +17,8 @@ from medgen import files
 from medgen.errors import InputError, MedgenError
 
 SUFFIXES = (".nii.gz", ".png", ".npy")
+Kind = Literal["image", "mask", "labels"]
+MOST_LABEL = 255
 STEPS = 65535  # images are stored as 16-bit integers: a step is 1.5e-5 of the range
 # rows run to posterior and columns to the patient's left, 1 mm apart: the picture is its own display
 FLAT_AFFINE = np.array([[0.0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -24,7 +26,7 @@ FLAT_AFFINE = np.array([[0.0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 
 
 @dataclass(frozen=True)
 class SliceFile:
-    """`array` [H, W]: float32 in [0, 1] for images, uint8 for masks. PNG and npy carry no spacing: it is 1 mm there."""
+    """`array` [H, W]: float32 in [0, 1] for images, uint8 for masks and labels. PNG and npy carry no spacing: it is 1 mm there."""
 
     array: np.ndarray
     spacing_mm: tuple[float, float]  # between rows, between columns
@@ -39,11 +41,11 @@ def suffix_of(path: Path) -> str:
     raise InputError(f"{path}: unknown image format; the formats are: {', '.join(SUFFIXES)}")
 
 
-def write_slice(path: Path, array: np.ndarray, kind: Literal["image", "mask", "labels"], affine: np.ndarray) -> None:
-    """Write [H, W] float in [0, 1] (kind image), 0/1 (kind mask) or the numbers of regions (kind labels); `affine` maps (row, column, 0) to patient mm.
+def write_slice(path: Path, array: np.ndarray, kind: Kind, affine: np.ndarray) -> None:
+    """Write [H, W] float in [0, 1] (kind image), 0/1 (kind mask), or the number of each pixel's region (kind labels); `affine` maps (row, column, 0) to patient mm.
 
-    Images keep 16 bits in NIfTI and PNG and float32 in npy; masks are 0/1, in PNG 0/255.
-    Raises MedgenError if values are out of range or not finite: such a file would be read back as something else."""
+    Images keep 16 bits in NIfTI and PNG and float32 in npy; masks are 0/1, in PNG 0/255; labels are whole numbers from 0 to 255, in NIfTI and npy.
+    Raises MedgenError if values are out of range or not finite, or for labels in PNG: such a file would be read back as something else."""
     _check(path, array, kind)
     suffix = suffix_of(path)
     if suffix == ".nii.gz":
@@ -60,6 +62,10 @@ def _check(path: Path, array: np.ndarray, kind: str) -> None:
         raise MedgenError(f"{path}: expected [H, W], got shape {array.shape}")
     if kind == "mask" and not np.isin(array, (0, 1)).all():
         raise MedgenError(f"{path}: a mask holds 0 and 1 only, got values from {array.min()} to {array.max()}")
+    if kind == "labels" and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= MOST_LABEL and (array == np.rint(array)).all()):
+        raise MedgenError(f"{path}: labels are whole numbers from 0 to {MOST_LABEL}, got values from {array.min()} to {array.max()}")
+    if kind == "labels" and suffix_of(path) == ".png":
+        raise MedgenError(f"{path}: a PNG mask holds 0 and 255 only, so it cannot say which region a pixel is in; write NIfTI or npy")
     if kind == "image" and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
         raise MedgenError(f"{path}: an image lies in [0, 1], got {array.min()} to {array.max()}")
 
@@ -69,7 +75,7 @@ def _as_steps(array: np.ndarray) -> np.ndarray:
 
 
 def _nifti_bytes(array: np.ndarray, kind: str, affine: np.ndarray) -> bytes:
-    return nifti_bytes(array.astype(np.uint8), affine) if kind == "mask" else nifti_bytes(_as_steps(array), affine, 1 / STEPS)
+    return nifti_bytes(_as_steps(array), affine, 1 / STEPS) if kind == "image" else nifti_bytes(array.astype(np.uint8), affine)
 
 
 def nifti_bytes(stored: np.ndarray, affine: np.ndarray, slope: float | None = None, description: str = "") -> bytes:
@@ -106,7 +112,7 @@ def _png_bytes(array: np.ndarray, kind: str) -> bytes:
 
 def _npy_bytes(array: np.ndarray, kind: str) -> bytes:
     packed = io.BytesIO()
-    np.save(packed, np.ascontiguousarray(array, dtype=np.uint8 if kind == "mask" else np.float32))
+    np.save(packed, np.ascontiguousarray(array, dtype=np.float32 if kind == "image" else np.uint8))
     return packed.getvalue()
 
 
@@ -133,8 +139,8 @@ def _read_nifti(path: Path) -> SliceFile:
         image: Any = nibabel.load(path)
     except ImageFileError as error:
         raise ValueError(error) from None
-    is_mask = image.get_data_dtype() == np.uint8
-    array = np.asarray(image.dataobj, dtype=np.uint8 if is_mask else np.float32)
+    is_labels = image.get_data_dtype() == np.uint8  # a mask is labels 0 and 1
+    array = np.asarray(image.dataobj, dtype=np.uint8 if is_labels else np.float32)
     array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     spacing = np.sqrt((image.affine[:3, :2] ** 2).sum(axis=0))
     return SliceFile(array, (float(spacing[0]), float(spacing[1])), np.asarray(image.affine))

@@ -19,8 +19,8 @@ def intensity(real: np.ndarray, synthetic: np.ndarray) -> dict[str, Any]:
 
 
 def mask_area(real: np.ndarray, synthetic: np.ndarray) -> dict[str, Any]:
-    """Share of masks per area in percent of the slice; inputs {0,1} [n,H,W]."""
-    areas = [100 * side.mean(axis=(1, 2), dtype=float) for side in (real, synthetic)]
+    """Share of masks per area in percent of the slice; inputs {0,1} or labels [n,H,W]."""
+    areas = [100 * (side > 0).mean(axis=(1, 2), dtype=float) for side in (real, synthetic)]
     widest = max(float(area.max(initial=0)) for area in areas)
     return _both(np.linspace(0, widest if widest > 0 else 1.0, AREA_BINS + 1), *areas)
 

@@ -61,6 +61,10 @@ class RealFolder:
         return tuple(sorted(set(self.images_folder.items["label"]))) if self.has_classes else ()
 
     @property
+    def regions(self) -> tuple[str, ...]:
+        return ("foreground",)
+
+    @property
     def aliases(self) -> np.ndarray:
         """Their own names, with the folder in front where both folders may have the same."""
         rows = self.rows
@@ -124,6 +128,10 @@ class SyntheticFolder:
     @property
     def outputs(self) -> list[str]:
         return [MASK] if self.shows_masks else self.image_channels
+
+    @property
+    def tells_regions(self) -> bool:
+        return False
 
     @property
     def files(self) -> list[str]:

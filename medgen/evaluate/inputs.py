@@ -45,6 +45,11 @@ class RealImages(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
     @property
+    def regions(self) -> tuple[str, ...]:
+        """What the labels 1, 2, ... of the masks mean."""
+        ...
+
+    @property
     def aliases(self) -> np.ndarray: ...
     def select(self, split: str, positive_only: bool = False) -> np.ndarray: ...
     def images(self, channel: str, rows: np.ndarray) -> np.ndarray: ...
@@ -63,6 +68,11 @@ class SyntheticImages(Protocol):
     def files(self) -> list[str]: ...
     @property
     def outputs(self) -> list[str]: ...
+    @property
+    def tells_regions(self) -> bool:
+        """True if its masks have the labels of the data, False if they say where something is, and nothing more."""
+        ...
+
     @property
     def image_channels(self) -> list[str]: ...
     @property
@@ -88,6 +98,10 @@ class Dataset:
         return [channel for channel in self.outputs if channel != MASK]
 
     @property
+    def tells_regions(self) -> bool:
+        return True
+
+    @property
     def fingerprint(self) -> str:
         return self.index_sha256
 
@@ -96,7 +110,7 @@ class Dataset:
         return [str(digest) for digest in self.index[channel + SHA_SUFFIX].to_numpy()[rows]]
 
     def read(self, channel: str, rows: np.ndarray) -> np.ndarray:
-        """[n,H,W]: float32 in [0,1], or uint8 {0,1} for the mask. Raises MedgenError naming a file that does not verify."""
+        """[n,H,W]: float32 in [0,1], or uint8 for the mask: the number of each pixel's region, 0 and 1 where there is one region. Raises MedgenError naming a file that does not verify."""
         arrays = [self._read_one(channel, int(row)) for row in rows]
         if len({array.shape for array in arrays}) > 1:
             raise MedgenError(f"{self.folder}: the {channel} images differ in size; delete the dataset and collect again")
@@ -107,7 +121,7 @@ class Dataset:
         path = collected.verified_file(self.folder, record, channel)
         array = image_files.read_slice(path).array
         if channel == MASK:
-            return (array > 0).astype(np.uint8)
+            return array if array.dtype == np.uint8 else (array > 0).astype(np.uint8)
         low, high = float(array.min()), float(array.max())
         if not (low >= -ROUNDING and high <= 1 + ROUNDING):
             raise MedgenError(f"sample {record['id']}: {path} holds values from {low:g} to {high:g}; expected 0 to 1")
@@ -254,13 +268,17 @@ def sides_of(
 ) -> Sides:
     """Match the synthetic set with real slices: the same size of set, and slices with a lesion only where that is asked for, or every synthetic one has one.
 
-    Raises InputError if lesions are asked for and there are no masks to see them by, or none is left; or classes, and there are none."""
+    Raises InputError if lesions are asked for and there are no masks to see them by, or none is left, or the masks hold regions; or classes, and there are none."""
+    if len(store.regions) > 1 and measures.problem_of_regions is not None:
+        raise InputError(measures.problem_of_regions)
     if measures.by == "class" and "label" not in dataset.index.columns:
         raise InputError(f"by: class: the images of {dataset.name} are of no class; remove it")
     chosen = some_rows(np.arange(len(dataset.index)), seed, "evaluate_synthetic")
     shown = synthetic_masks(dataset, chosen, store)
     positive_only = measures.positive_only
-    if positive_only is None and measures.by != "lesion_size":
+    if len(store.regions) > 1:
+        positive_only = False  # every image has its regions, and none is a lesion
+    elif positive_only is None and measures.by != "lesion_size":
         positive_only = shown is not None and bool(shown.any(axis=(1, 2)).all())
     elif positive_only is None or positive_only:
         chosen, positive_only = chosen[_with_lesion(dataset, shown)], True

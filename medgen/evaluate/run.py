@@ -24,6 +24,7 @@ from medgen.evaluate import (
     paired,
     perceptual,
     privacy,
+    regions,
     registration,
     scores,
 )
@@ -117,13 +118,14 @@ def _all_scores(
     """Scores, the reason for every metric that was asked for and does not apply, and what the charts need."""
     found: list[Score] = []
     skipped: dict[str, str] = {}
-    details: dict[str, Any] = {"swd_levels": {}, "curves": {}}
+    details: dict[str, Any] = {"swd_levels": {}, "curves": {}, "regions": []}
     of_images: dict[str, Callable[[], ScoresOrReason]] = {
         **{name: partial(paired.scores_of, name, sides, images) for name in PAIRED},
         "swd": partial(distributions.sliced_scores, sides, images, details["swd_levels"]),
         "psd": partial(distributions.spectrum_scores, sides, images),
         "ssim_pairs": partial(by_class.pair_scores, sides, images),
         "registration": partial(registration.registration_scores, sides, images),
+        "regions": partial(regions.region_scores, sides, images, details["regions"]),
         "ms_ssim_diversity": partial(distributions.diversity_scores, sides, images),
     }
     for number, name in enumerate(names):
@@ -134,6 +136,8 @@ def _all_scores(
         for item in new:
             bench.say(f"{item.name}: {item.value:.4g}" + ("" if item.floor is None else f" (floor {item.floor:.4g})"))
         bench.progress(number + 1, len(names), "metrics")
+    for item in details["regions"]:
+        bench.say(f"regions: {item['words']}")
     details["curves"] = _curves(sides, images)
     return found, skipped, details
 

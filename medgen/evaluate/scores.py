@@ -213,6 +213,21 @@ MEANINGS: dict[str, Meaning] = {
     "hd95": Meaning(
         "HD95", "mm", "lower", "95th percentile of the distances between the outlines of two masks that belong together.", MASK_READING
     ),
+    "region_mean": Meaning(
+        "Mean value in a region", "of the window", "closer to floor",
+        "The value of an image in a region is the mean over its pixels; this is the mean of that over the images of a class, or of the difference of two regions within each.",
+        "The floor is that of real images. The interval holds the uncertainty of both sides: where it leaves out the floor, the values are wrong on average.",
+    ),
+    "region_spread": Meaning(
+        "Spread of the value in a region", "of the window", "closer to floor",
+        "Standard deviation between images of the value of each in a region.",
+        "The floor is that of real images, and the ratio of both is told in words. Below the floor: patients differ more than the images do, however right their mean is.",
+    ),
+    "region_distance": Meaning(
+        "Distance of the values in a region", "of the window", "lower",
+        "Wasserstein distance between the values of real and of synthetic images in a region: by how much one side must be moved, on average, to become the other.",
+        "The floor is the same between different real patients at the same number of images. Mean and spread say in what they differ.",
+    ),
     "auc_real": Meaning(
         "Real images classified (AUC)", "", "higher",
         "Area under the ROC curve of the model's own classes of real images that it was not trained on, one class against the rest.",
@@ -291,7 +306,7 @@ MEANINGS: dict[str, Meaning] = {
     "utility_balanced_accuracy": Meaning("Balanced accuracy of a classifier", "", "higher", "Mean over the classes of the share of real test images that is told right.", ARM),
     "utility_macro_f1": Meaning("Macro-F1 of a classifier", "", "higher", "Mean over the classes of the harmonic mean of precision and recall, on real test images.", ARM),
     "utility_auc": Meaning("AUC of a classifier", "", "higher", "Area under the ROC curve on real test images, one class against the rest, averaged.", ARM),
-    "utility_dice": Meaning("Dice of a segmenter", "", "higher", "Mean over the real test slices that have a lesion.", ARM),
+    "utility_dice": Meaning("Dice of a segmenter", "", "higher", "Mean over the real test slices that have a lesion, or show the region: of several regions each by itself, and their mean.", ARM),
     "utility_false_positives": Meaning("Found in empty slices", "share of slices", "lower", "Of the real test slices without a lesion, those in which the segmenter finds something.", ARM),
 }
 
@@ -301,14 +316,14 @@ ScoresOrReason = tuple[list[Score], Skipped]
 
 
 def score(metric: str, channel: str, value: float, interval: tuple[float, float] | None, floor: float | None, n: int,
-          protocol: str, group: str | None = None, comparison: Comparison | None = None) -> Score:
-    """A Score with unit and direction of its metric. Raises MedgenError if a number is not finite."""
+          protocol: str, group: str | None = None, comparison: Comparison | None = None, unit: str | None = None) -> Score:
+    """A Score with the direction of its metric, and its unit where that is always the same. Raises MedgenError if a number is not finite."""
     meaning = MEANINGS[metric]
     numbers = [value, *(interval or ()), *(() if floor is None else (floor,))]
     if not all(math.isfinite(number) for number in numbers):
         raise MedgenError(f"{metric} of {channel} is not a finite number ({numbers}); look at the images of this dataset")
     rounded = None if interval is None else (float(interval[0]), float(interval[1]))
-    return Score(metric, channel, float(value), rounded, None if floor is None else float(floor), int(n), meaning.unit,
+    return Score(metric, channel, float(value), rounded, None if floor is None else float(floor), int(n), meaning.unit if unit is None else unit,
                  meaning.better, protocol, group, comparison)
 
 

@@ -94,6 +94,7 @@ def _page(source: Source, stage_name: str, generated: list[GeneratedSection]) ->
         lead=words.lead(plan, stages, store),
         answers=summary.answers([section.images for section in generated]),
         has_masks=plan.data["mask"] is not None,
+        regions=() if store is None else store.regions,
         verdict=words.verdict(stages),
         tiles=words.headline_facts(plan, stages, store),
         generated=generated,
@@ -180,7 +181,7 @@ def _contents(source: Source, facts: StageFacts, dataset: Dataset) -> list[Fact]
     spacing = [", ".join(sorted(set(index[name])))[:200] for name in ("spacing_y_mm", "spacing_x_mm", "thickness_mm") if name in index.columns]
     found = [
         ("images", f"{len(index):,}"), ("channels that were drawn", ", ".join(dataset.outputs)), ("channels with files", ", ".join(dataset.files)),
-        ("size", f"{source.plan.data['size']} x {source.plan.data['size']} pixels, values 0 to 1 (masks: 0 and 1)"),
+        ("size", f"{source.plan.data['size']} x {source.plan.data['size']} pixels, values 0 to 1 (masks: {_labels(source.store)})"),
         ("spacing between rows, columns, slices (mm)", " x ".join(spacing) or card.UNKNOWN),
         ("classes", _counted(index["label"].tolist()) if "label" in index.columns else "none"),
         ("conditions", _conditions(index["condition_kind"].tolist())),
@@ -224,12 +225,27 @@ def _data(source: Source, facts: StageFacts) -> list[Fact]:
     if store is None:
         return [("real data", "no longer there")]
     counts_slices = _guarantee(source, facts) is None  # their number less that of all other patients would be one patient's
+    shown = "with a lesion" if len(store.regions) < 2 else "with contours"
     rows = [
-        (f"split {row['split']}", f"{row['patients']} patients" + (f", {row['slices']} slices, with a lesion: {row['positive']}" if counts_slices else ""))
+        (f"split {row['split']}", f"{row['patients']} patients" + (f", {row['slices']} slices, {shown}: {row['positive']}" if counts_slices else ""))
         for row in words.split_table(store)
     ]
-    told = _window(DataSpec.model_validate(source.plan.data).window)
+    told = _windows(DataSpec.model_validate(source.plan.data))
     return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", source.run.data_mark(store.fingerprint))]
+
+
+def _labels(store: SliceStore | None) -> str:
+    if store is None or len(store.regions) < 2:
+        return "0 and 1"
+    return ", ".join(["0 background", *(f"{number} {name}" for number, name in enumerate(store.regions, 1))])
+
+
+def _windows(data: DataSpec) -> str:
+    """Maps have one for each type, in ms."""
+    fixed = [f"{kind} {low:g} to {high:g} ms" for kind, (low, high) in data.windows_ms.items() if data.types is None or kind in data.types]
+    if not fixed:
+        return _window(data.window)
+    return ", ".join([*fixed, *([f"cine {_window(data.window)}"] if data.types is None or "cine" in data.types else [])])
 
 
 def _window(window: Window) -> str:

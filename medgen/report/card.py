@@ -52,7 +52,7 @@ def dataset_card(subject: Subject) -> str:
         "## In short", *(f"**{question}** {' '.join(told(subject.images))}" for question, told in summary.QUESTIONS),
         "## Completeness: what is in it", *_facts(subject.contents),
         "## Comprehension: how it was made", *_facts(subject.made), "### From which data", *_facts(subject.source),
-        "## Congruence: are the images like real ones?", *(table("distribution", "texture", "pairs") or ["Not measured."]),
+        "## Congruence: are the images like real ones?", *(table("distribution", "texture", "regions", "pairs") or ["Not measured."]),
         "## Coverage: are they as varied?", *(table("diversity") or ["Not measured."]),
         "## Constraint: do they show what they should?", *(table("structure", "classes") or ["Not measured: whether an image shows what its mask or class says."]),
         "## Consistency: does that hold for every group?", *(table(*topics.FIDELITY, "structure", by_group=True) or ["Not measured by class or by any other group."]),

@@ -56,10 +56,11 @@ class BreakdownRow:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One metric of one channel by group; one protocol."""
+    """One metric of one channel by group; one protocol and unit."""
 
     meaning: Meaning
     channel: str
+    unit: str
     heads: tuple[str, ...]
     strong: int  # the column that is the score itself
     rows: list[BreakdownRow]
@@ -135,10 +136,10 @@ def _score_row(item: Score, note: int) -> ScoreRow:
 
 
 def _blocks(found: list[Score]) -> list[list[Score]]:
-    """Those of one metric, channel and protocol together."""
-    blocks: dict[tuple[str, str, str], list[Score]] = {}
+    """Those of one metric, channel, protocol and unit together."""
+    blocks: dict[tuple[str, str, str, str], list[Score]] = {}
     for item in found:
-        blocks.setdefault((item.metric, item.channel, item.protocol), []).append(item)
+        blocks.setdefault((item.metric, item.channel, item.protocol, item.unit), []).append(item)
     return list(blocks.values())
 
 
@@ -150,7 +151,7 @@ def _comparisons(found: list[Score], protocols: list[str]) -> list[Breakdown]:
             of_row = {item.comparison: item for item in block if item.group == group}
             cells = [_cell(of_row[name]) if name in of_row else (NOTHING, "") for name in scores.COMPARISONS]
             rows.append(BreakdownRow(group or "all", cells, Markup(""), next(iter(of_row.values())).n))
-        tables.append(Breakdown(topics.meaning_of(block[0]), block[0].channel, COMPARISON_HEADS, 1, rows, protocols.index(block[0].protocol) + 1))
+        tables.append(Breakdown(topics.meaning_of(block[0]), block[0].channel, block[0].unit, COMPARISON_HEADS, 1, rows, protocols.index(block[0].protocol) + 1))
     return tables
 
 
@@ -158,7 +159,7 @@ def _groups(found: list[Score], protocols: list[str]) -> list[Breakdown]:
     tables = []
     for block in _blocks([item for item in found if item.comparison is None and item.group is not None]):
         numbers = [number for item in block for number in (item.value, *(item.ci or ()), *(() if item.floor is None else (item.floor,)))]
-        span = (min(numbers), max(numbers))
+        span = None if topics.topic_of(block[0].metric).name == "regions" else (min(numbers), max(numbers))  # T1 is ten times T2: each begins at 0
         has_floor = any(item.floor is not None for item in block)
         rows = [
             BreakdownRow(item.group or "all", [*([(NOTHING if item.floor is None else words.number(item.floor), "")] if has_floor else []), _cell(item)],
@@ -166,7 +167,7 @@ def _groups(found: list[Score], protocols: list[str]) -> list[Breakdown]:
             for item in block
         ]  # fmt: skip
         heads = ("Floor", "Value") if has_floor else ("Value",)
-        tables.append(Breakdown(topics.meaning_of(block[0]), block[0].channel, heads, len(heads) - 1, rows, protocols.index(block[0].protocol) + 1))
+        tables.append(Breakdown(topics.meaning_of(block[0]), block[0].channel, block[0].unit, heads, len(heads) - 1, rows, protocols.index(block[0].protocol) + 1))
     return tables
 
 
@@ -175,11 +176,13 @@ def _cell(item: Score) -> tuple[str, str]:
 
 
 def _remarks(details: dict[str, Any]) -> list[str]:
-    """Sentences that the stage itself wrote: of structure what they mean, of utility what each arm gains."""
-    told = [str(details["words"]), *map(str, details.get("warnings", []))] if "words" in details else []
+    """Sentences that the stage itself wrote: of regions how they vary, of structure what they mean, of utility what each arm gains."""
+    told = [str(item["words"]) for item in details.get("regions", [])]
+    told += [str(details["words"]), *map(str, details.get("warnings", []))] if "words" in details else []
     for item in details.get("comparisons", []):
         title = scores.MEANINGS[item["metric"]].title if item["metric"] in scores.MEANINGS else item["metric"]
-        told.append(f"{title}, {item['arm']} against {item['to']}: {item['words']}")
+        region = f", {item['region']}" if "region" in item else ""
+        told.append(f"{title}{region}, {item['arm']} against {item['to']}: {item['words']}")
     return told
 
 

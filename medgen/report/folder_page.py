@@ -24,6 +24,7 @@ def folder_page(record: dict[str, Any], sides: Sides) -> str:
         lead=words.compared(record) + ".",
         answers=summary.answers([images]),
         has_masks=sides.store.has_masks or "seg" in sides.dataset.files,
+        regions=sides.store.regions,
         notes=record["notes"],
         pictures=stage_pictures(Painter(sides.dataset, sides.store), sides.seed, record),
         evaluation=evaluations.evaluation("By question", record),

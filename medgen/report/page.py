@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from medgen import __version__
 from medgen.report import words
+from medgen.report.pictures import colour_of
 
 FOLDER = Path(__file__).parent
 
@@ -20,5 +21,5 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": words.number, "duration": words.duration, "date": words.date, "plain": words.plain}
+    environment.filters |= {"number": words.number, "duration": words.duration, "date": words.date, "plain": words.plain, "region_colour": colour_of}
     return environment.get_template(template).render(style=Markup((FOLDER / "style.css").read_text()), made=time.time(), version=__version__, **values)

@@ -1,4 +1,4 @@
-"""Slices as inline PNGs with the mask's outline as an SVG path over them. Used by gallery.py, trainings.py."""
+"""Slices as inline PNGs with the outlines of their mask's regions as SVG paths over them. Used by gallery.py, trainings.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ import numpy as np
 
 MOST_PIXELS = 256  # per side: shown smaller than that, and a page is sent by mail
 MOST_GRID_PIXELS = 384  # of a grid of samples
+COLOURS = 3  # of regions; a further one has the first again
+
+
+@dataclass(frozen=True)
+class Outline:
+    """An SVG path in pixels around one region. `colour` 1, 2 or 3: of the style sheet."""
+
+    path: str
+    colour: int
+
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture: `source` is a data URL, `outline` an SVG path in pixels or empty, `kind` real, synthetic or mask."""
+    """One picture: `source` is a data URL, `outlines` those of the mask's regions, `kind` real, synthetic or mask."""
 
     source: str
-    outline: str
+    outlines: tuple[Outline, ...]
     width: int
     height: int
     label: str
@@ -26,14 +36,14 @@ class Tile:
 
 
 def tile(image: np.ndarray, mask: np.ndarray | None, label: str, kind: str, title: str) -> Tile:
-    """image float [H,W] or, in colour, [H,W,3], in [0,1]; mask {0,1} [H,W] to outline, or None."""
+    """image float [H,W] or, in colour, [H,W,3], in [0,1]; mask [H,W] to outline, the number of each pixel's region, or None."""
     height, width = image.shape[:2]
-    return Tile(_png(image), "" if mask is None else outline(mask), width, height, label, kind, title)
+    return Tile(_png(image), () if mask is None else outlines(mask), width, height, label, kind, title)
 
 
 def mask_tile(mask: np.ndarray, label: str, title: str, kind: str = "mask") -> Tile:
-    """A mask on its own: filled in the page's colour by the outline path, on black."""
-    return Tile(_png(np.zeros(mask.shape)), outline(mask), mask.shape[1], mask.shape[0], label, f"{kind} filled", title)
+    """A mask on its own: each region filled in its colour of the page by its outline, on black."""
+    return Tile(_png(np.zeros(mask.shape)), outlines(mask), mask.shape[1], mask.shape[0], label, f"{kind} filled", title)
 
 
 def grid_tile(path: Path, label: str, title: str) -> Tile:
@@ -42,7 +52,17 @@ def grid_tile(path: Path, label: str, title: str) -> Tile:
 
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("L")) / 255
-    return Tile(_png(pixels, MOST_GRID_PIXELS), "", pixels.shape[1], pixels.shape[0], label, "grid", title)
+    return Tile(_png(pixels, MOST_GRID_PIXELS), (), pixels.shape[1], pixels.shape[0], label, "grid", title)
+
+
+def colour_of(label: int) -> int:
+    """Of the region with this number, from 1."""
+    return (label - 1) % COLOURS + 1
+
+
+def outlines(mask: np.ndarray) -> tuple[Outline, ...]:
+    """Of each label above 0 of a mask [H,W]."""
+    return tuple(Outline(outline(mask == label), colour_of(int(label))) for label in np.unique(mask) if label > 0)
 
 
 def outline(mask: np.ndarray) -> str:

@@ -14,7 +14,7 @@ from medgen.report import topics, words
 
 HEADLINES = ("kid", "fid", "fd", "cmmd", "swd", "psd")  # the first that was measured stands for the set
 PAIRED_HEADLINES = ("ms_ssim", "ssim", "mae", "dice")
-DISTANCES = (*HEADLINES, "fd_small_n")  # nearer to 0 is never worse, also where a score is read beside its floor
+DISTANCES = (*HEADLINES, "fd_small_n", "region_distance")  # nearer to 0 is never worse, also where a score is read beside its floor
 MOST_NAMED = 4  # scores in one sentence
 
 Standing = Literal["better", "at", "worse", "apart", "unknown"]
@@ -129,9 +129,10 @@ def _fidelity(record: dict[str, Any]) -> list[str]:
     if not headline:
         reasons = words.grouped_by_reason({name: why for name, why in record["skipped"].items() if topics.topic_of(name).name in (*topics.FIDELITY, "other")})
         why_not = "; ".join(f"{names}: {why}" for names, why in reasons)
-        return [f"Not measured{f' ({why_not})' if why_not else ''}; kid or swd among the metrics would say it."]
+        told = _region_sentences(record)
+        return [*told, f"{'As a set not' if told else 'Not'} measured{f' ({why_not})' if why_not else ''}; kid or swd among the metrics would say it."]
     others = [item for item in found if item.is_headline and item.metric != headline[0].metric]
-    told = [_headline_sentence(headline), *_class_sentence(found, headline[0].metric), *_others_sentence(others)]
+    told = [_headline_sentence(headline), *_class_sentence(found, headline[0].metric), *_others_sentence(others), *_region_sentences(record)]
     missing = [name for name in ("kid", "swd") if name in record["skipped"]]
     told += [f"{name} was not computed for {'all' if name == headline[0].metric else 'any'}: {record['skipped'][name]}." for name in missing]
     warning = words.few_patients(record["counts"])
@@ -193,6 +194,23 @@ def _others_sentence(others: list[Score]) -> list[str]:
     return [*told, f"Without an interval, so not to be told from chance: {_named(unknown, with_numbers=True)}."] if unknown else told
 
 
+def _region_sentences(record: dict[str, Any]) -> list[str]:
+    """How much the values in regions vary beside real ones, what is shown to differ first."""
+    told = [item for item in record["details"].get("regions", []) if item["ratio"] is not None]
+    if not told:
+        return []
+    told.sort(key=lambda item: item["verdict"] not in ("narrow", "wide"))
+    more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
+    return [f"Spread between images of the value in a region, as a share of the real one: {', '.join(_ratio_words(item) for item in told[:MOST_NAMED])}{more}."]
+
+
+def _ratio_words(item: dict[str, Any]) -> str:
+    name = " ".join(part for part in (item["group"], item["region"]) if part)
+    interval = "no interval" if item["ratio_interval"] is None else f"{item['ratio_interval'][0]:.2f} to {item['ratio_interval'][1]:.2f}"
+    shown = f", too {item['verdict']}" if item["verdict"] in ("narrow", "wide") else ""
+    return f"{name} {item['ratio']:.2f} ({interval}{shown})"
+
+
 def _named(found: list[Score], with_numbers: bool) -> str:
     several = {item.metric for item in found if sum(other.metric == item.metric for other in found) > 1}
     told = []
@@ -238,17 +256,22 @@ def _utility(record: dict[str, Any]) -> list[str]:
     found = scores.from_json(record["scores"])
     if not found:
         return [f"Not measured: {'; '.join(f'{names}: {why}' for names, why in words.grouped_by_reason(record['skipped'])) or 'the stage gave no score'}."]
-    first = found[0].metric
-    arms = [item for item in found if item.metric == first]
-    values = ", ".join(f"{item.group} {words.number(item.value)}" for item in arms)
-    gains = _gains(record, first)
-    return [f"{topics.meaning_of(arms[0]).title} on real test images ({arms[0].n:,}), by what was trained on: {values}.", *([gains] if gains else [])]
+    first = found[0]
+    of_metric = [item for item in found if item.metric == first.metric]
+    values = _by_arm([item for item in of_metric if item.channel == first.channel])
+    of_regions = [f"{channel.partition(': ')[2]}: {_by_arm([item for item in of_metric if item.channel == channel])}." for channel in dict.fromkeys(item.channel for item in of_metric) if channel != first.channel]
+    gains = _gains(record, first.metric)
+    return [f"{topics.meaning_of(first).title} on real test images ({first.n:,}), by what was trained on: {values}.", *of_regions, *([gains] if gains else [])]
+
+
+def _by_arm(found: list[Score]) -> str:
+    return ", ".join(f"{item.group} {words.number(item.value)}" for item in found)
 
 
 def _gains(record: dict[str, Any], metric: str) -> str:
     """What each arm with synthetic images gains over real ones alone, in the stage's own words."""
     told = [item for item in record["details"].get("comparisons", [])
-            if (item["metric"], item["to"]) == (metric, "real") and item["arm"].split()[0] in ("synthetic", "mixed")]  # fmt: skip
+            if (item["metric"], item["to"]) == (metric, "real") and "region" not in item and item["arm"].split()[0] in ("synthetic", "mixed")]  # fmt: skip
     return "; ".join(f"{item['arm']}: {item['words']}" for item in told) + "." if told else ""
 
 

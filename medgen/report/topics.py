@@ -19,6 +19,7 @@ class Topic:
 TOPICS = (
     Topic("distribution", "As a set, are they like real ones?", ("kid", "fid", "fd", "fd_small_n", "cmmd", "swd", "precision", "density")),
     Topic("texture", "Is the texture right?", ("psd",)),
+    Topic("regions", "Are the values in each region right?", ("region_mean", "region_spread", "region_distance")),
     Topic("diversity", "Are they as varied?", ("recall", "coverage", "ms_ssim_diversity", "ssim_pairs", "lpips_diversity")),
     Topic("pairs", "Is each like its real partner?", ("mae", "mae_foreground", "mae_lesion", "mse", "psnr", "ssim", "ms_ssim", "lpips", "registration", "dice", "iou", "hd95")),
     Topic("classes", "Are the classes told apart?", ("auc_real", "auc_synthetic")),
@@ -27,7 +28,7 @@ TOPICS = (
     Topic("utility", "Can a network learn from them?", ("utility_",)),
     Topic("other", "Other scores", ("",)),
 )
-FIDELITY = ("distribution", "texture", "diversity", "pairs")
+FIDELITY = ("distribution", "texture", "regions", "diversity", "pairs")
 
 
 def topic_of(metric: str) -> Topic:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent where people do not expect one."""
+    """Three significant digits, or all before the point; no exponent where people do not expect one."""
     if isinstance(value, int):
         return f"{value:,}"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if 0.001 <= abs(value) < 1000:
+    if 0.001 <= abs(value) < 1e6:
         digits = max(0, 2 - math.floor(math.log10(abs(value))))
-        return f"{value:.{digits}f}"
+        return f"{value:,.{digits}f}"
     return f"{value:.3g}"
 
 

@@ -11,11 +11,12 @@ from medgen import rng
 from medgen.data.store import SliceStore
 from medgen.errors import InputError
 from medgen.spec_utility import Arm, UtilityStage, synthetic_count
+from medgen.utility.regions import as_channels
 from medgen.utility.sides import Sides
 
 
 class Pool(Protocol):
-    """Images and what is to be learnt of each: float32 [n, channels, H, W] in [0, 1], and int64 [n] classes or float32 [n, 1, H, W] masks."""
+    """Images and what is to be learnt of each: float32 [n, channels, H, W] in [0, 1], and int64 [n] classes or float32 [n, regions, H, W] masks."""
 
     def __len__(self) -> int: ...
 
@@ -48,7 +49,7 @@ class RealClasses(RealSlices):
 @dataclass(frozen=True)
 class RealMasks(RealSlices):
     def targets(self, numbers: np.ndarray) -> np.ndarray:
-        return self.store.masks(self.rows[numbers])[:, None].astype(np.float32)
+        return as_channels(self.store.masks(self.rows[numbers]), len(self.store.regions)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,6 @@ def training_set(sides: Sides, settings: UtilityStage, arm: Arm, seed_number: in
     # the same order for all ratios: a smaller set is part of a larger one
     order = rng.permutation(len(sides.dataset.index), sides.seed, "utility/synthetic", seed_number)
     numbers = np.sort(order[: most if arm.ratio is None else synthetic_count(arm.ratio, len(real))])
-    targets = sides.synthetic_labels(numbers) if settings.task == "classification" else sides.synthetic_masks(numbers)[:, None].astype(np.float32)
+    targets = sides.synthetic_labels(numbers) if settings.task == "classification" else as_channels(sides.synthetic_masks(numbers), len(sides.store.regions)).astype(np.float32)
     drawn = InMemory(sides.synthetic_images(numbers), targets)
     return TrainingSet(real, everyone[:0] if arm.kind == "synthetic" else everyone, drawn)

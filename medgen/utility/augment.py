@@ -19,7 +19,7 @@ OFFSET = 0.1  # of the window
 
 
 def classical(images: Tensor, masks: Tensor | None, seed: int, stream: str, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """images [n, channels, H, W] in [0, 1] and their masks [n, 1, H, W], changed alike; sample i depends on positions[i] alone.
+    """images [n, channels, H, W] in [0, 1] and their masks [n, regions, H, W], changed alike; sample i depends on positions[i] alone.
 
     Half are mirrored left to right. Outside the image is 0. All channels of an image get the same intensity."""
     drawn = torch.stack([rng.uniform_per_sample(seed, f"{stream}/{number}", [(position,) for position in positions]) for number in range(7)], dim=1)

@@ -8,7 +8,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,27 @@ from medgen.evaluate.scores import MEANINGS, Score, score
 from medgen.plan import PlannedStage
 from medgen.spec_utility import UtilityStage
 from medgen.task import Work
-from medgen.utility import resampling, trials
+from medgen.utility import regions, resampling, trials
+from medgen.utility.regions import Region, column
 from medgen.utility.resampling import Resampled, Statistic
 from medgen.utility.trials import Record
 
 COMPARED_WITH = ("real", "duplicated", "augmented")
-Table = dict[str, dict[str, Resampled]]  # metric -> arm -> what it reached
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every arm is asked. `region`: one of several; None: their mean, or the only one, or what no region is part of."""
+
+    metric: str
+    region: Region = None
+
+    @property
+    def name(self) -> str:
+        return self.metric if self.region is None else f"{self.metric} {self.region}"
+
+
+Table = dict[Question, dict[str, Resampled]]  # by arm, what it reached
 
 
 def collect_utility(work: Work, source: PlannedStage) -> list[Path]:
@@ -35,7 +50,7 @@ def collect_utility(work: Work, source: PlannedStage) -> list[Path]:
     records = trials.read_all(work, source)
     _require_one_test_set(records, source.name)
     table, skipped = _table(settings, records, work.plan.seed)
-    found = [_score(metric, arm, reached, settings, records[0], work.plan.seed) for metric, arms in table.items() for arm, reached in arms.items()]
+    found = [_score(question, arm, reached, settings, records[0], work.plan.seed) for question, arms in table.items() for arm, reached in arms.items()]
     comparisons = list(_comparisons(table))
     record = {
         "schema": scores.METRICS_SCHEMA, "kind": "utility", "stage": source.name, "of": settings.of, "against": "test", "task": settings.task,
@@ -45,10 +60,14 @@ def collect_utility(work: Work, source: PlannedStage) -> list[Path]:
     }  # fmt: skip
     for item in comparisons:
         if item["to"] == "real":
-            work.say(f"{item['metric']}, {item['arm']}: {item['words']}")
+            work.say(f"{item['metric']}, {_of(item)}{item['arm']}: {item['words']}")
     files.write_json(work.run.metrics(source.name), record)
     files.write_text(work.run.predictions(source.name), _predictions(settings, records))
     return [work.run.metrics(source.name), work.run.predictions(source.name)]
+
+
+def _of(item: dict[str, Any]) -> str:
+    return f"{item['region']}, " if "region" in item else ""
 
 
 def _require_one_test_set(records: list[Record], stage: str) -> None:
@@ -61,18 +80,18 @@ def _table(settings: UtilityStage, records: list[Record], seed: int) -> tuple[Ta
     """Every metric of every arm, and why metrics are left out."""
     names, patients = np.unique(records[0]["test"]["patient"], return_inverse=True)
     weights = intervals.draw_weights(len(names), intervals.REPLICATES, seed, "utility")
-    of_trials = [_statistics(settings, record["test"], patients, len(names)) for record in records]
+    of_trials = [_statistics(settings, record, patients, len(names)) for record in records]
     table: Table = {}
     skipped: dict[str, str] = {}
-    for metric in of_trials[0]:
+    for question in of_trials[0]:
         arms = {
-            arm.name: resampling.resampled([statistics[metric] for statistics, record in zip(of_trials, records, strict=True) if record["arm"] == arm.name], weights)
+            arm.name: resampling.resampled([statistics[question] for statistics, record in zip(of_trials, records, strict=True) if record["arm"] == arm.name], weights)
             for arm in settings.all_arms
         }  # fmt: skip
         if all(np.isfinite(reached.by_seed).all() for reached in arms.values()):
-            table[metric] = arms
+            table[question] = arms
         else:
-            skipped[metric] = LEFT_OUT[metric]
+            skipped[question.name] = _why_left_out(question, records[0])
     return table, skipped
 
 
@@ -83,31 +102,51 @@ LEFT_OUT = {
 }
 
 
-def _statistics(settings: UtilityStage, test: dict[str, Any], patients: np.ndarray, count: int) -> dict[str, Statistic]:
+def _why_left_out(question: Question, record: Record) -> str:
+    if question.region is not None:
+        return f"no test slice shows {question.region}"
+    several = len(regions.of_sides(record["sides"])) > 1
+    return LEFT_OUT[question.metric].replace("has a lesion", "shows a region") if several else LEFT_OUT[question.metric]
+
+
+def _statistics(settings: UtilityStage, record: Record, patients: np.ndarray, count: int) -> dict[Question, Statistic]:
+    test = record["test"]
     if settings.task == "classification":
         labels, probabilities = np.array(test["label"]), np.array(test["probabilities"])
         return {
-            "utility_balanced_accuracy": resampling.balanced_accuracy(labels, probabilities, patients, count),
-            "utility_macro_f1": resampling.macro_f1(labels, probabilities, patients, count),
-            "utility_auc": resampling.area_under_curve(labels, probabilities, patients, count),
+            Question("utility_balanced_accuracy"): resampling.balanced_accuracy(labels, probabilities, patients, count),
+            Question("utility_macro_f1"): resampling.macro_f1(labels, probabilities, patients, count),
+            Question("utility_auc"): resampling.area_under_curve(labels, probabilities, patients, count),
         }
-    with_lesion, dice, found = np.array(test["lesion_pixels"]) > 0, np.array(test["dice"]), np.array(test["found_pixels"]) > 0
+    names = regions.of_sides(record["sides"])
+    shown = {region: np.array(test[column("lesion_pixels", region)]) > 0 for region in names}
+    dice = {region: resampling.mean_where(np.array(test[column("dice", region)]), shown[region], patients, count) for region in names}
+    found = np.any([np.array(test[column("found_pixels", region)]) > 0 for region in names], axis=0)
+    there = [region for region in names if shown[region].any()] or names
     return {
-        "utility_dice": resampling.mean_where(dice, with_lesion, patients, count),
-        "utility_false_positives": resampling.mean_where(found.astype(float), ~with_lesion, patients, count),
+        Question("utility_dice"): resampling.together([dice[region] for region in there]),
+        **({Question("utility_dice", region): dice[region] for region in names} if len(names) > 1 else {}),
+        Question("utility_false_positives"): resampling.mean_where(found.astype(float), ~np.any(list(shown.values()), axis=0), patients, count),
     }
 
 
-def _score(metric: str, arm: str, reached: Resampled, settings: UtilityStage, record: Record, seed: int) -> Score:
+def _score(question: Question, arm: str, reached: Resampled, settings: UtilityStage, record: Record, seed: int) -> Score:
     network = settings.network if settings.task == "classification" else f"U-Net {settings.channels}"
     protocol = "; ".join([
         f"{network} from random weights, {settings.steps} steps of {settings.batch_size} for every arm, AdamW {settings.lr:g}",
         f"the best of {len(record['val'])} looks at the real val split is taken, in every arm" + (", and the model that drew the images saw that split" if "val" in record["sides"]["model_saw"] else ""),
-        f"real test split, seen once; mean over {_seeds(settings.seeds)}",
+        f"real test split, seen once; mean over {_seeds(settings.seeds)}", *_over_regions(question, record),
         intervals.describe(np.array(record["test"]["patient"]), "patient"), f"seed {seed}",
     ])  # fmt: skip
     images = len(record["test"]["id"])
-    return score(metric, ", ".join(record["sides"]["channels"]), reached.value, reached.interval, None, images, protocol, group=arm)
+    return score(question.metric, regions.channel(record["sides"]["channels"], question.region), reached.value, reached.interval, None, images, protocol, group=arm)
+
+
+def _over_regions(question: Question, record: Record) -> list[str]:
+    names = regions.of_sides(record["sides"])
+    if len(names) == 1 or question.metric != "utility_dice":
+        return []
+    return [f"{regions.listed(names)} learnt together, one channel each; each over the slices that show it, of all regions the mean over those that some slice shows"]
 
 
 def _seeds(count: int) -> str:
@@ -116,13 +155,14 @@ def _seeds(count: int) -> str:
 
 def _comparisons(table: Table) -> Iterator[dict[str, Any]]:
     """Every arm with real, duplicated and augmented, as far as they are there."""
-    for metric, arms in table.items():
-        better = MEANINGS[metric].better
+    for question, arms in table.items():
+        better = MEANINGS[question.metric].better
+        asked = {"metric": question.metric, **({} if question.region is None else {"region": question.region})}
         assert better != "closer to floor"
         for other in COMPARED_WITH:
             for arm in arms if other in arms else ():
                 if arm != other and (other == "real" or arm not in COMPARED_WITH):
-                    yield {"metric": metric, "arm": arm, "to": other, **asdict(resampling.difference(arms[arm], arms[other], other, better))}
+                    yield {**asked, "arm": arm, "to": other, **asdict(resampling.difference(arms[arm], arms[other], other, better))}
 
 
 def _arms(settings: UtilityStage, records: list[Record], table: Table) -> list[dict[str, Any]]:
@@ -132,23 +172,25 @@ def _arms(settings: UtilityStage, records: list[Record], table: Table) -> list[d
         own = [record for record in records if record["arm"] == arm.name]
         seeds = [
             {"seed": record["seed"], "chosen_step": record["chosen_step"], "val": record["val"],
-             **{metric: float(arms[arm.name].by_seed[place]) for metric, arms in table.items()}}
+             **{question.name: float(arms[arm.name].by_seed[place]) for question, arms in table.items()}}
             for place, record in enumerate(own)
         ]  # fmt: skip
-        described.append({"arm": arm.name, "kind": arm.kind, "ratio": arm.ratio, "images": own[0]["images"], "spread": {metric: arms[arm.name].spread for metric, arms in table.items()}, "seeds": seeds})
+        described.append({"arm": arm.name, "kind": arm.kind, "ratio": arm.ratio, "images": own[0]["images"], "spread": {question.name: arms[arm.name].spread for question, arms in table.items()}, "seeds": seeds})
     return described
 
 
 def _counts(record: Record) -> dict[str, int]:
     test = record["test"]
     counts = {"test": len(test["id"]), "test_patients": len(set(test["patient"]))}
-    return counts | ({"test_with_lesion": sum(pixels > 0 for pixels in test["lesion_pixels"])} if "lesion_pixels" in test else {})
+    pixels = {region: column("lesion_pixels", region) for region in regions.of_sides(record["sides"])}
+    return counts | {f"test_with_{region or 'lesion'}": sum(number > 0 for number in test[name]) for region, name in pixels.items() if name in test}
 
 
 def _predictions(settings: UtilityStage, records: list[Record]) -> str:
     """A line for each test image of each trial."""
     classes = records[0]["classes"]
-    answers = ["label", "predicted", *(f"probability_{name}" for name in classes)] if settings.task == "classification" else ["lesion_pixels", "found_pixels", "dice"]
+    segmented = [column(name, region) for region in regions.of_sides(records[0]["sides"]) for name in ("lesion_pixels", "found_pixels", "dice")]
+    answers = ["label", "predicted", *(f"probability_{name}" for name in classes)] if settings.task == "classification" else segmented
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "patient", "arm", "seed", *answers])

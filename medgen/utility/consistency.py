@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,24 @@ from medgen.evaluate.scores import Score, score
 from medgen.plan import PlannedStage
 from medgen.spec_utility import StructureStage
 from medgen.task import Work
-from medgen.utility import resampling, trials
+from medgen.utility import regions, resampling, trials
+from medgen.utility.regions import Region, column
 from medgen.utility.resampling import Resampled
 from medgen.utility.trials import Record
 
 LOW_CEILING = 0.5
 WITH_LESION = "mean over images whose mask has a lesion"
+WITH_REGION = "mean over images whose mask shows the region"
 QUICK_LOOK = "quick look, no segmenter"
-COLUMNS = ("id", "group", "bin", "found_pixels", "dice", "iou", "hd95_mm", "dice_shuffled")
+OF_A_LESION = ("bin", "found_pixels", "dice", "iou", "hd95_mm", "dice_shuffled")
+OF_A_REGION = ("pixels", *OF_A_LESION[1:])
+
+
+Counted = dict[Region, np.ndarray]  # bool [n] of each region, the images whose answer about it is part of a score
+
+
+def _any(counted: Counted) -> np.ndarray:
+    return np.asarray(np.any(list(counted.values()), axis=0))
 
 
 @dataclass(frozen=True)
@@ -39,23 +48,30 @@ class Side:
 
     @property
     def bins(self) -> np.ndarray:
+        """Of data with one region."""
         return np.array(self.answers[0]["bin"])
+
+    def shows(self, region: Region) -> np.ndarray:
+        """bool [n], the images whose mask has the region, or a lesion."""
+        return self.bins != masks.NO_LESION if region is None else np.array(self.answers[0][column("pixels", region)]) > 0
 
     def groups(self, counted: np.ndarray) -> np.ndarray:
         return np.array(self.answers[0]["group"])[counted]
 
-    def mean(self, column: str, counted: np.ndarray) -> Resampled:
-        """Of the images that are counted, bool [n], and have a value."""
+    def mean(self, name: str, counted: Counted) -> Resampled:
+        """Of the images that are counted and have a value; of several regions the mean over them."""
         statistics = []
         for answers in self.answers:
-            values = np.array(answers[column], dtype=float)
-            usable = counted & np.isfinite(values)
-            statistics.append(resampling.mean_where(np.nan_to_num(values), usable, self.members, self.weights.shape[1]))
+            parts = []
+            for region, images in counted.items():
+                values = np.array(answers[column(name, region)], dtype=float)
+                parts.append(resampling.mean_where(np.nan_to_num(values), images & np.isfinite(values), self.members, self.weights.shape[1]))
+            statistics.append(resampling.together(parts))
         return resampling.resampled(statistics, self.weights)
 
-    def left_out(self, column: str, counted: np.ndarray) -> int:
-        """How many of the counted have no value, of all seeds together."""
-        return sum(int((counted & ~np.isfinite(np.array(answers[column], dtype=float))).sum()) for answers in self.answers)
+    def left_out(self, name: str, counted: Counted) -> int:
+        """How many of the counted have no value, of all seeds and regions together."""
+        return sum(int((images & ~np.isfinite(np.array(answers[column(name, region)], dtype=float))).sum()) for answers in self.answers for region, images in counted.items())
 
 
 def _side(answers: list[dict[str, list[Any]]], seed: int, stream: str) -> Side:
@@ -70,11 +86,13 @@ def collect_structure(work: Work, source: PlannedStage) -> list[Path]:
     seed = work.plan.seed
     real, synthetic = _side([record["real"] for record in records], seed, "structure_real"), _side([record["synthetic"] for record in records], seed, "structure_synthetic")
     found, skipped, spread = _all_scores(settings, records, real, synthetic, seed)
-    words, warnings = _words(found)
+    channels, names = records[0]["sides"]["channels"], regions.of_sides(records[0]["sides"])
+    words, warnings = _words(found, channels, names)
+    drawn = {region: synthetic.shows(region) for region in names}
     record = {
         "schema": scores.METRICS_SCHEMA, "kind": "structure", "stage": source.name, "of": settings.of, "against": settings.against,
-        "scores": scores.to_json(found), "skipped": skipped, "counts": _counts(real, synthetic),
-        "details": {"words": words, "warnings": warnings, "spread": spread, "nothing_found": synthetic.left_out("hd95_mm", synthetic.bins != masks.NO_LESION), "seeds": _seeds(records, real, synthetic), "quick_look": _quick_look(real, synthetic)},
+        "scores": scores.to_json(found), "skipped": skipped, "counts": _counts(real, synthetic, names),
+        "details": {"words": words, "warnings": warnings, "spread": spread, "nothing_found": synthetic.left_out("hd95_mm", drawn), "seeds": _seeds(records, real, synthetic, names), "quick_look": _quick_look(real, synthetic) if names == regions.ONE else None},
         "inputs": records[0]["sides"],
     }  # fmt: skip
     for line in [words, *warnings]:
@@ -86,32 +104,43 @@ def collect_structure(work: Work, source: PlannedStage) -> list[Path]:
 
 def _all_scores(settings: StructureStage, records: list[Record], real: Side, synthetic: Side, seed: int) -> tuple[list[Score], dict[str, str], dict[str, float | None]]:
     """Scores, the reason for what is left out, and the standard deviation over seeds of each score by its name."""
-    channel = ", ".join(records[0]["sides"]["channels"])
+    channels, names = records[0]["sides"]["channels"], regions.of_sides(records[0]["sides"])
     found: list[Score] = []
     skipped: dict[str, str] = {}
     spread: dict[str, float | None] = {}
 
-    def add(metric: str, reached: Resampled, side: Side, counted: np.ndarray, floor: Resampled | None = None, group: str | None = None, what: str = WITH_LESION) -> None:
+    def add(metric: str, region: Region, reached: Resampled, side: Side, counted: np.ndarray, floor: Resampled | None = None, group: str | None = None, what: str = "") -> None:
         if not np.isfinite(reached.by_seed).all():
-            skipped.setdefault(metric if group is None else f"{metric} {group}", "there is no such image, or nothing is found in any")
+            skipped.setdefault(" ".join(word for word in (metric, region, group) if word), "there is no such image, or nothing is found in any")
             return
         ceiling = floor.value if floor is not None and np.isfinite(floor.by_seed).all() else None
-        found.append(score(metric, channel, reached.value, reached.interval, ceiling, int(counted.sum()), _protocol(settings, records[0], side, counted, seed, what), group))
+        protocol = _protocol(settings, records[0], side, counted, seed, what)
+        found.append(score(metric, regions.channel(channels, region), reached.value, reached.interval, ceiling, int(counted.sum()), protocol, group))
         spread[found[-1].name] = reached.spread
 
-    ours, theirs = synthetic.bins != masks.NO_LESION, real.bins != masks.NO_LESION
-    for metric, column in (("structure_dice", "dice"), ("structure_iou", "iou"), ("structure_hd95", "hd95_mm")):
-        add(metric, synthetic.mean(column, ours), synthetic, ours, real.mean(column, theirs), what=WITH_LESION + (" and in which something is found" if column == "hd95_mm" else ""))
-    add("structure_dice_real", real.mean("dice", theirs), real, theirs)
-    controlled = ours & np.array([value is not None for value in synthetic.answers[0]["dice_shuffled"]])
-    add("structure_dice_shuffled", synthetic.mean("dice_shuffled", controlled), synthetic, controlled, what=WITH_LESION + ", against masks of other patients, or of other images where they are nobody's")
-    add("structure_dice_ratio", _ratio(synthetic.mean("dice", ours), real.mean("dice", theirs)), synthetic, ours, what=WITH_LESION + ", both sides resampled")
-    add("structure_false_positives", _found_something(synthetic, ~ours), synthetic, ~ours, _found_something(real, ~theirs), what="share of images whose mask is empty")
-    for name in masks.BINS:
+    there = _in_both(real, synthetic, names)
+    usual = WITH_LESION if names == regions.ONE else f"{WITH_REGION}, and of all the mean over {regions.listed(there)}"
+    for region, members in [(None, there), *([(name, (name,)) for name in names] if len(names) > 1 else [])]:
+        ours, theirs = ({name: side.shows(name) for name in members} for side in (synthetic, real))
+        for metric, column_name in (("structure_dice", "dice"), ("structure_iou", "iou"), ("structure_hd95", "hd95_mm")):
+            what = usual + (" and in which something is found" if column_name == "hd95_mm" else "")
+            add(metric, region, synthetic.mean(column_name, ours), synthetic, _any(ours), real.mean(column_name, theirs), what=what)
+        add("structure_dice_real", region, real.mean("dice", theirs), real, _any(theirs), what=usual)
+        controlled = {name: ours[name] & np.array([value is not None for value in synthetic.answers[0][column("dice_shuffled", name)]]) for name in members}
+        add("structure_dice_shuffled", region, synthetic.mean("dice_shuffled", controlled), synthetic, _any(controlled), what=usual + ", against masks of other patients, or of other images where they are nobody's")
+        add("structure_dice_ratio", region, _ratio(synthetic.mean("dice", ours), real.mean("dice", theirs)), synthetic, _any(ours), what=usual + ", both sides resampled")
+    empty, empty_real = (~_any({name: side.shows(name) for name in names}) for side in (synthetic, real))
+    add("structure_false_positives", None, _found_something(synthetic, empty, names), synthetic, empty, _found_something(real, empty_real, names), what="share of images whose mask is empty")
+    for name in masks.BINS if names == regions.ONE else ():
         of_bin = synthetic.bins == name
         if of_bin.any():
-            add("structure_dice", synthetic.mean("dice", of_bin), synthetic, of_bin, real.mean("dice", real.bins == name), name, WITH_LESION + ", by the longest diameter of its largest lesion")
+            add("structure_dice", None, synthetic.mean("dice", {None: of_bin}), synthetic, of_bin, real.mean("dice", {None: real.bins == name}), name, WITH_LESION + ", by the longest diameter of its largest lesion")
     return found, skipped, spread
+
+
+def _in_both(real: Side, synthetic: Side, names: tuple[Region, ...]) -> tuple[Region, ...]:
+    """The regions that both sides show: a mean over others would compare unlike things."""
+    return tuple(name for name in names if real.shows(name).any() and synthetic.shows(name).any()) or names
 
 
 def _ratio(first: Resampled, second: Resampled) -> Resampled:
@@ -120,9 +149,9 @@ def _ratio(first: Resampled, second: Resampled) -> Resampled:
         return Resampled(first.by_seed / second.by_seed, first.replicates / second.replicates, min(first.patients, second.patients))
 
 
-def _found_something(side: Side, counted: np.ndarray) -> Resampled:
-    statistics = [resampling.mean_where(np.array(answers["found_pixels"]) > 0, counted, side.members, side.weights.shape[1]) for answers in side.answers]
-    return resampling.resampled(statistics, side.weights)
+def _found_something(side: Side, counted: np.ndarray, names: tuple[Region, ...]) -> Resampled:
+    found = [np.any([np.array(answers[column("found_pixels", region)]) > 0 for region in names], axis=0) for answers in side.answers]
+    return resampling.resampled([resampling.mean_where(anything, counted, side.members, side.weights.shape[1]) for anything in found], side.weights)
 
 
 def _protocol(settings: StructureStage, first: Record, side: Side, counted: np.ndarray, seed: int, what: str) -> str:
@@ -134,21 +163,29 @@ def _protocol(settings: StructureStage, first: Record, side: Side, counted: np.n
     ])  # fmt: skip
 
 
-def _words(found: list[Score]) -> tuple[str, list[str]]:
+def _words(found: list[Score], channels: list[str], names: tuple[Region, ...]) -> tuple[str, list[str]]:
     """The result in a line, and what stands against reading it."""
-    values = {item.metric: item.value for item in found if item.group is None}
-    if "structure_dice" not in values or "structure_dice_real" not in values:
-        return "nothing can be said: no image, or no real slice, has a lesion", []
-    ratio = f", {values['structure_dice_ratio']:.0%} of it" if "structure_dice_ratio" in values else ""
-    control = f"; {values['structure_dice_shuffled']:.3f} against the masks of others" if "structure_dice_shuffled" in values else ""
-    words = f"the segmenter reaches Dice {values['structure_dice_real']:.3f} on real images and {values['structure_dice']:.3f} on synthetic ones{ratio}{control}"
-    low = f"the segmenter itself reaches only {values['structure_dice_real']:.3f} on real images: train it for more steps before the rest is read"
-    return words, [low] if values["structure_dice_real"] < LOW_CEILING else []
+    values = {(item.metric, item.channel): item.value for item in found if item.group is None}
+    whole = regions.channel(channels, None)
+    if ("structure_dice", whole) not in values or ("structure_dice_real", whole) not in values:
+        return f"nothing can be said: no image, or no real slice, {'has a lesion' if names == regions.ONE else 'shows a region'}", []
+    told = f"the segmenter reaches {_reached(values, whole)}"
+    parts = {region: regions.channel(channels, region) for region in names if region is not None}
+    told += "".join(f"; {region}: {_reached(values, channel)}" for region, channel in parts.items() if {("structure_dice", channel), ("structure_dice_real", channel)} <= set(values))
+    ceiling = values["structure_dice_real", whole]
+    low = f"the segmenter itself reaches only {ceiling:.3f} on real images: train it for more steps before the rest is read"
+    return told, [low] if ceiling < LOW_CEILING else []
 
 
-def _seeds(records: list[Record], real: Side, synthetic: Side) -> list[dict[str, Any]]:
-    ours, theirs = synthetic.bins != masks.NO_LESION, real.bins != masks.NO_LESION
-    of_ours, of_theirs = synthetic.mean("dice", ours).by_seed, real.mean("dice", theirs).by_seed
+def _reached(values: dict[tuple[str, str], float], channel: str) -> str:
+    ratio = f", {values['structure_dice_ratio', channel]:.0%} of it" if ("structure_dice_ratio", channel) in values else ""
+    control = f"; {values['structure_dice_shuffled', channel]:.3f} against the masks of others" if ("structure_dice_shuffled", channel) in values else ""
+    return f"Dice {values['structure_dice_real', channel]:.3f} on real images and {values['structure_dice', channel]:.3f} on synthetic ones{ratio}{control}"
+
+
+def _seeds(records: list[Record], real: Side, synthetic: Side, names: tuple[Region, ...]) -> list[dict[str, Any]]:
+    there = _in_both(real, synthetic, names)
+    of_ours, of_theirs = (side.mean("dice", {name: side.shows(name) for name in there}).by_seed for side in (synthetic, real))
     return [
         {"seed": record["seed"], "chosen_step": record["chosen_step"], "val": record["val"], "dice": _number(of_ours[place]), "dice_real": _number(of_theirs[place])}
         for place, record in enumerate(records)
@@ -171,23 +208,24 @@ def _quick_look(real: Side, synthetic: Side) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _counts(real: Side, synthetic: Side) -> dict[str, int]:
-    counted: Callable[[Side], int] = lambda side: int((side.bins != masks.NO_LESION).sum())  # noqa: E731
-    return {
-        "synthetic": len(synthetic.bins), "synthetic_with_lesion": counted(synthetic), "real": len(real.bins), "real_with_lesion": counted(real),
-        "real_patients": real.weights.shape[1],
-    }  # fmt: skip
+def _counts(real: Side, synthetic: Side, names: tuple[Region, ...]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, side in (("synthetic", synthetic), ("real", real)):
+        counts |= {name: len(side.members), **{f"{name}_with_{region or 'lesion'}": int(side.shows(region).sum()) for region in names}}
+    return counts | {"real_patients": real.weights.shape[1]}
 
 
 def _predictions(records: list[Record]) -> str:
     """A line for each image of each side and seed."""
+    names = regions.of_sides(records[0]["sides"])
+    wanted = ["id", "group", *(column(name, region) for region in names for name in (OF_A_LESION if region is None else OF_A_REGION))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["side", "seed", *COLUMNS])
+    writer.writerow(["side", "seed", *wanted])
     for record in records:
         for side in ("real", "synthetic"):
             answers = record[side]
-            columns = [answers[name] if name in answers else [None] * len(answers["id"]) for name in COLUMNS]
+            columns = [answers[name] if name in answers else [None] * len(answers["id"]) for name in wanted]
             for line in zip(*columns, strict=True):
                 writer.writerow([side, record["seed"], *("" if value is None else value for value in line)])
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""What a network learns and is asked: the class of an image, or where the lesion is. Used by the utility stage, structure.py and fitting.py."""
+"""What a network learns and is asked: the class of an image, or where the lesion or each region is. Used by the utility stage, structure.py and fitting.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from medgen.evaluate import masks
 from medgen.spec_utility import UtilityStage
 from medgen.utility import augment, networks
 from medgen.utility.arms import Pool, RealClasses, RealMasks, TrainingSet
+from medgen.utility.regions import as_channels, column
 from medgen.utility.sides import Sides
 
 ASKED_AT_ONCE = 64
@@ -57,7 +58,7 @@ class Learner:
         raise NotImplementedError
 
     def ask(self, network: nn.Module, pool: Pool, device: torch.device) -> np.ndarray:
-        """float32 [n, classes], or [n, 1, H, W]: probabilities."""
+        """float32 [n, classes], or [n, regions, H, W]: probabilities."""
         network.eval()
         parts = []
         with torch.no_grad():
@@ -89,28 +90,35 @@ class Classifier(Learner):
 @dataclass
 class Segmenter(Learner):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of every pixel, and one minus the Dice of the whole batch: slices without a lesion have none of their own."""
+        """Cross-entropy of every pixel, and one minus the Dice of the whole batch, the mean over the regions: slices without a lesion have none of their own."""
         chance = outputs.sigmoid()
-        overlap = (2 * (chance * targets).sum() + 1) / (chance.sum() + targets.sum() + 1)
+        both = zip(chance.unbind(1), targets.unbind(1), strict=True)
+        overlap = torch.stack([(2 * (found * truth).sum() + 1) / (found.sum() + truth.sum() + 1) for found, truth in both]).mean()
         return functional.binary_cross_entropy_with_logits(outputs, targets) + 1 - overlap
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
 
     def found(self, network: nn.Module, pool: Pool, device: torch.device) -> np.ndarray:
-        """bool [n, H, W]"""
-        return self.ask(network, pool, device)[:, 0] > THRESHOLD
+        """bool [n, regions, H, W]"""
+        return self.ask(network, pool, device) > THRESHOLD
 
     def quality(self, network: nn.Module, device: torch.device) -> float:
-        """Dice over all pixels of all validation slices together: what is found where nothing is counts as well."""
-        truth = self.validation.targets(np.arange(len(self.validation)))[:, 0] > 0
+        """Dice over all pixels of all validation slices together, the mean over the regions: what is found where nothing is counts as well."""
+        truth = self.validation.targets(np.arange(len(self.validation))) > 0
         found = self.found(network, self.validation, device)
-        return float(2 * (found & truth).sum() / max(1, found.sum() + truth.sum()))
+        both = [(found[:, place], truth[:, place]) for place in range(truth.shape[1])]
+        return float(np.mean([2 * (ours & theirs).sum() / max(1, ours.sum() + theirs.sum()) for ours, theirs in both]))
 
     def answers(self, network: nn.Module, rows: np.ndarray, device: torch.device) -> dict[str, list[Any]]:
         found = self.found(network, RealMasks(self.sides.store, self.sides.channels, rows), device)
-        truth = self.sides.store.masks(rows) > 0
-        return {"lesion_pixels": truth.sum(axis=(1, 2)).tolist(), "found_pixels": found.sum(axis=(1, 2)).tolist(), "dice": masks.dice(found, truth).tolist()}
+        truth = as_channels(self.sides.store.masks(rows), found.shape[1])
+        answers: dict[str, list[Any]] = {}
+        for place, region in enumerate(self.sides.regions):
+            ours, theirs = found[:, place], truth[:, place]
+            columns = {"lesion_pixels": theirs.sum(axis=(1, 2)).tolist(), "found_pixels": ours.sum(axis=(1, 2)).tolist(), "dice": masks.dice(ours, theirs).tolist()}
+            answers |= {column(name, region): values for name, values in columns.items()}
+        return answers
 
 
 def of_task(settings: UtilityStage, sides: Sides, training_set: TrainingSet, validation_rows: np.ndarray, seed: int, augmented: bool) -> Learner:
@@ -123,5 +131,5 @@ def of_task(settings: UtilityStage, sides: Sides, training_set: TrainingSet, val
 
 
 def segmenter(channels: list[int], sides: Sides, training_set: TrainingSet, validation_rows: np.ndarray, seed: int, augmented: bool) -> Segmenter:
-    network = networks.unet(len(sides.channels), channels, seed)
+    network = networks.unet(len(sides.channels), channels, seed, len(sides.regions))
     return Segmenter(network, training_set, RealMasks(sides.store, sides.channels, validation_rows), sides, seed, augmented)

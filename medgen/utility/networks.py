@@ -12,17 +12,17 @@ from medgen.pretrained import torchvision_operators
 PRIOR_LOGIT = -4.0  # lesions are a few pixels in a hundred: begun at a half, the first hundreds of steps only learn that (Lin et al., ICCV 2017)
 
 
-def unet(channels_in: int, channels: list[int], seed: int) -> nn.Module:
-    """MONAI's residual U-Net: [n, channels_in, H, W] to logits [n, 1, H, W].
+def unet(channels_in: int, channels: list[int], seed: int, regions: int = 1) -> nn.Module:
+    """MONAI's residual U-Net: [n, channels_in, H, W] to logits [n, regions, H, W].
 
     Batch norm, because instance norm takes away how bright an image is: the brightest of a slice without a lesion then looks like one."""
     from monai.networks.nets.unet import UNet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = UNet(spatial_dims=2, in_channels=channels_in, out_channels=1, channels=channels, strides=[2] * (len(channels) - 1), num_res_units=2, norm="BATCH")
+        network = UNet(spatial_dims=2, in_channels=channels_in, out_channels=regions, channels=channels, strides=[2] * (len(channels) - 1), num_res_units=2, norm="BATCH")
     last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
-    assert last.out_channels == 1 and last.bias is not None
+    assert last.out_channels == regions and last.bias is not None
     nn.init.constant_(last.bias, PRIOR_LOGIT)
     return network
 

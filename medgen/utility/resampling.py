@@ -5,6 +5,7 @@ all arms can be drawn with the same patients: their differences are paired."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -105,7 +106,12 @@ def _won(scores: np.ndarray, is_class: np.ndarray, patients: np.ndarray, count: 
     return won
 
 
-def mean_where(values: np.ndarray, counted: np.ndarray, patients: np.ndarray, count: int) -> Statistic:
+def together(parts: Sequence[MeanOfShares]) -> MeanOfShares:
+    """The mean of several statistics of the same patients."""
+    return MeanOfShares(np.concatenate([part.numerators for part in parts], axis=1), np.concatenate([part.denominators for part in parts], axis=1))
+
+
+def mean_where(values: np.ndarray, counted: np.ndarray, patients: np.ndarray, count: int) -> MeanOfShares:
     """Of images that are counted, bool [n]."""
     columns = np.where(counted, values, 0.0)[:, None]
     return MeanOfShares(per_patient(columns, patients, count), per_patient(counted[:, None].astype(float), patients, count))
@@ -142,7 +148,7 @@ class Resampled:
         return Resampled(self.by_seed - other.by_seed, self.replicates - other.replicates, self.patients)
 
 
-def resampled(of_seeds: list[Statistic], weights: np.ndarray) -> Resampled:
+def resampled(of_seeds: Sequence[Statistic], weights: np.ndarray) -> Resampled:
     """weights [replicates, patients], from intervals.draw_weights."""
     whole = np.ones((1, weights.shape[1]))
     by_seed = np.array([float(statistic.of(whole)[0]) for statistic in of_seeds])

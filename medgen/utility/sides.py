@@ -17,6 +17,8 @@ from medgen.plan import Plan, collect_name
 from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
 from medgen.task import Work
+from medgen.utility import regions
+from medgen.utility.regions import Region
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,15 @@ class Sides:
         return tuple(self.dataset.image_channels)
 
     @property
+    def regions(self) -> tuple[Region, ...]:
+        """What is to be found in an image: None is the only one."""
+        return regions.named(self.store.regions)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What every result says of them."""
-        return {"channels": list(self.channels), "size": self.store.size, "data_fingerprint": self.store.fingerprint, "dataset_index_sha256": self.dataset.index_sha256, "model_saw": list(self.seen)}
+        several = {"regions": list(self.store.regions)} if len(self.regions) > 1 else {}
+        return {"channels": list(self.channels), "size": self.store.size, "data_fingerprint": self.store.fingerprint, "dataset_index_sha256": self.dataset.index_sha256, "model_saw": list(self.seen), **several}
 
     @property
     def identity(self) -> str:
@@ -64,7 +72,7 @@ class Sides:
         return np.stack([self._read(channel, numbers) for channel in self.channels], axis=1)
 
     def synthetic_masks(self, numbers: np.ndarray) -> np.ndarray:
-        """uint8 [n, H, W]: what each image was drawn on, or with."""
+        """uint8 [n, H, W], the number of each pixel's region: what each image was drawn on, or with."""
         return self._read(MASK, numbers)
 
     def _read(self, channel: str, numbers: np.ndarray) -> np.ndarray:
