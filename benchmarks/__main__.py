@@ -20,6 +20,7 @@ from benchmarks import (
     loop,
     pacgan,
     planning,
+    sdm,
     startup,
     submit_scale,
     watch_scale,
@@ -28,7 +29,7 @@ from benchmarks import (
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = {"startup": startup.run, "planning": planning.run, "cache": cache.run, "loop": loop.run,
               "submit": submit_scale.run, "watch": watch_scale.run, "checkpoint": checkpoint_sharded.run,
-              "pacgan": pacgan.run, "diffusion": diffusion.run, "evaluation": evaluation.run, "gate": gate.run, "dpwgan": dpwgan.run}
+              "pacgan": pacgan.run, "diffusion": diffusion.run, "evaluation": evaluation.run, "gate": gate.run, "dpwgan": dpwgan.run, "sdm": sdm.run}
 
 
 def machine() -> dict[str, object]:
