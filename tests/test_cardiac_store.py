@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_cardiac_tree import circle, write_contours, write_map, write_patient
 
 from medgen.cardiac.contours import polygon_area
 from medgen.cardiac.rasterise import Grid
 from medgen.data.maps import Canvas, Native, canvas_of, resample
 from medgen.data.store import SliceStore, open_store
+from medgen.dist import Ranks
 from medgen.errors import InputError
+from medgen.models.base import Phase
+from medgen.models.sdm.config import Config
 from medgen.spec_data import DataSpec
+from medgen.training import Training
 
 
 def native(shape: tuple[int, int] = (64, 48), spacing_mm: tuple[float, float] = (1.5, 1.5), heart: tuple[float, float, float, float] = (16, 44, 10, 38)) -> Native:
@@ -195,3 +201,47 @@ def test_keys_without_effect_are_refused(tmp_path: Path, more: dict[str, Any], w
 def test_the_resolved_form_reads_back(tmp_path: Path) -> None:
     found = spec(tmp_path, windows_ms={"T2": [0, 150]})
     assert DataSpec.model_validate(found.model_dump(mode="json")) == found and found.windows_ms == {"T1": (0, 2500), "T2": (0, 150)}
+
+
+def training_on(store: SliceStore, rank: int = 0, world_size: int = 1) -> Training:
+    """As the loop has it, of a family that brings half of its images to other spacings."""
+    config = Config.model_validate({"respacing": {"factors": [0.8, 1.6], "share": 0.5}, "batch_size": 24, "channels": 8, "head_channels": 8})
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    work: Any = SimpleNamespace(plan=SimpleNamespace(seed=7), stage=SimpleNamespace(name="train"))
+    nothing: Any = None
+    return Training(work, ranks, config, {store.size: store}, store.select("train"), np.array([], dtype=int), nothing, [Phase("main", 10, 24, store.size)], nothing)
+
+
+def test_half_of_the_training_images_come_at_another_spacing_with_their_sizes_told(store: SliceStore) -> None:
+    training, changed, factors = training_on(store), 0, []
+    whole_mm2 = polygon_area(circle(14)) * 1.40625 * 1.5
+    for step in range(4):
+        batch = training.batch_of_step(step)
+        assert batch.sizes is not None and batch.labels is not None
+        inside = batch.channels["valid"]
+        for place in range(len(batch)):
+            row_mm, column_mm = batch.sizes.spacing_mm[place].tolist()
+            factors.append(row_mm / 1.40625)
+            changed += abs(factors[-1] - 1) > 1e-6
+            assert column_mm / row_mm == pytest.approx(1.5 / 1.40625, rel=1e-5)
+            rows, columns = inside[place, 0].any(dim=1).sum(), inside[place, 0].any(dim=0).sum()
+            assert batch.sizes.field_mm[place].tolist() == pytest.approx([float(rows) * row_mm, float(columns) * column_mm], rel=1e-5)
+            area_mm2 = float((batch.channels["seg"][place] > 0).sum()) * row_mm * column_mm
+            assert area_mm2 == pytest.approx(whole_mm2, rel=0.05), "the whole heart is there, and as large as ever"
+            assert not batch.channels["image"][place][inside[place] == 0].any()
+    assert 0.35 < changed / 96 < 0.65 and 0.8 <= min(factors) < 0.9 and 1.4 < max(factors) <= 1.6
+
+
+def test_what_is_respaced_and_how_depends_on_the_place_in_the_training_alone(store: SliceStore) -> None:
+    whole, again = training_on(store).batch_of_step(3), training_on(store).batch_of_step(3)
+    parts = [training_on(store, rank, 2).batch_of_step(3) for rank in (0, 1)]
+    for name, channel in whole.channels.items():
+        assert torch.equal(channel, again.channels[name]) and torch.equal(channel, torch.cat([part.channels[name] for part in parts]))
+    assert whole.sizes is not None
+    assert torch.equal(whole.sizes.spacing_mm, torch.cat([part.sizes.spacing_mm for part in parts if part.sizes is not None]))
+    assert not torch.equal(whole.sizes.spacing_mm, training_on(store).batch_of_step(4).sizes.spacing_mm)  # type: ignore[union-attr]
+
+
+def test_validation_sees_images_as_they_were_acquired(store: SliceStore) -> None:
+    batch = training_on(store).batch(store.select("val"), list(range(len(store.select("val")))), "val")
+    assert batch.sizes is not None and torch.equal(batch.sizes.spacing_mm, torch.tensor([[1.40625, 1.5]]).expand(len(batch), 2))
