@@ -128,9 +128,10 @@ def _images(checked: spec.Spec, stage: GenerateStage, count: int) -> Need:
     channels = {*config.output_channels, *(name for name in config.condition_channels if name == "seg")}
     pixels = checked.data.size**2
     value_bytes = 4 if stage.format == "npy" else 2
-    sizes = [pixels * (1 if name == "seg" else value_bytes) for name in channels]
+    exports = [*(2 * pixels for _ in stage.export), *([pixels] if stage.export else [])]  # 16 bits each, and the labels
+    sizes = [*(pixels * (1 if name == "seg" else value_bytes) for name in channels), *exports]
     blocks = sum(-(-size // BLOCK_BYTES) for size in sizes) + 2
-    return Need(images_bytes=count * blocks * BLOCK_BYTES, files=count * (len(channels) + 2))
+    return Need(images_bytes=count * blocks * BLOCK_BYTES, files=count * (len(sizes) + 2))
 
 
 def _checkpoints(run: RunDir, name: str, stage: TrainStage) -> Need:
