@@ -150,9 +150,8 @@ def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     started, keep = time.monotonic(), training.config.loop.keep
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
-    shape = shape_of(training.config, training.store)
-    # the names are for whoever has this checkpoint and not the data
-    state = {**identity(training), "classes": shape.classes, "regions": shape.regions, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)},
+    classes = shape_of(training.config, training.store).classes  # for whoever has this checkpoint and not the data
+    state = {**identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)},
              "window": dist.gathered(training.averages.state(), ranks)}
     if not training.selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:
         metrics = {**metrics, f"{commits.LAST}{training.phase.name}": {"value": clock.step, "better": "higher"}}

@@ -50,7 +50,7 @@ def load(found: Checkpoint) -> Classifier:
     if not config.classifies:
         raise InputError(f"{found.folder}: its model ({state['config']['model']}) does not tell classes apart")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]), tuple(state["regions"]))
+    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]))
     return Classifier(found, trained_model(found, state["config"]["model"], config, shape, device), shape.channels, shape.classes, device)
 
 
