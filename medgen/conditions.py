@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from medgen.cardiac.rasterise import Grid
 from medgen.data.image_files import read_slice
 from medgen.data.store import SliceStore
 from medgen.errors import InputError
+from medgen.models.settings import FamilyConfig
 from medgen.spec_data import SPLITS, DataSpec
 from medgen.spec_stages import GenerateStage
 from medgen.task import Work
 from medgen.training import load_channel
+
+SPACING_TOLERANCE = 0.02  # beyond those that were trained on
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,42 @@ class Classes:
         return index - first, self.ends[self.of(index)] - first
 
 
+def classes_of(settings: GenerateStage, store: SliceStore) -> Classes:
+    """Raises InputError if per_class does not count the classes of the data."""
+    names = store.classes
+    counts = settings.per_class or [_share(number, settings.count, len(names)) for number in range(len(names))]
+    if len(counts) != len(names):
+        raise InputError(f"per_class: {counts} counts {len(counts)} classes, the data have {len(names)}: {', '.join(names)}")
+    return Classes(names, tuple(accumulate(counts)))
+
+
+def _share(number: int, count: int, shares: int) -> int:
+    """Of `count` things in shares as equal as can be, the larger ones first."""
+    return count // shares + (number < count % shares)
+
+
+def require_possible(settings: GenerateStage, config: FamilyConfig, store: SliceStore) -> None:
+    """Raises InputError for what these data, and a model trained on them, cannot give; no model is needed, so that it is known before any is trained."""
+    classes = classes_of(settings, store) if config.uses_labels else None
+    if settings.spacing is not None:
+        _require_trained_spacing(settings.spacing, config, store)
+    if settings.condition in SPLITS and classes is not None:
+        own = set(store.rows["label"].to_numpy()[store.select(settings.condition)])
+        for name, count in zip(classes.names, np.diff([0, *classes.ends]), strict=True):
+            if count and name not in own:
+                raise InputError(f"condition: {settings.condition}: that split has no image of the class {name} whose mask could be drawn on; write per_class with 0 for it, or another split")
+
+
+def _require_trained_spacing(wanted_mm: tuple[float, float], config: FamilyConfig, store: SliceStore) -> None:
+    """A spacing beyond all that the model has seen: it would draw what it knows, and say another size."""
+    rows = store.select("train")
+    own = store.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[rows]
+    low, high = config.respaces.factors if config.respaces is not None else (1.0, 1.0)
+    finest, coarsest = own.min() * min(1.0, low), own.max() * max(1.0, high)
+    if not all(finest * (1 - SPACING_TOLERANCE) <= step <= coarsest * (1 + SPACING_TOLERANCE) for step in wanted_mm):
+        raise InputError(f"spacing_mm: {wanted_mm[0]:g} x {wanted_mm[1]:g} mm is beyond {finest:.3g} to {coarsest:.3g} mm, which the model is trained on; write one of those, or train with wider respacing.factors")
+
+
 def conditions_of(
     work: Work, settings: GenerateStage, data: DataSpec, names: tuple[str, ...], store: SliceStore, indices: range, classes: Classes | None
 ) -> dict[int, Condition]:
@@ -67,13 +107,10 @@ def conditions_of(
 
 
 def _row_of(index: int, settings: GenerateStage, store: SliceStore, rows: np.ndarray, classes: Classes | None) -> int:
-    """Raises InputError if the split has no slice of the image's class."""
+    """Of the image's class; `require_possible` has seen that there are some."""
     if classes is None:
         return int(rows[_spread(index, settings.count, len(rows))])
-    name = classes.names[classes.of(index)]
-    own = rows[store.rows["label"].to_numpy()[rows] == name]
-    if not len(own):
-        raise InputError(f"condition: {settings.condition}: that split has no image of the class {name} whose mask could be drawn on; write per_class with 0 for it, or another split")
+    own = rows[store.rows["label"].to_numpy()[rows] == classes.names[classes.of(index)]]
     return int(own[_spread(*classes.place(index), len(own))])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medgen import files
-from medgen.cardiac.dicom_writing import DERIVATION, Synthetic, dicom_bytes, scale_of, stored_of
+from medgen.cardiac.dicom_writing import DERIVATION, Synthetic, dicom_bytes, name_of, scale_of, stored_of
 from medgen.cardiac.map_type import TYPES, UNIT, MapType
 from medgen.conditions import Condition
 from medgen.data.image_files import nifti_bytes
@@ -50,7 +50,7 @@ class Exports:
         affine[:3, 3] += affine[:3, :2] @ [top, left]
         low, high = self.data.windows_ms[kind] if kind != "cine" else (0.0, CINE_HIGHEST)
         values = low + (high - low) * image[top:bottom, left:right].astype(np.float64)
-        made = Synthetic(kind, values, high, affine, f"{self.identity}/{name}", f"synthetic_{name}")
+        made = Synthetic(kind, values, high, affine, f"{self.identity}/{name}", name_of(self.identity, name))
         contents: dict[str, tuple[str, bytes]] = {}
         if "dicom" in self.formats:
             contents["dicom"] = "map.dcm", dicom_bytes(made)

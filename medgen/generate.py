@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from medgen import checkpoint, dist, fault, files, rng, spec
 from medgen import plan as planning
 from medgen.checkpoint import Checkpoint
-from medgen.conditions import Classes, Condition, conditions_of
+from medgen.conditions import Classes, Condition, classes_of, conditions_of, require_possible
 from medgen.data.image_files import Kind, write_slice
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError, Interrupted, MedgenError
@@ -34,7 +33,6 @@ from medgen.spec_stages import GenerateStage
 from medgen.task import Done, Work
 from medgen.training import of_size, shape_of, sizes_of, trained_model
 
-SPACING_TOLERANCE = 0.02  # beyond those that were trained on
 SUFFIX = {"nifti": ".nii.gz", "png": ".png", "npy": ".npy"}
 MOST_SHOWN = 8  # rejected images of a shard that are kept, for the report
 Channels = dict[str, np.ndarray]  # channel -> [H, W] of one image
@@ -116,24 +114,13 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     accept = settings.accept or (AcceptMasks() if config.output_kind == "mask" else None)
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
-    classes = _classes(settings, store) if config.uses_labels else None
-    if settings.spacing is not None:
-        _require_trained_spacing(settings.spacing, config, store)
+    classes = classes_of(settings, store) if config.uses_labels else None
+    require_possible(settings, config, store)
     conditions = conditions_of(work, settings, data, config.condition_channels, store, indices, classes) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     exports = Exports.of(settings.export, data, store, config.uses_labels, f"{work.run.run_id}/{stage.name}/{chosen.sha256}")
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
                       _plain_affine(store, config), store.size, device, store, exports, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
-
-
-def _require_trained_spacing(wanted_mm: tuple[float, float], config: FamilyConfig, store: SliceStore) -> None:
-    """Raises InputError for a spacing beyond all that the model has seen: it would draw what it knows, and say another size."""
-    rows = store.select("train")
-    own = store.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=float)[rows]
-    low, high = config.respaces.factors if config.respaces is not None else (1.0, 1.0)
-    finest, coarsest = own.min() * min(1.0, low), own.max() * max(1.0, high)
-    if not all(finest * (1 - SPACING_TOLERANCE) <= step <= coarsest * (1 + SPACING_TOLERANCE) for step in wanted_mm):
-        raise InputError(f"spacing_mm: {wanted_mm[0]:g} x {wanted_mm[1]:g} mm is beyond {finest:.3g} to {coarsest:.3g} mm, which the model was trained on; write one of those, or train with wider respacing.factors")
 
 
 def _rules(accept: AcceptMasks | AcceptImages | None, config: FamilyConfig) -> tuple[str, ...]:
@@ -142,23 +129,9 @@ def _rules(accept: AcceptMasks | AcceptImages | None, config: FamilyConfig) -> t
     return accept.rules if accept is not None else ()
 
 
-def _classes(settings: GenerateStage, store: SliceStore) -> Classes:
-    """Raises InputError if per_class does not count the classes of the data."""
-    names = store.classes
-    counts = settings.per_class or [_share(number, settings.count, len(names)) for number in range(len(names))]
-    if len(counts) != len(names):
-        raise InputError(f"per_class: {counts} counts {len(counts)} classes, the data have {len(names)}: {', '.join(names)}")
-    return Classes(names, tuple(accumulate(counts)))
-
-
 def _label(classes: Classes, index: int) -> dict[str, Any]:
     number = classes.of(index)
     return {"label": classes.names[number], "label_number": number}
-
-
-def _share(number: int, count: int, shares: int) -> int:
-    """Of `count` things in shares as equal as can be, the larger ones first."""
-    return count // shares + (number < count % shares)
 
 
 def _promised_checkpoint(work: Work, source: str, selector: str) -> Checkpoint:

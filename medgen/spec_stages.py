@@ -83,7 +83,7 @@ class GenerateStage(StageSpec):
     def _spacing_can_be(cls, value: float | tuple[float, float] | None) -> float | tuple[float, float] | None:
         steps = value if isinstance(value, tuple) else (value,) if value is not None else ()
         if not all(0.05 <= step <= 20 for step in steps):
-            raise ValueError(f"spacing_mm: mm from one pixel to the next, such as 1.5, or [1.5, 1.2] between rows and between columns; got {value}")
+            raise ValueError(f"spacing_mm: 0.05 to 20 mm from one pixel to the next, such as 1.5, or [1.5, 1.2] between rows and between columns; got {value}")
         return value
 
     @field_validator("export")

@@ -124,7 +124,8 @@ def _preview(training: Training, log: TrainingLog | None) -> None:
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
     images = training.model.sample(noise, given, config.preview_sampling())
-    conditions = {name: channel / len(training.store.regions) if name == "seg" else channel for name, channel in given.channels.items()}  # labels become grey levels
+    # labels become grey levels; padding shows by itself
+    conditions = {name: channel / len(training.store.regions) if name == "seg" else channel for name, channel in given.channels.items() if name != "valid"}
     shown = {**conditions, **images}
     for name, channel in shown.items():
         log.images(name, channel, training.clock.step)

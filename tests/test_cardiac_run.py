@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from medgen.cardiac.rasterise import Grid
 from medgen.cardiac.tree import read_tree
 from medgen.conditions import Classes, moved_affine
 from medgen.data.cardiac_phantoms import write_cardiac_phantoms
+from medgen.data.splits import assign_splits
 
 Medgen = Callable[..., Any]
 WriteSpec = Callable[[dict[str, Any]], Path]
@@ -128,6 +130,7 @@ def test_maps_are_given_away_in_their_unit_and_in_the_place_of_their_contours(fi
         ]  # fmt: skip
         assert min(float(np.linalg.norm(middle - centre)) for centre in centres) < 1.0
     datasets = [pydicom.dcmread(run / "maps" / "dataset" / row["export_dicom"]) for row, *_ in every]
+    assert all(dataset.PatientID == f"synthetic_{dataset.PatientID.split('_')[1]}_{row['id']}" for (row, *_), dataset in zip(every, datasets, strict=True))
     for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID"):
         assert len({str(dataset[keyword].value) for dataset in datasets}) == len(datasets), f"{keyword}: no two images are one"
     assert not {dataset.SOPInstanceUID for dataset in datasets} & {entry.header.instance_uid for entry in entries}
@@ -155,6 +158,18 @@ def test_contours_are_drawn_at_the_spacing_that_is_asked_for(finished: Finished)
     for _, row in table(finished.run, "oblong").iterrows():
         affine = nibabel.load(folder / row["export_nifti"]).affine
         assert np.allclose(np.sqrt((affine[:3, :2] ** 2).sum(axis=0)), [1.8, 2.2], atol=1e-5) and (row["spacing_y_mm"], row["spacing_x_mm"]) == (1.8, 2.2)
+
+
+def test_what_the_data_cannot_give_is_known_before_any_training(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
+    """The phantoms have a T1 and a T2 of every patient; without those of the test patient, no contour of that split is of a T2."""
+    root = tmp_path / "cohort"
+    shutil.copytree(cohort, root)
+    splits = assign_splits([f"Patient ({number})" for number in range(1, 6)], {"train": 0.6, "val": 0.2, "test": 0.2}, 42)
+    (tested,) = (patient for patient, split in splits.items() if split == "test")
+    for folder in root.glob(f"*/{tested}/T2_Mapping_"):
+        shutil.rmtree(folder)
+    told = medgen("check", write_spec(spec_of(root, "before", maps=drawn(count=4), far=drawn(per_class=[2, 0], spacing_mm=9.0))), "--local", expect=2).stdout
+    assert "maps" in told and "that split has no image of the class T2" in told and "spacing_mm: 9 x 9 mm is beyond" in told
 
 
 def test_a_spacing_that_was_never_trained_on_is_refused(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cardiac_tree import circle, write_contours, write_map, write_patient
+from dicom_writing import map_dataset, save, values
+from test_cardiac_tree import SHAPE, circle, write_contours, write_map, write_patient
 
 from medgen.cardiac.contours import polygon_area
 from medgen.cardiac.rasterise import Grid
@@ -170,13 +171,37 @@ def test_cine_frames_are_windowed_by_their_own_percentiles(sunnybrook: Path, tmp
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
-        ({"windows_ms": {"T2": [0, 50]}}, "a T2 of more than"),
+        ({"windows_ms": {"T2": [0, 50]}}, "(?s)12 images cannot be used; .*\\n  patient .*: the median T2 of the myocardium is .* ms .*, outside the window .*\\n  and 7 more"),
         ({"types": ["cine"]}, "no image of type cine with contours is left; the types there are: T1, T2"),
     ],
 )
 def test_what_cannot_be_is_told_with_the_file(cohort: Path, tmp_path: Path, more: dict[str, Any], wanted: str) -> None:
     with pytest.raises(InputError, match=wanted):
         open_store(spec(cohort, **more), 1, tmp_path / "cache", lambda _: None)
+
+
+def test_a_unit_that_no_heart_has_is_refused_with_the_file(cohort: Path, tmp_path: Path) -> None:
+    root = tmp_path / "cohort"
+    shutil.copytree(cohort, root)
+    odd = root / "Patient (3)" / "T2_Mapping_" / "Mid.dcm"
+    save(odd, map_dataset(values(*SHAPE) // 20, ("DERIVED", "PRIMARY", "T2 MAP"), PatientID="P3"))  # as if tenths of a ms had been rounded to ms
+    with pytest.raises(InputError, match=r"T2_Mapping_/Mid.dcm: the median T2 of the myocardium is .* and no heart has less than 15 .* ms_per_value into a manifest"):
+        open_store(spec(root), 1, tmp_path / "cache", lambda _: None)
+
+
+def test_hearts_that_are_cut_and_contours_beside_the_heart_are_told(cohort: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    open_store(spec(cohort, size=24), 1, tmp_path / "cache", told.append)
+    assert any("24 of 24 hearts are larger than data.size: 24 pixels, and are cut; data.size: 48 holds them all" in note for note in told)
+    told.clear()
+    open_store(spec(cohort, size=48), 1, tmp_path / "cache", told.append)
+    assert not any("larger" in note for note in told)
+    # rows get brighter downwards in these images, so a cavity at the upper edge of its wall is darker than the muscle
+    root = tmp_path / "moved"
+    shutil.copytree(cohort, root)
+    write_contours(root / "Patient (1)" / "T1_map_apex" / "Contours.json", endocardium=circle(9, (24, 26)))
+    open_store(spec(root), 1, tmp_path / "cache", told.append)
+    assert any(note.startswith("in 1 images blood is no brighter than muscle (Patient_1_T1_apex)") for note in told)
 
 
 @pytest.mark.parametrize(

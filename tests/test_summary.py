@@ -148,9 +148,9 @@ def test_usefulness_is_every_arm_and_what_could_have_been_seen() -> None:
     assert "on real test images (90), by what was trained on: real 0.810, augmented 0.830, synthetic 0.700, mixed 1 0.820." in text
     assert "mixed 1: no gain over real shown; a gain below 0.040 could not have been seen." in text and "augmented: none" not in text
     assert text.endswith("Masks: the segmenter reaches Dice 0.8 on real images and 0.6 on synthetic ones.")
-    assert summary.is_it_useful(measured()) == ["Not measured: add a stage of kind utility."]
+    assert summary.is_it_useful(measured()) == ["Not measured: add a stage of kind utility, of images that were drawn on no mask of the val or test split."]
     assert summary.is_it_useful(measured(Measurement("utility", "utility", None, "utility has not run"))) == ["Not measured: utility has not run."]
-    assert summary.is_it_useful(measured(Measurement("structure", "structure", structure)))[0] == "Not measured: add a stage of kind utility."
+    assert summary.is_it_useful(measured(Measurement("structure", "structure", structure)))[0] == "Not measured: add a stage of kind utility, of images that were drawn on no mask of the val or test split."
 
 
 def test_sets_of_which_the_same_is_to_be_said_share_a_line() -> None:

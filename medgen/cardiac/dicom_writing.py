@@ -1,4 +1,4 @@
-"""A synthetic map as a DICOM file: values in its unit, geometry, identifiers of its own, and words that say that nobody is shown. Called by exports.py.
+"""A synthetic map as a DICOM file: values in its unit, geometry, identifiers of its own, and words that say what it is. Called by exports.py.
 
 MR Image Storage, single frame, 12 of 16 bits as scanners write maps; what a stored value means stands in RescaleSlope, RescaleIntercept and RescaleType.
 The same arguments give the same bytes. pydicom is loaded by the function."""
@@ -15,7 +15,7 @@ from medgen.cardiac.map_type import UNIT, UNSCALED, MapType
 
 LARGEST_STORED = 4095  # 12 bits
 UID_ROOT = "2.25."  # of UIDs that are 128 random bits and need no registration (DICOM PS3.5, B.2)
-DERIVATION = "synthetic: drawn by a diffusion model, shows nobody"
+DERIVATION = "synthetic: drawn by a diffusion model on the contours of a real slice"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ def uid_of(identity: str, what: str) -> str:
     return UID_ROOT + str(int.from_bytes(hashlib.sha256(f"{identity}/{what}".encode()).digest()[:16], "big"))
 
 
+def name_of(identity: str, name: str) -> str:
+    """What stands where a patient would: an archive takes files of one name for one patient's, whatever run they come from."""
+    return f"synthetic_{hashlib.sha256(identity.encode()).hexdigest()[:8]}_{name}"
+
+
 def dicom_bytes(image: Synthetic) -> bytes:
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
@@ -63,7 +68,7 @@ def dicom_bytes(image: Synthetic) -> bytes:
         "SOPClassUID": MRImageStorage, "SOPInstanceUID": meta.MediaStorageSOPInstanceUID, "StudyDate": "", "StudyTime": "", "AccessionNumber": "",
         "Modality": "MR", "Manufacturer": "medgen", "ReferringPhysicianName": "", "SeriesDescription": f"{_series_word(image.type)}, synthetic",
         "DerivationDescription": DERIVATION, "PatientName": image.name, "PatientID": image.name, "PatientBirthDate": "", "PatientSex": "",
-        "PatientIdentityRemoved": "YES", "DeidentificationMethod": DERIVATION, "BodyPartExamined": "HEART",
+        "BodyPartExamined": "HEART",
         "ScanningSequence": "RM", "SequenceVariant": "NONE", "ScanOptions": "", "MRAcquisitionType": "2D", "RepetitionTime": "", "EchoTime": "", "EchoTrainLength": "",
         "StudyInstanceUID": uid_of(image.identity, "study"), "SeriesInstanceUID": uid_of(image.identity, "series"), "StudyID": "1", "SeriesNumber": "1",
         "InstanceNumber": "1", "FrameOfReferenceUID": uid_of(image.identity, "frame of reference"), "PositionReferenceIndicator": "", **_geometry(image.affine),

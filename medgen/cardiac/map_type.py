@@ -19,6 +19,9 @@ UNIT: dict[MapType, str] = {"T1": "ms", "T2": "ms", "cine": "1"}
 # T2 in tenths of a ms (muscle about 510, so 51 ms; a muscle of 510 ms does not exist). A manifest says otherwise in its column ms_per_value.
 UNSCALED: dict[MapType, float] = {"T1": 1.0, "T2": 0.1, "cine": 1.0}
 
+# What half of a myocardium's pixels can have, in ms, whatever the disease, the field strength or contrast agent: a unit that is wrong by ten lies outside
+PLAUSIBLE_MS: dict[MapType, tuple[float, float]] = {"T1": (150.0, 3000.0), "T2": (15.0, 250.0)}
+
 _IN_IMAGE_TYPE = re.compile(r"T([12])[ _-]?MAP")  # the whole value: T2* and T1RHO maps are other quantities
 _IN_TEXT = re.compile(r"t([12])[ _-]*map|map[a-z]*[ _-]*t([12])(?![a-z0-9*])(?![ _-]*star)", re.IGNORECASE)  # not of T2*
 _CINE = re.compile(r"(?<![a-z])cine(?![a-z])", re.IGNORECASE)

@@ -18,7 +18,7 @@ from medgen.launch.findings import Finding, Mark, once
 from medgen.launch.slurm import SlurmError
 from medgen.launch.submit import Prepared
 from medgen.spec import Spec
-from medgen.spec_stages import GenerateStage
+from medgen.spec_stages import GenerateStage, TrainStage
 from medgen.spec_utility import UtilityStage
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check(spec_path: Path, overrides: Sequence[str], site_name: str | None, loca
                                         + (f", for each of {len(prepared)} points of the sweep" if len(prepared) > 1 else ""))]
     findings += [Finding("spec", "note", note) for note in dict.fromkeys(note for item in prepared for note in item.notes)]
     stores, found = _open_all(prepared)
-    findings += [*found, *shortages(prepared, stores), *try_models(prepared, stores, _say), *_launch(prepared)]  # sizes that a trial measures count in what follows
+    findings += [*found, *shortages(prepared, stores), *impossible(prepared, stores), *try_models(prepared, stores, _say), *_launch(prepared)]  # sizes that a trial measures count in what follows
     findings = once(findings)
     wrong = sum(item.mark == "wrong" for item in findings)
     models = {item.topic: item.facts for item in findings if "parameters" in item.facts}
@@ -162,6 +162,24 @@ def shortages(prepared: list[Prepared], stores: dict[str, SliceStore]) -> list[F
             if store is not None and isinstance(stage, UtilityStage) and isinstance(drawn, GenerateStage):
                 problem = stage.shortage(int((store.rows["split"] == "train").sum()), drawn.count)
                 found += [Finding(name, "wrong", problem)] if problem is not None else []
+    return found
+
+
+def impossible(prepared: list[Prepared], stores: dict[str, SliceStore]) -> list[Finding]:
+    """Generate stages that ask for what the data cannot give, which they would say after the training."""
+    from medgen.conditions import require_possible
+
+    found = []
+    for item in prepared:
+        store = stores.get(data_key(item.spec))
+        for name, stage in item.spec.stages.items() if store is not None else ():
+            source = item.spec.stages[stage.source] if isinstance(stage, GenerateStage) else None
+            if store is None or not isinstance(stage, GenerateStage) or not isinstance(source, TrainStage):
+                continue
+            try:
+                require_possible(stage, spec.family_config(source.config), store)
+            except InputError as error:
+                found.append(Finding(name, "wrong", str(error)))
     return found
 
 

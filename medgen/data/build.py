@@ -14,7 +14,7 @@ import numpy as np
 from medgen import files
 from medgen.data import cardiac_build
 from medgen.data.array_files import ArrayFile
-from medgen.data.index import MASK, Source, wanted_slices
+from medgen.data.index import MASK, SHOWN, Source, wanted_slices
 from medgen.data.maps import MAPS_VERSION
 from medgen.data.resize import resize_images, resize_masks
 from medgen.data.stacks import open_stack
@@ -130,9 +130,15 @@ def build(data: DataSpec, sources: list[Source], hashes: Hashes, folder: Path, s
         for array in arrays.values():
             stack.callback(array.handle.close)
         rows: list[dict[str, Any]] = []
-        tally = Tally()
+        tally, problems = Tally(), list[str]()
         for number, source in enumerate(sources):
-            rows += _add_source(data, number, source, arrays, tally)
+            try:
+                rows += _add_source(data, number, source, arrays, tally)
+            except InputError as error:
+                if source.entry is None:
+                    raise
+                problems.append(str(error))  # of a cohort of single images all are told at once
+        _require_no_problems(problems)
         _require_slices(data, tally)
         if data.keeps_contours:
             cardiac_build.write_natives(temporary, rows)
@@ -324,6 +330,13 @@ def _require_slices(data: DataSpec, tally: Tally) -> None:
         if tally.seen.get(split, 0) and not tally.kept[split]:
             filters = f"content: {data.content}, every: {data.every}, positive_only: {str(data.positive_only).lower()}"
             raise InputError(f"no slice is left of {tally.seen[split]} in the split {split} with {filters}; loosen these filters of data")
+
+
+def _require_no_problems(problems: list[str]) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        listed = "\n  ".join(problems[:SHOWN])
+        raise InputError(f"{len(problems)} images cannot be used; mend them, or leave them out with a manifest or by moving their files:\n  {listed}{more}" if len(problems) > 1 else problems[0])
 
 
 def _require_no_copies(sources: list[Source], hashes: Hashes) -> None:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medgen import files
 from medgen.cardiac.dicom import Header, Map
+from medgen.cardiac.map_type import PLAUSIBLE_MS
 from medgen.cardiac.rasterise import LABELS, MYOCARDIUM
 from medgen.cardiac.tree import Entry
+from medgen.data import index
 from medgen.data.array_files import ArrayFile
 from medgen.data.index import MASK, Source
-from medgen.data.maps import EDGES, NATIVES, PIXELS, Canvas, Native, canvas_of, edges_of, heart_of, resample
+from medgen.data.maps import (
+    EDGES,
+    HEART_MARGIN_PIXELS,
+    NATIVES,
+    PIXELS,
+    Canvas,
+    Native,
+    NativeMaps,
+    canvas_of,
+    edges_of,
+    heart_of,
+    resample,
+)
 from medgen.errors import InputError
 from medgen.spec_data import DataSpec
 
+if TYPE_CHECKING:
+    import pandas
+
 AFFINES = "affines"
+SIZE_STEP = 16  # sizes of images are told in steps that networks can halve
 ARRAYS: dict[str, tuple[tuple[int, ...], type]] = {PIXELS: ((), np.float32), EDGES: ((6,), np.float64)}
 NATIVE = "native"  # of a row while the cache is built: where its image lies in the arrays above
 USUAL_THICKNESS_MM = 8.0  # where a file does not tell the thickness of its slice
@@ -31,7 +50,7 @@ def add_image(data: DataSpec, number: int, source: Source, entry: Entry, arrays:
     image, anatomy = entry.load(), entry.anatomy()
     window = _window(data, source, image)
     labels = anatomy.labels(entry.grid())
-    _require_in_window(source, image, labels, window)
+    _require_plausible(source, image, labels, window)
     edges = edges_of(anatomy)
     native = Native((image.rows, image.columns), image.spacing_mm, arrays[PIXELS].count, (arrays[EDGES].count, arrays[EDGES].count + len(edges)), window, heart_of(anatomy))
     canvas = canvas_of(native, native.spacing_mm, data.size)
@@ -63,6 +82,25 @@ def read_natives(folder: Path) -> list[Native]:
     ]
 
 
+def cut_hearts(maps: NativeMaps) -> list[str]:
+    """A note if hearts are larger than the canvas at their own spacing: what is measured of them is measured of a part."""
+    sides = [max(bottom - top, right - left) for top, bottom, left, right in (native.heart for native in maps.natives)]
+    cut = sum(side > maps.size for side in sides)
+    if not cut:
+        return []
+    enough = math.ceil((max(sides) + 2 * HEART_MARGIN_PIXELS) / SIZE_STEP) * SIZE_STEP
+    return [f"{cut} of {len(sides)} hearts are larger than data.size: {maps.size} pixels, and are cut; data.size: {enough} holds them all"]
+
+
+def dark_blood(rows: pandas.DataFrame) -> list[str]:
+    """A note on images whose left ventricle is not brighter than its myocardium: without contrast agent that is a contour in another place."""
+    dark = rows[rows["mean_left_ventricle"].astype(float) <= rows["mean_myocardium"].astype(float)]
+    if not len(dark):
+        return []
+    named = ", ".join(dark["id"][: index.SHOWN])
+    return [f"in {len(dark)} images blood is no brighter than muscle ({named}{' ...' if len(dark) > index.SHOWN else ''}): are their contours where the heart is? after contrast agent T1 can be so"]
+
+
 def affine_of(header: Header, canvas: Canvas) -> np.ndarray:
     """4 x 4, (row, column, 0) of the canvas to the patient's mm, RAS. DICOM says LPS; an image that tells no place lies at 0, flat."""
     orientation = np.array(header.orientation or FLAT)
@@ -86,15 +124,17 @@ def _window(data: DataSpec, source: Source, image: Map) -> tuple[float, float]:
     return low, high
 
 
-def _require_in_window(source: Source, image: Map, labels: np.ndarray, window: tuple[float, float]) -> None:
-    """A map in tenths of a ms, or in seconds, would be all white or all black."""
+def _require_plausible(source: Source, image: Map, labels: np.ndarray, window: tuple[float, float]) -> None:
+    """A map in another unit would be all white or all black, and teach that hearts can be so."""
     muscle = image.pixels[labels == MYOCARDIUM]
     if image.type == "cine" or not len(muscle):
         return
-    middle = float(np.median(muscle))
+    middle, (low, high) = float(np.median(muscle)), PLAUSIBLE_MS[image.type]
+    told = f"patient {source.patient}: {image.source}: the median {image.type} of the myocardium is {middle:.4g} ms (unit by {image.unit_from})"
+    if not low < middle < high:
+        raise InputError(f"{told}, and no heart has less than {low:g} or more than {high:g}; write its ms_per_value into a manifest, or leave the image out")
     if not window[0] < middle < window[1]:
-        raise InputError(f"patient {source.patient}: {image.source}: half of the myocardium has a {image.type} of more than {middle:g} ms (unit by {image.unit_from}), "
-                         f"outside the window {list(window)}; write ms_per_value into a manifest, or another data.windows_ms")  # fmt: skip
+        raise InputError(f"{told}, outside the window {list(window)}; write another data.windows_ms")
 
 
 def _means(image: Map, labels: np.ndarray) -> dict[str, float | None]:

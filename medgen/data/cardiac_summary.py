@@ -42,6 +42,13 @@ def _means(rows: pandas.DataFrame, regions: tuple[str, ...]) -> dict[str, dict[s
     }
 
 
+def in_order(store: SliceStore, rows: list[int]) -> list[int]:
+    """Rows by type and, within it, from apex to base."""
+    places = {level: place for place, level in enumerate((*REGIONS, None))}
+    levels = store.rows["level"].astype(object).where(store.rows["level"].notna(), None)
+    return sorted(rows, key=lambda row: (store.rows["label"].iloc[row], places[levels.iloc[row]], row))
+
+
 def show(found: dict[str, Any], console: Console) -> None:
     """Two small tables."""
     from rich.table import Table

@@ -17,7 +17,7 @@ import numpy as np
 
 from medgen import files
 from medgen.cardiac.rasterise import LABELS
-from medgen.data import build, index
+from medgen.data import build, cardiac_build, index
 from medgen.data.array_files import forget_maps, mapped
 from medgen.data.cardiac_build import read_natives
 from medgen.data.index import HeaderReport, Source, check_headers
@@ -166,7 +166,11 @@ def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: P
     if not data.keeps_contours:
         return store
     regions = tuple(name for name in LABELS[1:] if rows[f"mean_{name}"].notna().any())
-    return replace(store, regions=regions, maps=NativeMaps(folder, read_natives(folder), data.size))
+    maps = NativeMaps(folder, read_natives(folder), data.size)
+    hearts = [*cardiac_build.cut_hearts(maps), *cardiac_build.dark_blood(rows)]
+    for note in hearts:
+        say(note)
+    return replace(store, regions=regions, maps=maps, notes=[*store.notes, *hearts])
 
 
 def _unused(data: DataSpec, sources: list[Source], used: set[int]) -> list[str]:

@@ -129,6 +129,9 @@ def contact_sheet(store: SliceStore, path: Path) -> None:
         for place, (channel, row) in zip(line, _slices_to_show(store, split, patient), strict=False):
             _draw(place, store, channel, row)
         line[0].set_title(f"{split}: {patient}", fontsize=7, loc="left")
+    if len(store.regions) > 1:
+        named = zip(OUTLINES, store.regions, strict=False)
+        figure.suptitle(", ".join(f"{colour}: {name.replace('_', ' ')}" for colour, name in named), fontsize=8, x=0.01, ha="left")
     _save(figure, path)
 
 
@@ -153,7 +156,8 @@ def _slices_to_show(store: SliceStore, split: str, patient: str) -> list[tuple[s
         largest = int(rows[np.argmax(store.rows["mask_pixels"].to_numpy()[rows])])
         nearest = min(picked, key=lambda row: abs(row - largest))
         picked = picked - {nearest} | {largest}
-    return [(channel, row) for row in sorted(picked) for channel in per_slice]
+    ordered = sorted(picked) if store.maps is None else cardiac_summary.in_order(store, sorted(picked))
+    return [(channel, row) for row in ordered for channel in per_slice]
 
 
 def _draw(place: Any, store: SliceStore, channel: str | None, row: int) -> None:
@@ -165,7 +169,8 @@ def _draw(place: Any, store: SliceStore, channel: str | None, row: int) -> None:
         if inside is not None and inside.any() and not inside.all():
             place.contour(inside, levels=[0.5], colors=colour, linewidths=0.7)
     name = f"{channel} " if channel and len(store.channels) > 1 else ""
-    place.text(0.02, 0.02, name + _words_of(store, row), color="yellow", fontsize=5, transform=place.transAxes)
+    backing = {"facecolor": "black", "alpha": 0.6, "pad": 0.8, "linewidth": 0}  # of what may stand on white
+    place.text(0.02, 0.02, name + _words_of(store, row), color="yellow", fontsize=5, transform=place.transAxes, bbox=backing)
 
 
 def _words_of(store: SliceStore, row: int) -> str:

@@ -75,7 +75,7 @@ NEIGHBOUR_READING = (
     "unusual images."
 )
 
-MASK_READING = "The floor is what the mask of another real patient scores. Small lesions have lower values for the same outline error."
+MASK_READING = "The floor is what the mask of another real patient scores. Small structures have lower values for the same outline error."
 
 COPIES_READING = (
     "The floor is that share for the held-out slices, about 1%: so many are suspected by chance. Much more points to copied training images; look at "
@@ -84,7 +84,7 @@ COPIES_READING = (
 
 CEILING = (
     "The floor is what the same segmenter reaches on real held-out images: more is not to be had. The shuffled control says what chance gives. "
-    "Published bands (above 0.7 is good) say nothing, as small lesions reach less in real images, too."
+    "Published bands (above 0.7 is good) say nothing, as small structures reach less in real images, too."
 )
 
 ARM = (
@@ -289,7 +289,7 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "structure_dice_real": Meaning(
         "Segmenter on real images (Dice)", "", "higher", "What the segmenter reaches on real images that it was not trained on: the ceiling.",
-        "Far below what is usual for such lesions: train it longer before anything else here is read.",
+        "Far below what is usual for such structures: train it longer before anything else here is read.",
     ),
     "structure_dice_shuffled": Meaning(
         "Shuffled control (Dice)", "", "higher", "The same synthetic images, held against the masks of others.",

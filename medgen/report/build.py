@@ -260,6 +260,8 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
     told = ["Single slices: two of them never belong to one volume."]
     if source.plan.data["format"] == "phantom":
         told.append("The model was trained on computer-drawn phantoms: nothing here shows a patient.")
+    if facts.settings["export"]:
+        told.append(f"The exported DICOM and NIfTI files have the contours, and the place in the body, of real slices of the {facts.settings['condition']} split: whoever has them has those.")
     guarantee = _guarantee(source, facts)
     if guarantee is not None:
         told.append(f"Differential privacy: {guarantee.words()[0]}; what it does not cover stands in the report.")

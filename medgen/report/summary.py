@@ -54,7 +54,8 @@ class Answer:
     lines: list[Line]
 
 
-IN_A_JOB = {kind: f"add a stage of kind {kind}" for kind in ("evaluate", "utility")}  # how to have measured in a run what was not
+# how to have measured in a run what was not
+IN_A_JOB = {"evaluate": "add a stage of kind evaluate", "utility": "add a stage of kind utility, of images that were drawn on no mask of the val or test split"}
 
 
 def answers(sets: Sequence[ImageSet]) -> list[Answer]:
