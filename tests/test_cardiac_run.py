@@ -233,3 +233,20 @@ def test_images_of_a_class_are_spread_over_its_own_conditions() -> None:
     classes = Classes(("T1", "T2", "cine"), (3, 3, 8))
     assert [classes.of(index) for index in range(8)] == [0, 0, 0, 2, 2, 2, 2, 2]
     assert [classes.place(index) for index in (0, 2, 3, 7)] == [(0, 3), (2, 3), (0, 5), (4, 5)]
+
+
+def test_data_shows_types_levels_values_and_what_is_left_out(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
+    spec = write_spec({**spec_of(cohort, "shown"), "data": {**spec_of(cohort, "shown")["data"], "size": 64}})
+    told = medgen("data", spec, "--out", tmp_path / "out").stdout
+    facts = json.loads(medgen("data", spec, "--out", tmp_path / "out", "--json").stdout)["maps"]
+    levels = {"apex": 5, "mid": 5, "base": 5}
+    assert facts["images"] == {"T1": levels, "T2": levels} and facts["windows"] == {"T1": {"low": [0, 0], "high": [2500, 2500]}, "T2": {"low": [0, 0], "high": [200, 200]}}
+    truth = pd.read_csv(cohort / "truth.csv")
+    for kind in ("T1", "T2"):
+        drawn_ms = truth[(truth["type"] == kind) & (truth["tissue"] == "myocardium")]["mean_ms"]
+        found = facts["means"][kind]["myocardium"]
+        assert found["images"] == 15 and found["mean"] == pytest.approx(drawn_ms.mean(), rel=0.1), "pixels at the edges hold some of the blood beside"
+        assert facts["means"][kind]["left_ventricle - myocardium"]["mean"] == pytest.approx(facts["means"][kind]["left_ventricle"]["mean"] - found["mean"], abs=0.01)
+    assert "T2" in told and " ms" in told and "truth.csv: in no folder Patient (N)" in told
+    assert list(pd.read_csv(tmp_path / "out" / "left_out.csv")["reason"]) == ["no part of the layout"]
+    assert (tmp_path / "out" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")

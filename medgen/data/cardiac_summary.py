@@ -17,11 +17,12 @@ DIFFERENCE = ("left_ventricle", "myocardium")  # blood less muscle: what tells a
 
 
 def maps(store: SliceStore) -> dict[str, Any]:
-    """JSON. images: type -> level -> count. means: type -> region -> mean and standard deviation between images of the mean of each, in the unit of the type."""
+    """JSON. images: type -> level -> count. windows: type -> what becomes 0 and 1, the least and the most. means: type -> region -> mean and standard deviation between images of the mean of each, in the unit of the type."""
     rows = store.rows
     types = [kind for kind in TYPES if kind in set(rows["label"])]
     return {
         "images": {kind: _levels(rows[rows["label"] == kind]) for kind in types},
+        "windows": {kind: _windows(rows[rows["label"] == kind]) for kind in types},
         "unit": {kind: str(rows["unit"][rows["label"] == kind].iloc[0]) for kind in types},
         "means": {kind: _means(rows[rows["label"] == kind], store.regions) for kind in types},
     }
@@ -30,6 +31,11 @@ def maps(store: SliceStore) -> dict[str, Any]:
 def _levels(rows: pandas.DataFrame) -> dict[str, int]:
     counts = rows["level"].fillna(NO_LEVEL).value_counts()
     return {level: int(counts[level]) for level in (*REGIONS, NO_LEVEL) if level in counts.index}
+
+
+def _windows(rows: pandas.DataFrame) -> dict[str, list[float]]:
+    columns = {end: rows[f"window_{end}_image"] for end in ("low", "high")}
+    return {end: [float(values.min()), float(values.max())] for end, values in columns.items()}
 
 
 def _means(rows: pandas.DataFrame, regions: tuple[str, ...]) -> dict[str, dict[str, float]]:

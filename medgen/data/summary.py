@@ -99,9 +99,9 @@ def print_summary(store: SliceStore, console: Console) -> None:
         for channel, values in summary["channels"].items():
             intensities.add_row(channel, *(f"{value:.2f}" for value in values.values()))
         console.print(intensities)
-        windows = Table("channel", "black", "white", title="window, in the units of the files")
-        for channel, ends in summary["windows"].items():
-            windows.add_row(channel, _range(ends["low"], 5), _range(ends["high"], 5))
+        windows = Table("channel" if store.maps is None else "type", "black", "white", title="window, in the units of the files")
+        for name, ends in (summary["windows"] if store.maps is None else summary["maps"]["windows"]).items():
+            windows.add_row(name, _range(ends["low"], 5), _range(ends["high"], 5))
         console.print(windows)
     if store.maps is not None:
         cardiac_summary.show(summary["maps"], console)
