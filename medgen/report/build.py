@@ -260,7 +260,8 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
     told = ["Single slices: two of them never belong to one volume."]
     if source.plan.data["format"] == "phantom":
         told.append("The model was trained on computer-drawn phantoms: nothing here shows a patient.")
-    if facts.settings["export"]:
+    index, manifest = collected.read(dataset.folder)
+    if len(collected.file_columns(index)) > len(collected.channels(index)):
         told.append(f"The exported DICOM and NIfTI files have the contours, and the place in the body, of real slices of the {facts.settings['condition']} split: whoever has them has those.")
     guarantee = _guarantee(source, facts)
     if guarantee is not None:
@@ -270,7 +271,6 @@ def _limits(source: Source, facts: StageFacts, dataset: Dataset) -> list[str]:
         told.append(f"The model has seen {source.store.rows['patient'][seen].nunique():,} patients: what they do not show, the images cannot.")
     if MASK in dataset.files and not dataset.image_channels:
         told.append("Masks only.")
-    manifest = collected.read(dataset.folder)[1]
     return [*told, *(sentences(manifest) if manifest.get("gate") else [])]
 
 
