@@ -75,6 +75,9 @@ def require_possible(settings: GenerateStage, config: FamilyConfig, store: Slice
     classes = classes_of(settings, store) if config.uses_labels else None
     if settings.spacing is not None:
         _require_trained_spacing(settings.spacing, config, store)
+    types = sorted(set(store.rows["label"])) if settings.export and classes is None else []
+    if len(types) > 1:
+        raise InputError(f"export: the data are {' and '.join(types)} and the model is not told which, so that an image has no unit; train with told: [kind], or with data.types: [{types[0]}]")
     if settings.condition in SPLITS and classes is not None:
         own = set(store.rows["label"].to_numpy()[store.select(settings.condition)])
         for name, count in zip(classes.names, np.diff([0, *classes.ends]), strict=True):

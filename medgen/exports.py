@@ -16,7 +16,6 @@ from medgen.cardiac.map_type import TYPES, UNIT, MapType
 from medgen.conditions import Condition
 from medgen.data.image_files import nifti_bytes
 from medgen.data.store import SliceStore
-from medgen.errors import InputError
 from medgen.spec_data import DataSpec
 
 CINE_HIGHEST = 1.0  # cine frames have no unit: white is 1
@@ -32,11 +31,9 @@ class Exports:
     identity: str  # of the run's stage and checkpoint: images of others have other UIDs
 
     @classmethod
-    def of(cls, formats: Sequence[str], data: DataSpec, store: SliceStore, uses_labels: bool, identity: str) -> Exports:
-        """Raises InputError if nothing says which type an image is."""
+    def of(cls, formats: Sequence[str], data: DataSpec, store: SliceStore, identity: str) -> Exports:
+        """Where types are several the model is told which: conditions.require_possible has seen to that."""
         types = [kind for kind in TYPES if kind in set(store.rows["label"])]
-        if formats and not uses_labels and len(types) > 1:
-            raise InputError(f"export: the data are {' and '.join(types)} and the model is not told which, so that an image has no unit; train with told: [kind], or with data.types: [{types[0]}]")
         return cls(tuple(formats), data, types[0] if len(types) == 1 else None, identity)
 
     def write(self, folder: Path, below: Path, image: np.ndarray, condition: Condition, label: str | None, name: str) -> dict[str, dict[str, str]]:

@@ -118,7 +118,7 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     require_possible(settings, config, store)
     conditions = conditions_of(work, settings, data, config.condition_channels, store, indices, classes) if settings.condition else {}
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
-    exports = Exports.of(settings.export, data, store, config.uses_labels, f"{work.run.run_id}/{stage.name}/{chosen.sha256}")
+    exports = Exports.of(settings.export, data, store, f"{work.run.run_id}/{stage.name}/{chosen.sha256}")
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
                       _plain_affine(store, config), store.size, device, store, exports, Counts(by_rule=dict.fromkeys(_rules(accept, config), 0)))
 

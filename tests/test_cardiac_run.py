@@ -170,6 +170,9 @@ def test_what_the_data_cannot_give_is_known_before_any_training(tmp_path: Path, 
         shutil.rmtree(folder)
     told = medgen("check", write_spec(spec_of(root, "before", maps=drawn(count=4), far=drawn(per_class=[2, 0], spacing_mm=9.0))), "--local", expect=2).stdout
     assert "maps" in told and "that split has no image of the class T2" in told and "spacing_mm: 9 x 9 mm is beyond" in told
+    untold = spec_of(cohort, "untold", maps=drawn(count=2, export=["dicom"]))
+    untold["stages"]["train"]["config"] = {**NET, "told": ["size"]}
+    assert "export: the data are T1 and T2 and the model is not told which" in medgen("check", write_spec(untold), "--local", expect=2).stdout
 
 
 def test_a_spacing_that_was_never_trained_on_is_refused(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:
