@@ -78,12 +78,14 @@ class GenerateStage(StageSpec):
             raise ValueError(f"per_class makes {sum(counts)} images, but count is {value['count']}; remove count")
         return {**value, "count": sum(counts)}
 
-    @field_validator("spacing_mm")
+    @field_validator("spacing_mm", mode="before")
     @classmethod
-    def _spacing_can_be(cls, value: float | tuple[float, float] | None) -> float | tuple[float, float] | None:
-        steps = value if isinstance(value, tuple) else (value,) if value is not None else ()
-        if not all(0.05 <= step <= 20 for step in steps):
-            raise ValueError(f"spacing_mm: 0.05 to 20 mm from one pixel to the next, such as 1.5, or [1.5, 1.2] between rows and between columns; got {value}")
+    def _spacing_can_be(cls, value: object) -> object:
+        """Before its two forms are tried, each of which would say something else."""
+        steps = value if isinstance(value, list | tuple) else [value, value]
+        numbers = [step for step in steps if isinstance(step, int | float) and not isinstance(step, bool)]
+        if value is not None and not (len(steps) == len(numbers) == 2 and all(0.05 <= step <= 20 for step in numbers)):
+            raise ValueError(f"0.05 to 20 mm from one pixel to the next, such as 1.5, or [1.5, 1.2] between rows and between columns; got {value}")
         return value
 
     @field_validator("export")

@@ -107,17 +107,18 @@ def evaluation(name: str, record: dict[str, Any]) -> Evaluation:
 
 
 def _score_tables(found: list[Score], protocols: list[str]) -> list[ScoreTable]:
-    """A table for each question; a second one where a metric was measured under two protocols, which are not compared."""
-    tables: list[tuple[str, dict[str, str], list[ScoreRow]]] = []
+    """A table for each question; a second one where a metric of the same thing was measured under two protocols, which are not compared."""
+    tables: list[tuple[str, dict[tuple[str, str], str], list[ScoreRow]]] = []
     for item in found:
         if not item.is_headline:
             continue
         title = topics.topic_of(item.metric).title
-        fitting = [table for table in tables if table[0] == title and table[1].get(item.metric, item.protocol) == item.protocol]
+        measured = (item.metric, item.channel)
+        fitting = [table for table in tables if table[0] == title and table[1].get(measured, item.protocol) == item.protocol]
         if not fitting:
             fitting = [(title, {}, [])]
             tables += fitting
-        fitting[0][1][item.metric] = item.protocol
+        fitting[0][1][measured] = item.protocol
         fitting[0][2].append(_score_row(item, protocols.index(item.protocol) + 1))
     return [ScoreTable(title, rows) for title, _, rows in tables]
 
