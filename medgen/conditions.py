@@ -1,9 +1,9 @@
-"""What images are made from: slices of a split of the real data, or collected masks; and of which class each is. Called by generate.py."""
+"""What images are made from: slices of a split of the real data, collected masks, or captions alone; and of which class each is. Called by generate.py."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,17 +27,27 @@ SPACING_TOLERANCE = 0.02  # beyond those that were trained on
 
 @dataclass(frozen=True)
 class Condition:
-    """What an image is made from. channels: name -> float32 [H, W] as in a Batch; affine: 4 x 4, (row, column, 0) to millimetres.
+    """What an image is made from. channels: name -> float32 [H, W] as in a Batch; affine: 4 x 4, (row, column, 0) to millimetres, None of no slice.
+
+    caption: what the model is told, None for nothing; label: the class of the slice, of models that are told captions instead of it.
 
     sizes_mm: float32 [2, 2], spacing and field of view, each of rows and columns; inside: first and last + 1 of the rows, then of the columns,
     that are no padding. Both of real slices only."""
 
     id: str
-    kind: str  # "real" or "synthetic"
+    kind: str  # "real", "synthetic" or, of captions alone, "none"
     channels: dict[str, np.ndarray]
-    affine: np.ndarray
+    affine: np.ndarray | None
     sizes_mm: np.ndarray | None = None
     inside: tuple[int, int, int, int] | None = None
+    caption: str | None = None
+    label: str | None = None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """That the image is drawn on; None where there is none, or nobody has drawn it."""
+        known = "seg" in self.channels and ("masked" not in self.channels or bool(self.channels["masked"].any()))
+        return self.channels["seg"] if known else None
 
 
 @dataclass(frozen=True)
@@ -96,17 +106,36 @@ def _require_trained_spacing(wanted_mm: tuple[float, float], config: FamilyConfi
 
 
 def conditions_of(
-    work: Work, settings: GenerateStage, data: DataSpec, names: tuple[str, ...], store: SliceStore, indices: range, classes: Classes | None
+    work: Work, settings: GenerateStage, data: DataSpec, config: FamilyConfig, store: SliceStore, indices: range, classes: Classes | None
 ) -> dict[int, Condition]:
-    """What these images are made from: slices of a split of the real data, spread evenly, of each image's own class; or collected masks, one each."""
-    assert settings.condition is not None
+    """What these images are made from: slices of a split of the real data, spread evenly, of each image's own class; collected masks, one each; captions."""
+    if settings.condition is None:
+        return {index: _of_caption(settings, config.condition_channels, store.size, index) for index in indices} if config.uses_captions else {}
     if settings.condition in SPLITS:
         rows = store.select(settings.condition, data.positive_only)
-        return {index: _real_condition(store, names, _row_of(index, settings, store, rows, classes), settings.spacing) for index in indices}
+        chosen = {index: _row_of(index, settings, store, rows, classes) for index in indices}
+        found = {index: _real_condition(store, config.condition_channels, row, settings.spacing) for index, row in chosen.items()}
+        return {index: _as_told(found[index], settings, store, row, index) for index, row in chosen.items()} if config.uses_captions else found
     with collected.made_again_if_damaged(work.run, settings.condition):
         dataset = work.run.dataset(settings.condition)
         table, _ = collected.read(dataset)
         return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
+
+
+def _of_caption(settings: GenerateStage, names: tuple[str, ...], size: int, index: int) -> Condition:
+    assert settings.captions is not None, "the spec wants condition or captions"
+    nothing = {name: np.zeros((size, size), np.float32) for name in names}
+    return Condition("", "none", nothing, None, caption=settings.captions[index % len(settings.captions)])
+
+
+def _as_told(of_slice: Condition, settings: GenerateStage, store: SliceStore, row: int, index: int) -> Condition:
+    """A slice's caption and mask, or another caption, or without one of them."""
+    caption = None if "caption" in settings.without else settings.captions[index % len(settings.captions)] if settings.captions else store.captions(np.array([row]))[0]
+    label = store.rows["label"][row] if settings.captions is None else None  # another caption may say another class
+    channels = of_slice.channels
+    if "mask" in settings.without:
+        channels = {name: np.zeros_like(channel) if name in ("seg", "masked") else channel for name, channel in channels.items()}
+    return replace(of_slice, channels=channels, caption=caption, label=label)
 
 
 def _row_of(index: int, settings: GenerateStage, store: SliceStore, rows: np.ndarray, classes: Classes | None) -> int:

@@ -43,6 +43,7 @@ class Exports:
         kind = next(known for known in TYPES if known == (label or self.only_type))
         assert condition.inside is not None, "a slice of real data"
         top, bottom, left, right = condition.inside
+        assert condition.affine is not None, "the spec exports what is drawn on slices alone"
         affine = condition.affine.copy()
         affine[:3, 3] += affine[:3, :2] @ [top, left]
         low, high = self.data.windows_ms[kind] if kind != "cine" else (0.0, CINE_HIGHEST)

@@ -116,7 +116,7 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     indices = range(work.task.images.first, work.task.images.stop)
     classes = classes_of(settings, store) if config.uses_labels else None
     require_possible(settings, config, store)
-    conditions = conditions_of(work, settings, data, config.condition_channels, store, indices, classes) if settings.condition else {}
+    conditions = conditions_of(work, settings, data, config, store, indices, classes)
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")
     exports = Exports.of(settings.export, data, store, f"{work.run.run_id}/{stage.name}/{chosen.sha256}")
     return Generation(work, stage, config, model, config.sampling(settings.sampling), chosen, accept, conditions, classes,
@@ -129,9 +129,14 @@ def _rules(accept: AcceptMasks | AcceptImages | None, config: FamilyConfig) -> t
     return accept.rules if accept is not None else ()
 
 
-def _label(classes: Classes, index: int) -> dict[str, Any]:
-    number = classes.of(index)
-    return {"label": classes.names[number], "label_number": number}
+def _label(generation: Generation, index: int, condition: Condition | None) -> dict[str, Any]:
+    """The class that an image was made for; of models that read captions, that of the slice whose caption it has."""
+    if generation.classes is not None:
+        number = generation.classes.of(index)
+        return {"label": generation.classes.names[number], "label_number": number}
+    if condition is None or condition.label is None:
+        return {}
+    return {"label": condition.label, "label_number": generation.store.classes.index(condition.label)}
 
 
 def _promised_checkpoint(work: Work, source: str, selector: str) -> Checkpoint:
@@ -260,7 +265,8 @@ def sample(generation: Generation, indices: list[int], attempt: int) -> list[dic
         condition[name] = torch.from_numpy(stacked).unsqueeze(1).to(generation.device)
     classes = generation.classes
     labels = torch.tensor([classes.of(index) for index in indices], device=generation.device) if classes is not None else None
-    images = generation.model.sample(noise, Given(condition, labels, _sizes(generation, indices)), generation.sampling)
+    captions = tuple(generation.conditions[index].caption for index in indices) if generation.config.uses_captions else None
+    images = generation.model.sample(noise, Given(condition, labels, _sizes(generation, indices), captions), generation.sampling)
     arrays = {name: tensor[:, 0].float().cpu().numpy() for name, tensor in images.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -280,9 +286,9 @@ def _write_image(generation: Generation, folder: Path, drawn: Drawn, earlier: li
     index, name = drawn.index, f"{drawn.index:06d}"
     condition = generation.conditions.get(index)
     affine = _affine_of(generation, drawn)
-    mask = {"seg": condition.channels["seg"]} if condition and "seg" in condition.channels else {}
+    mask = {"seg": condition.mask} if condition is not None and condition.mask is not None else {}
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    label = _label(generation.classes, index) if generation.classes is not None else {}
+    label = _label(generation, index, condition)
     below = Path("images") / name
     return {
         "id": name,
@@ -293,6 +299,7 @@ def _write_image(generation: Generation, folder: Path, drawn: Drawn, earlier: li
         "condition": condition.id if condition else "",
         "condition_kind": condition.kind if condition else "none",
         **label,
+        **({"caption": condition.caption or ""} if condition is not None and generation.config.uses_captions else {}),
         "spacing_x_mm": round(float(spacing[1]), 6),  # between columns
         "spacing_y_mm": round(float(spacing[0]), 6),  # between rows
         "thickness_mm": round(float(spacing[2]), 6),
@@ -337,7 +344,7 @@ def _kind_of(channel: str, store: SliceStore) -> Kind:
 
 def _affine_of(generation: Generation, drawn: Drawn) -> np.ndarray:
     condition = generation.conditions.get(drawn.index)
-    return condition.affine if condition else _of_pixels(generation.affine, generation.full_size, next(iter(drawn.channels.values())).shape[0])
+    return condition.affine if condition is not None and condition.affine is not None else _of_pixels(generation.affine, generation.full_size, next(iter(drawn.channels.values())).shape[0])
 
 
 def _of_pixels(affine: np.ndarray, full_size: int, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from medgen.checkpoint import Checkpoint
 from medgen.errors import InputError
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
 from medgen.train_log import Averages, last_logged_step
-from medgen.training import Clock, Training, of_phase, shape_of
+from medgen.training import Clock, Training, of_phase
 
 # updates after this checkpoint may have been released with the other key already, in a later checkpoint, and the ledger would count them once
 NOISE_IS_ANOTHER = "another key of its private noise, which a training removes when it ends: what was released since cannot be made again, and would have to be paid twice"
@@ -150,8 +150,8 @@ def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     started, keep = time.monotonic(), training.config.loop.keep
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
-    classes = shape_of(training.config, training.store).classes  # for whoever has this checkpoint and not the data
-    state = {**identity(training), "classes": classes, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)},
+    known = {"classes": training.shape.classes, "vocabulary": training.shape.vocabulary}  # for whoever has this checkpoint and not the data
+    state = {**identity(training), **known, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)},
              "window": dist.gathered(training.averages.state(), ranks)}
     if not training.selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:
         metrics = {**metrics, f"{commits.LAST}{training.phase.name}": {"value": clock.step, "better": "higher"}}

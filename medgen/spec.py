@@ -278,11 +278,16 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
     if not isinstance(source, TrainStage):
         raise spec_document.error((*path, "from"), f"{stage.source} is a {source.kind} stage; name a train stage")
     config = family_config(source.config)
-    if config.condition_channels and stage.condition is None:
+    if stage.condition is None and config.uses_captions and stage.captions is None:
+        raise spec_document.error(path, f"the model of {stage.source} is told captions; add condition: test, for those of that split and their masks, or captions: [...]")
+    if stage.condition is None and config.condition_channels and not config.uses_captions:
         needed = ", ".join(config.condition_channels)
         raise spec_document.error(path, f"the model of {stage.source} is conditioned on {needed}; add condition: test or a generate stage of masks")
-    if not config.condition_channels and stage.condition is not None:
+    if not config.condition_channels and not config.uses_captions and stage.condition is not None:
         raise spec_document.error((*path, "condition"), f"the model of {stage.source} takes no condition; remove it")
+    problem = _told_problem(stage, config)
+    if problem is not None:
+        raise spec_document.error((*path, problem[0]), problem[1])
     if stage.per_class is not None and not config.uses_labels:
         raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
     if stage.stack and not config.uses_labels:
@@ -311,6 +316,17 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
         raise spec_document.error((*path, "sampling"), document.told(error) if isinstance(error, ValidationError) else str(error)) from None
     stage.sampling.clear()
     stage.sampling.update(sampling.model_dump(mode="json"))  # the resolved form, like that of a training
+
+
+def _told_problem(stage: GenerateStage, config: FamilyConfig) -> tuple[str, str] | None:
+    """The key to blame, and why, of what only models can be told that read captions; None if there is nothing."""
+    if stage.captions is not None and not config.uses_captions:
+        return "captions", f"the model of {stage.source} reads no captions; remove it"
+    if "caption" in stage.without and not config.uses_captions:
+        return "without", f"the model of {stage.source} is told no caption; remove it"
+    if "mask" in stage.without and "masked" not in config.condition_channels:
+        return "without", f"the model of {stage.source} cannot draw without a mask; remove it" if "seg" in config.condition_channels else f"the model of {stage.source} is told no mask; remove it"
+    return None
 
 
 def _map_problem(stage: GenerateStage, config: FamilyConfig, data: DataSpec) -> tuple[str, str] | None:

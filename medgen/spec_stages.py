@@ -48,6 +48,8 @@ class GenerateStage(StageSpec):
     count: int = Field(ge=1)
     per_class: list[int] | None = None  # images of each class, in the order of the classes; default: as equal as count allows
     condition: str | None = None  # a generate stage of masks, or a split of the real data
+    captions: list[str] | None = Field(None, min_length=1)  # told in turn, instead of those of the split; without condition they are all that is told
+    without: list[Literal["caption", "mask"]] = []  # what of each slice of the split is not told
     checkpoint: str = "last"  # last | last-<phase> | best-val | best-<metric>
     sampling: dict[str, Any] = {}  # checked by the model family
     chunk: int = Field(16, ge=1)  # images drawn together; fixed, so that bytes do not depend on shards
@@ -88,11 +90,27 @@ class GenerateStage(StageSpec):
             raise ValueError(f"0.05 to 20 mm from one pixel to the next, such as 1.5, or [1.5, 1.2] between rows and between columns; got {value}")
         return value
 
-    @field_validator("export")
+    @field_validator("captions")
+    @classmethod
+    def _captions_say_something(cls, value: list[str] | None) -> list[str] | None:
+        for place, caption in enumerate(value or ()):
+            if not caption.strip():
+                raise ValueError(f"captions: number {place + 1} is empty; write what the image shows, or without: [caption] to tell none")
+        return value
+
+    @model_validator(mode="after")
+    def _what_is_told_is_told_once(self) -> GenerateStage:
+        if self.captions is not None and "caption" in self.without:
+            raise ValueError("captions and without: [caption] contradict each other; remove one of them")
+        if self.without and self.condition is None:
+            raise ValueError("without has no effect where there is no condition: nothing of a slice is told; remove it")
+        return self
+
+    @field_validator("export", "without")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:
         if len(set(value)) < len(value):
-            raise ValueError(f"export: name each once, got {value}")
+            raise ValueError(f"name each once, got {value}")
         return value
 
     @property

@@ -216,7 +216,7 @@ def _assemble(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) ->
     context.total_steps = sum(steps_in(phase, shape.records or len(slices.rows)) for phase in phases)
     if config.loop.checkpoint_activations:
         recompute_activations(model.blocks())
-    return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, phases, context, records=records)
+    return Training(work, ranks, config, stores, slices.rows, slices.val_rows, model, shape, phases, context, records=records)
 
 
 def _records(work: Work, ranks: Ranks, config: FamilyConfig, slices: Slices) -> Records | None:

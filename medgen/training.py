@@ -55,6 +55,7 @@ class Training:
     rows: np.ndarray
     val_rows: np.ndarray
     model: Model
+    shape: DataShape  # that the model was made for
     phases: list[Phase]
     context: Context
     clock: Clock = field(default_factory=Clock)
@@ -91,7 +92,7 @@ class Training:
     def batch(self, rows: np.ndarray, positions: list[int], stream: str, device: torch.device | None = None) -> Batch:
         """Slices by row number, of the phase's size, as one batch; noise will be drawn by position and stream. `device`: the training's by default."""
         given = load_given(self.config, self.stores[self.phase.size], rows, device or self.ranks.device)
-        return Batch(given.channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", given.labels, given.sizes)
+        return Batch(given.channels, positions, self.work.plan.seed, f"{self.work.stage.name}/{stream}", given.labels, given.sizes, given.captions)
 
     def batch_of_step(self, step: int, device: torch.device | None = None) -> Batch:
         """This rank's share of the global batch at a step of the phase, counted from 0. `device`: as of `batch`."""
@@ -138,14 +139,15 @@ class Training:
     def given(self, rows: np.ndarray) -> Given:
         """What images like these slices are made from, of the phase's size."""
         batch = self.batch(rows, [], "preview")
-        return Given({name: batch.channels[name] for name in self.config.condition_channels}, batch.labels, batch.sizes)
+        return Given({name: batch.channels[name] for name in self.config.condition_channels}, batch.labels, batch.sizes, batch.captions)
 
 
 def load_given(config: FamilyConfig, store: SliceStore, rows: np.ndarray, device: torch.device) -> Given:
     """Everything that a family eats of these slices, on the device: images among the channels."""
     channels = {name: load_channel(store, name, rows, device) for name in config.input_channels}
     labels = torch.from_numpy(store.labels(rows)).to(device) if config.uses_labels else None
-    return Given(channels, labels, sizes_of(store.sizes_mm(rows), device) if config.uses_sizes else None)
+    sizes = sizes_of(store.sizes_mm(rows), device) if config.uses_sizes else None
+    return Given(channels, labels, sizes, tuple(store.captions(rows)) if config.uses_captions else None)
 
 
 def sizes_of(sizes_mm: np.ndarray, device: torch.device) -> Sizes:
@@ -155,8 +157,8 @@ def sizes_of(sizes_mm: np.ndarray, device: torch.device) -> Sizes:
 
 
 def load_channel(store: SliceStore, name: str, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """[N, 1, H, W] float32 on the device: images in [0, 1], "seg" the mask, "valid" where there is an image."""
-    made = {"seg": store.masks, "valid": store.valid}.get(name)
+    """[N, 1, H, W] float32 on the device: images in [0, 1], "seg" the mask, "valid" where there is an image, "masked" whether its mask is known."""
+    made = {"seg": store.masks, "valid": store.valid, "masked": store.masked}.get(name)
     array = made(rows).astype(np.float32) if made is not None else store.images(name, rows)
     return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(1).to(device, non_blocking=True)
 
@@ -173,8 +175,9 @@ def of_phase(training: Training, phase: Phase, score: str) -> str:
 
 def shape_of(config: FamilyConfig, store: SliceStore, records: Records | None = None) -> DataShape:
     """`records`: of the training split, for whoever trains."""
-    counts = (len(records), records.most_of_a_patient) if records is not None else ()
-    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), store.regions, *counts)
+    counts = {"records": len(records), "most_records": records.most_of_a_patient} if records is not None else {}
+    vocabulary = config.vocabulary(store.captions(store.select("train"))) if config.uses_captions else {}
+    return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), store.regions, vocabulary=vocabulary, **counts)
 
 
 def of_size(work: Work, data: DataSpec, size: int, full: SliceStore) -> SliceStore:

@@ -115,7 +115,7 @@ def _preview(training: Training, log: TrainingLog | None) -> None:
 
     Conditions are of validation slices, or of training slices where nothing is held out; of neither where each look at real images counts."""
     config = training.config
-    needs_rows = bool(config.condition_channels) or config.uses_labels
+    needs_rows = bool(config.condition_channels) or config.uses_labels or config.uses_captions
     rows = training.rows if config.looks_at_val and not len(training.val_rows) else training.val_rows
     count = min(config.loop.preview_images, len(rows)) if needs_rows else config.loop.preview_images
     if log is None or count == 0 or training.work.stop.is_set:
@@ -124,8 +124,8 @@ def _preview(training: Training, log: TrainingLog | None) -> None:
     indices = [(number,) for number in range(count)]
     noise = SampleNoise(training.work.plan.seed, f"{training.work.stage.name}/preview", indices, training.ranks.device)
     images = training.model.sample(noise, given, config.preview_sampling())
-    # labels become grey levels; padding shows by itself
-    conditions = {name: channel / len(training.store.regions) if name == "seg" else channel for name, channel in given.channels.items() if name != "valid"}
+    # labels become grey levels; padding shows by itself, and no mask as an empty one
+    conditions = {name: channel / len(training.store.regions) if name == "seg" else channel for name, channel in given.channels.items() if name not in ("valid", "masked")}
     shown = {**conditions, **images}
     for name, channel in shown.items():
         log.images(name, channel, training.clock.step)

@@ -234,7 +234,7 @@ def training_on(store: SliceStore, rank: int = 0, world_size: int = 1) -> Traini
     ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
     work: Any = SimpleNamespace(plan=SimpleNamespace(seed=7), stage=SimpleNamespace(name="train"))
     nothing: Any = None
-    return Training(work, ranks, config, {store.size: store}, store.select("train"), np.array([], dtype=int), nothing, [Phase("main", 10, 24, store.size)], nothing)
+    return Training(work, ranks, config, {store.size: store}, store.select("train"), np.array([], dtype=int), nothing, nothing, [Phase("main", 10, 24, store.size)], nothing)
 
 
 def test_half_of_the_training_images_come_at_another_spacing_with_their_sizes_told(store: SliceStore) -> None:

@@ -237,7 +237,7 @@ def _one_round(trial: Trial, rows: Any) -> tuple[dict[str, Any], float]:
     model, config, cpu = _build(trial, "cpu"), trial.config, torch.device("cpu")
     chosen = rows[:TRIAL_SAMPLES]
     every = load_given(config, trial.store, chosen, cpu)
-    batch = Batch(every.channels, list(range(len(chosen))), trial.item.spec.seed, labels=every.labels, sizes=every.sizes)
+    batch = Batch(every.channels, list(range(len(chosen))), trial.item.spec.seed, labels=every.labels, sizes=every.sizes, captions=every.captions)
     trained = batch
     if config.record_sampling is not None:
         lot = Lot({name: images.unsqueeze(1) for name, images in every.channels.items()}, batch.positions, len(chosen), batch.seed, "check", 0)

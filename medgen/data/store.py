@@ -77,6 +77,19 @@ class SliceStore:
             return np.ones((len(rows), self.size, self.size), np.uint8)
         return self.maps.valid(rows, self.size)
 
+    def masked(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [n, size, size], 1 all over an image whose mask is known, 0 where nobody has drawn one: then its mask is 0 too, and says nothing."""
+        known = self.rows["masked"].to_numpy()[rows] if "masked" in self.rows else np.full(len(rows), self.has_masks)
+        return np.broadcast_to(known.astype(np.uint8)[:, None, None], (len(rows), self.size, self.size))
+
+    def captions(self, rows: np.ndarray) -> list[str]:
+        """One text per slice. Raises InputError if one has none."""
+        found = self.rows["caption"].to_numpy()[rows]
+        bare = [row for row, caption in zip(rows, found, strict=True) if caption is None]
+        if bare:
+            raise InputError(f"{len(bare)} of {len(rows)} slices have no caption, the first is {self.rows['id'][bare[0]]}; give each line of the data a caption")
+        return list(found)
+
     def sizes_mm(self, rows: np.ndarray) -> np.ndarray:
         """float32 [n, 2, 2]: spacing, and field of view without padding, each of rows and of columns."""
         spacing = self.rows[["spacing_y_mm", "spacing_x_mm"]].to_numpy(dtype=np.float32)[rows]

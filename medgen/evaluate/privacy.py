@@ -402,7 +402,7 @@ def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray, bench:
     state = made_by.state()
     config = spec.family_config(state["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]), sides.store.regions)
+    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]), sides.store.regions, vocabulary=state["vocabulary"])
     model = trained_model(made_by, state["config"]["model"], config, shape, device)
     parts = []
     for start in range(0, len(rows), MODEL_BATCH):
@@ -414,7 +414,7 @@ def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray, bench:
 def _scores_of_block(model: Model, config: FamilyConfig, sides: Sides, rows: np.ndarray, device: torch.device) -> np.ndarray:
     assert isinstance(sides.store, SliceStore)  # a run's real images are its slice store
     given = load_given(config, sides.store, rows, device)
-    batch = Batch(given.channels, rows.tolist(), sides.seed, "membership", given.labels, given.sizes)
+    batch = Batch(given.channels, rows.tolist(), sides.seed, "membership", given.labels, given.sizes, given.captions)
     return model.attack_scores(batch).double().cpu().numpy()
 
 

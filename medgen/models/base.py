@@ -5,7 +5,7 @@ The loop (train.py) moves data and time; the model moves weights. Neither knows 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -30,6 +30,7 @@ class DataShape:
     regions: tuple[str, ...] = ("foreground",)  # what the labels 1, 2, ... of the mask mean; read by families that take regions
     records: int = 0  # in the training split, of families that draw records; 0 where nothing is trained
     most_records: int = 1  # of one patient
+    vocabulary: Mapping[str, Any] = field(default_factory=dict)  # of the training captions, as the config makes it; empty unless it reads them
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,11 @@ class Batch:
     """One rank's share of a global batch.
 
     channels: name -> [B, 1, H, W] float32 in [0, 1] on the training device, H = W = the phase's size. "seg": 0 or 1, or the number of each
-    pixel's region for families that take regions; "valid": 1 where there is an image, 0 in the padding around it.
+    pixel's region for families that take regions; "valid": 1 where there is an image, 0 in the padding around it; "masked": 1 all over an
+    image whose mask is known, 0 where nobody has drawn one.
     positions: the place of each sample in the whole run's order; noise is drawn by position (see `normal`).
     labels: int64 [B], the number of each sample's class; None unless the family's config says that it uses labels.
-    sizes: what the family's config says that it uses, else None: see Sizes."""
+    sizes, captions: what the family's config says that it uses, else None: see Sizes; one text per sample, or None that says nothing."""
 
     channels: dict[str, Tensor]
     positions: list[int]
@@ -105,6 +107,7 @@ class Batch:
     stream: str = "train"
     labels: Tensor | None = None
     sizes: Sizes | None = None
+    captions: tuple[str | None, ...] | None = None
     drawn: dict[Draw, Tensor] = field(default_factory=dict)  # noise that was drawn ahead, [B, *shape]
     asked: set[Draw] = field(default_factory=set)  # what noise the model wanted; shared with the parts
     lots: tuple[Lot, ...] = ()  # of families that draw records: the real images of each update, this rank's share; `channels` is then empty
@@ -144,8 +147,9 @@ class Batch:
             channels = {name: tensor[part] for name, tensor in self.channels.items()}
             labels = self.labels[part] if self.labels is not None else None
             sizes = Sizes(self.sizes.spacing_mm[part], self.sizes.field_mm[part]) if self.sizes is not None else None
+            captions = self.captions[part] if self.captions is not None else None
             drawn = {draw: tensor[part] for draw, tensor in self.drawn.items()}
-            yield Batch(channels, self.positions[part], self.seed, self.stream, labels, sizes, drawn, self.asked)
+            yield Batch(channels, self.positions[part], self.seed, self.stream, labels, sizes, captions, drawn, self.asked)
 
 
 @dataclass
@@ -228,11 +232,12 @@ class SampleNoise:
 class Given:
     """What images are made from. channels: name -> [N, 1, H, W] as in a Batch, empty for unconditional models.
 
-    labels: int64 [N], the number of each image's class; None unless the family's config says that it uses labels. sizes: the same."""
+    labels: int64 [N], the number of each image's class; None unless the family's config says that it uses labels. sizes, captions: the same."""
 
     channels: dict[str, Tensor]
     labels: Tensor | None = None
     sizes: Sizes | None = None
+    captions: tuple[str | None, ...] | None = None
 
 
 class Model(ABC):

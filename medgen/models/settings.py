@@ -4,6 +4,7 @@ A family's config.py defines `Config(FamilyConfig)`; medgen/spec.py checks it an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -101,7 +102,7 @@ class LoopSettings(Settings):
         return self
 
 
-NO_IMAGES = ("seg", "valid")  # channels that no file of the data is named for: the mask, and where there is an image
+NO_IMAGES = ("seg", "valid", "masked")  # channels that no file of the data is named for: the mask, where there is an image, whether its mask is known
 Offer = Literal["blocks", "compile", "spike_guard", "constant_loss"]
 # what of the loop works only if the family's model takes part in it, and what it must offer for that
 NEEDED_OFFERS: dict[str, Offer] = {
@@ -280,6 +281,15 @@ class FamilyConfig(Settings):
     def uses_sizes(self) -> bool:
         """True if each image needs its spacing and field of view in mm."""
         return False
+
+    @property
+    def uses_captions(self) -> bool:
+        """True if each training image needs a caption."""
+        return False
+
+    def vocabulary(self, captions: Sequence[str]) -> dict[str, Any]:
+        """JSON that decides how captions are read, from those of the training split: part of every checkpoint. Empty of families that read none."""
+        return {}
 
     @property
     def takes_regions(self) -> bool:

@@ -150,7 +150,7 @@ def _class_names(form: Form, options: Options | None) -> tuple[str, ...]:
 def _state(config: Config, classes: tuple[str, ...], sources: Sequence[Network]) -> dict[str, Any]:
     """What a reader of the checkpoint asks for. It is of no data and no seed of medgen's."""
     return {
-        "config": {"model": "pacgan", **config.model_dump(mode="json", exclude={"loop"})}, "classes": classes, "size": config.sizes[-1], "data": None, "seed": None,
+        "config": {"model": "pacgan", **config.model_dump(mode="json", exclude={"loop"})}, "classes": classes, "vocabulary": {}, "size": config.sizes[-1], "data": None, "seed": None,
         "imported": [{"path": str(network.path), "sha256": files.sha256_file(network.path), "epoch": network.epoch} for network in sources],
     }  # fmt: skip
 
