@@ -15,6 +15,7 @@ from medgen.models.base import SampleNoise
 from medgen.models.diffusion import samplers
 from medgen.models.diffusion.config import Config, SamplingSettings
 from medgen.models.diffusion.discrete import NETWORK_TIME_SCALE, DiscreteTime, Predict
+from medgen.models.straight_path import SOLVERS, StraightPath, solved
 
 
 class Strategy(ABC):
@@ -77,30 +78,28 @@ class DDPM(DiscreteTime, Strategy):
 
 
 class RFlow(Strategy):
-    """Rectified flow: straight paths from clean (t = 0) to noise (t = 1), predicting the velocity clean - noise, at continuous times.
+    """Rectified flow: straight paths from clean (t = 0) to noise (t = 1), predicting the velocity clean - noise, at continuous times."""
 
-    Liu et al. 2022 (arXiv:2209.03003); logit-normal times: Esser et al. 2024 (arXiv:2403.03206, section 3.1)."""
+    samplers = tuple(SOLVERS)
 
-    samplers = ("euler", "midpoint", "ab2", "heun")
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.path = StraightPath(config.times or "logit_normal", config.time_shift)
 
     def times(self, uniform: Tensor) -> Tensor:
-        if self.config.times == "uniform":
-            return samplers.shifted(uniform, self.config.time_shift)
-        inside = uniform.clamp(1e-4, 1 - 1e-4)
-        return samplers.shifted(torch.sigmoid(torch.special.ndtri(inside)), self.config.time_shift)
+        return self.path.times(uniform)
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        share = times.view(-1, *[1] * (clean.dim() - 1))
-        return (1 - share) * clean + share * noise, clean - noise
+        return self.path.noised(clean, noise, times)
 
     def network_time(self, times: Tensor) -> Tensor:
         return times * NETWORK_TIME_SCALE
 
     def time_fraction(self, times: Tensor) -> Tensor:
-        return times
+        return self.path.time_fraction(times)
 
     def clean(self, noisy: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        return noisy + times.view(-1, *[1] * (noisy.dim() - 1)) * prediction
+        return self.path.clean(noisy, prediction, times)
 
     def snr(self, times: Tensor) -> Tensor:
         return ((1 - times) / times).square()
@@ -109,8 +108,7 @@ class RFlow(Strategy):
         def velocity(images: Tensor, time: float) -> Tensor:
             return predict(images, self.network_time(torch.full((len(images),), time, device=images.device))).float()
 
-        solver = {"euler": samplers.euler, "midpoint": samplers.midpoint, "ab2": samplers.adams_bashforth_2, "heun": samplers.heun}[settings.sampler]
-        return solver(velocity, samplers.flow_times(settings.steps, settings.time_shift), noise.normal(shape))
+        return solved(velocity, settings.sampler, settings.steps, settings.time_shift, noise.normal(shape))
 
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddpm": DDPM, "rflow": RFlow}
