@@ -18,6 +18,7 @@ from medgen.training import build_model
 CPU = torch.device("cpu")
 SIZE = 16
 REGIONS = ("wall", "cavity")
+CAPTIONS = ("a bright disc", "a dark ring, wide", "no ring")
 VARIANTS = [(family, name) for family in models.families() for name in models.config_class(family).examples()]
 
 
@@ -25,7 +26,8 @@ def make(family: str, name: str, seed: int = 1) -> tuple[Any, Model]:
     config = models.config_class(family).model_validate(models.config_class(family).examples()[name])
     classes = ("AD", "CN") if config.uses_labels else ()
     records = len(records_of(config)) if config.record_sampling is not None else 0
-    shape = DataShape(config.input_channels, SIZE, classes, REGIONS if config.takes_regions else ("foreground",), records)
+    vocabulary = config.vocabulary(CAPTIONS) if config.uses_captions else {}
+    shape = DataShape(config.input_channels, SIZE, classes, REGIONS if config.takes_regions else ("foreground",), records, vocabulary=vocabulary)
     return config, build_model(family, config, shape, seed, "test")
 
 
@@ -41,6 +43,8 @@ def images_of(config: Any, count: int, generator: torch.Generator) -> dict[str, 
         smooth = torch.nn.functional.interpolate(torch.rand(count, 1, 4, 4, generator=generator), SIZE, mode="bilinear")
         levels = (0.6, 0.75) if config.takes_regions else (0.6,)
         channels[name] = sum(((smooth > level).float() for level in levels), start=torch.zeros_like(smooth)) if name == "seg" else smooth
+    if "masked" in channels:
+        channels["masked"] = (torch.arange(count) % 3 > 0).float().view(-1, 1, 1, 1).expand(count, 1, SIZE, SIZE).contiguous()
     if "valid" not in channels:
         return channels
     valid = torch.zeros(count, 1, SIZE, SIZE)
@@ -78,11 +82,13 @@ def batch_of(config: Any, step: int, size: int = 4, first: int = 0, count: int |
     channels = images_of(config, size, generator)
     labels = torch.randint(2, (size,), generator=generator) if config.uses_labels else None
     sizes = sizes_of(config, size, generator)
+    captions = tuple(CAPTIONS[(step + number) % len(CAPTIONS)] for number in range(size)) if config.uses_captions else None
     part = slice(first, first + (count or size))
     positions = list(range(step * size, (step + 1) * size))[part]
     return Batch(
         {name: tensor[part] for name, tensor in channels.items()}, positions, seed=1,
         labels=labels[part] if labels is not None else None, sizes=sizes.mapped(lambda tensor: tensor[part]) if sizes is not None else None,
+        captions=captions[part] if captions is not None else None,
     )  # fmt: skip
 
 
@@ -122,7 +128,8 @@ def sample(model: Model, config: Any, indices: list[int]) -> dict[str, torch.Ten
     whole = batch_of(config, 0, size=8)
     labels = whole.labels[indices] if whole.labels is not None else None
     sizes = whole.sizes.mapped(lambda tensor: tensor[indices]) if whole.sizes is not None else None
-    given = Given({name: whole.channels[name][indices] for name in names}, labels, sizes)
+    captions = tuple(whole.captions[index] for index in indices) if whole.captions is not None else None
+    given = Given({name: whole.channels[name][indices] for name in names}, labels, sizes, captions)
     settings = config.preview_sampling()
     if "steps" in type(settings).model_fields:
         settings = settings.model_copy(update={"steps": 3})

@@ -61,7 +61,7 @@ class Model(DenoisingModel):
         return [*encoder, *self.network.transformer.blocks]
 
     def losses(self, network: nn.Module, batch: Batch, times: Tensor, context: StepContext) -> SampleLosses:
-        without = {name: self._dropped(batch, name) for name in self.config.told}
+        without: dict[str, Tensor] = {name: self._dropped(batch, name) for name in self.config.told}
         mirrored = batch.uniform("flip") < 0.5 if self.config.flip else None
         with context.autocast():
             velocity, target = self._tried(network, batch, times, without, None, mirrored)
