@@ -20,7 +20,7 @@ WATERSHED = 0.3  # time before which an image is so noisy that it has large stru
 
 @dataclass(frozen=True)
 class Scaling:
-    """How positions of a larger grid than trained are made to look like trained ones (Lumina-Next, arXiv:2406.18583, section 2.2).
+    """How positions of a larger grid than trained are made to look like trained ones (Lumina-Next, arXiv:2406.18583).
 
     stretch: positions are divided by it. period: the longest period is multiplied by it, which leaves near tokens apart (NTK-aware)."""
 
