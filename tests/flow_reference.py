@@ -116,6 +116,7 @@ WORDS = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
 TARGET = wave((2, 4, 16, 16), 9)
 MASK = (wave((2, 1, 16, 16), 11) > 0).float()
 GUIDED_IMAGE = wave((1, 4, 16, 16), 5)
+WIDE_IMAGES = wave((2, 4, 12, 20), 7)
 
 FORWARD = Expected(0.26480621, -0.13125886, 0.31927569, (-0.454836, -0.523261, -0.123602, -0.128014), (-0.167888, -0.003532))
 WITHOUT_QK_NORM = Expected(0.46205308, 0.36499132, first=(0.569442, 0.642406))

@@ -223,7 +223,7 @@ def run(network: NextDiT, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_in_positions_show_as_much_as_published(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which says that the output without them is the published one also where the image is not square."""
-    network, images = tiny_network(), (IMAGES, wave((2, 4, 12, 20), 1))
+    network, images = tiny_network(), (IMAGES, reference.WIDE_IMAGES)
     right = [run(network, image) for image in images]
     wrong_turns, *expected = MISTAKES[mistake]
     monkeypatch.setattr("medgen.models.flow.network.rotation", lambda *grid: wrong_turns(rotation(*grid)))
@@ -231,17 +231,18 @@ def test_mistakes_in_positions_show_as_much_as_published(mistake: str, monkeypat
     assert moved == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_caption_shows_as_much_as_published() -> None:
-    """By the attention to it, and by what all of the network is told of it."""
-    for parts, *expected in ((["gate"], 0.034, 0.180), (["caption"], 0.865)):
-        for image, most in zip((IMAGES, wave((2, 4, 12, 20), 1)), expected, strict=False):
-            network = tiny_network()
-            right = run(network, image)
-            with torch.no_grad():
-                for name, parameter in network.named_parameters():
-                    if name.endswith(".gate") and parts == ["gate"] or name.startswith("caption.") and parts == ["caption"]:
-                        parameter.zero_()
-            assert float((run(network, image) - right).abs().max()) == pytest.approx(most, abs=1e-3)
+@pytest.mark.parametrize(("part", "expected"), [("attention.gate", (0.034, 0.180)), ("caption.weight", (0.865,))])
+def test_captions_show_as_much_as_published(part: str, expected: tuple[float, ...]) -> None:
+    """By the attention to them, and by what all of the network is told of them; of 16 x 16 and of 12 x 20."""
+    network, without = tiny_network(), tiny_network()
+    with torch.no_grad():
+        for name, parameter in without.named_parameters():
+            if name.endswith(part):
+                parameter.zero_()
+        if part == "caption.weight":
+            without.caption.bias.zero_()
+    for images, most in zip((IMAGES, reference.WIDE_IMAGES), expected, strict=False):
+        assert float((run(without, images) - run(network, images)).abs().max()) == pytest.approx(most, abs=1e-3)
 
 
 def test_a_mask_is_seen_after_the_channels_of_the_image() -> None:
@@ -337,6 +338,14 @@ def test_half_precision_goes_through() -> None:
             half = network(IMAGES, TIMES, CAPTIONS, WORDS)
     assert half.dtype == torch.bfloat16
     assert float((half.float() - exact).abs().mean()) < 0.03 * float(exact.abs().mean())
+
+
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_it_can_be_compiled_in_one_piece() -> None:
+    network = tiny_network()
+    compiled = torch.compile(network, backend="eager", dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(IMAGES, TIMES, CAPTIONS, WORDS), network(IMAGES, TIMES, CAPTIONS, WORDS))
 
 
 def test_shared_heads_are_neighbours_by_either_way() -> None:

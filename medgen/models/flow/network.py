@@ -73,7 +73,7 @@ class NextDiT(nn.Module):
 
     def _surroundings(self, turns: Tensor, tokens: Tensor | None, captions: Tensor, words: Tensor, scale: float | None) -> Surroundings:
         has_words = words.any(dim=1, keepdim=True)
-        some = words | ~has_words  # nothing to attend to would be 0 / 0
+        some = words | ~has_words  # where nothing may be attended to, a kernel may give 0 / 0
         return Surroundings(turns, tokens, captions, some[:, None, None], has_words[:, None, None].float(), scale)
 
     def _as_images(self, numbers: Tensor, grid: tuple[int, int]) -> Tensor:

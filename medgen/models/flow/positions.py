@@ -20,7 +20,7 @@ WATERSHED = 0.3  # time before which an image is so noisy that it has large stru
 
 @dataclass(frozen=True)
 class Scaling:
-    """How positions of a larger grid than trained are made to look like trained ones (Lumina-Next, arXiv:2406.18583, section 2.2).
+    """How positions of a larger grid than trained are made to look like trained ones (Lumina-Next, arXiv:2406.18583).
 
     stretch: positions are divided by it. period: the longest period is multiplied by it, which leaves near tokens apart (NTK-aware)."""
 
@@ -56,19 +56,22 @@ def rotation(rows: int, columns: int, head_width: int, scaling: Scaling, device:
     """Cosines and sines by which the pairs of a head turn, float32 [rows * columns, head_width / 2, 2]; rows of the grid follow each other.
 
     Pairs turn by the row and by the column in turns, and two pairs have the same frequency. Not to be written to: later calls get it too."""
+    if torch.compiler.is_compiling():  # a compiler looks through what is kept, and makes the few numbers on the way
+        return _worked_out(rows, columns, head_width, scaling, device)
     with torch.inference_mode(False):  # what is kept may be asked for by a training later
-        return _rotation(rows, columns, head_width, scaling, device)
+        return _kept(rows, columns, head_width, scaling, device)
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _rotation(rows: int, columns: int, head_width: int, scaling: Scaling, device: torch.device) -> Tensor:
+def _worked_out(rows: int, columns: int, head_width: int, scaling: Scaling, device: torch.device) -> Tensor:
     count = head_width // ROTATED_TOGETHER
-    steps = torch.arange(count, dtype=torch.float64, device="cpu")
-    frequencies = (MAX_PERIOD * scaling.period) ** (-steps / count)
-    row_angles, column_angles = (torch.arange(length, dtype=torch.float64, device="cpu")[:, None] / scaling.stretch * frequencies for length in (rows, columns))
+    frequencies = (MAX_PERIOD * scaling.period) ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
+    row_angles, column_angles = (torch.arange(length, dtype=torch.float64, device=device)[:, None] / scaling.stretch * frequencies for length in (rows, columns))
     angles = torch.stack([row_angles[:, None].expand(rows, columns, count), column_angles.expand(rows, columns, count)], dim=-1)
     angles = angles.reshape(rows * columns, 2 * count)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+_kept = functools.lru_cache(maxsize=KEPT)(_worked_out)
 
 
 def rotated(heads: Tensor, turns: Tensor) -> Tensor:

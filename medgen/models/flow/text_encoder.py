@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
         if ids.shape[1] > self.shape.max_tokens:
             raise ValueError(f"max_tokens: captions of {ids.shape[1]} tokens given, the encoder was made for {self.shape.max_tokens}")
         dropped = dropped | ~valid.any(dim=1)
-        seen = (valid | dropped[:, None])[:, None, None]  # nothing to attend to would be 0 / 0
+        seen = (valid | dropped[:, None])[:, None, None]  # where nothing may be attended to, a kernel may give 0 / 0
         features = self.tokens(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             features = block(features, seen)

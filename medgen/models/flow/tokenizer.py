@@ -96,6 +96,8 @@ class Tokenizer:
         for number, pair in enumerate(value["merges"], start=FIRST_MERGE):
             if len(pair) != 2 or not all(type(token) is int and FIRST_BYTE <= token < number for token in pair):
                 raise ValueError(f"merges: {pair} given for token {number}; a pair of tokens from {FIRST_BYTE} to {number - 1} is needed")
+        if not all(type(word) is str for word in value["words"]):
+            raise ValueError("words: something given that is no text; the words of training captions are needed")
         return cls([(left, right) for left, right in value["merges"]], value["words"])
 
     def _tokens_of(self, piece: str) -> tuple[int, ...]:
