@@ -88,11 +88,21 @@ def require_possible(settings: GenerateStage, config: FamilyConfig, store: Slice
     types = sorted(set(store.rows["label"])) if settings.export and classes is None else []
     if len(types) > 1:
         raise InputError(f"export: the data are {' and '.join(types)} and the model is not told which, so that an image has no unit; train with told: [kind], or with data.types: [{types[0]}]")
+    if classes is not None:
+        _require_trained_classes(classes, store)
     if settings.condition in SPLITS and classes is not None:
         own = set(store.rows["label"].to_numpy()[store.select(settings.condition)])
         for name, count in zip(classes.names, np.diff([0, *classes.ends]), strict=True):
             if count and name not in own:
                 raise InputError(f"condition: {settings.condition}: that split has no image of the class {name} whose mask could be drawn on; write per_class with 0 for it, or another split")
+
+
+def _require_trained_classes(classes: Classes, store: SliceStore) -> None:
+    """A class that other splits alone have: images of it would be of another one, and bear its name."""
+    seen = set(store.rows["label"].to_numpy()[store.select("train")])
+    for name, count in zip(classes.names, np.diff([0, *classes.ends]), strict=True):
+        if count and name not in seen:
+            raise InputError(f"{count} images of the class {name} are asked for, and no training image is of it; write per_class with 0 for it, or splits that give it some")
 
 
 def _require_trained_spacing(wanted_mm: tuple[float, float], config: FamilyConfig, store: SliceStore) -> None:

@@ -110,9 +110,9 @@ def _check_split(plan: Plan, stage: PlannedStage, against: str) -> None:
 
 
 def _settings(planned: PlannedStage, config: FamilyConfig, asked: Asked) -> GenerateStage:
-    """The stage with other images: real conditions of the split that they are compared with, evenly spread."""
+    """The stage with other images: real conditions of the split that they are compared with, evenly spread, in that one's pixels."""
     condition = asked.against if config.condition_channels else None
-    changes = {"count": asked.images, "per_class": None, "condition": condition, "shards": 1, "parallel": None}
+    changes: dict[str, Any] = {"count": asked.images, "per_class": None, "condition": condition, "shards": 1, "parallel": None, "spacing_mm": None, "export": []}
     return GenerateStage.model_validate({**planned.settings, **changes})
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from medgen import checkpoint, commits, dist, spec
 from medgen.checkpoint import Checkpoint
+from medgen.data.store import SliceStore
 from medgen.errors import InputError
+from medgen.models.settings import FamilyConfig
 from medgen.plan import GRACE_SLACK_SECONDS, GRACE_SPARE_SECONDS, grace_needed_seconds
 from medgen.train_log import Averages, last_logged_step
 from medgen.training import Clock, Training, of_phase
@@ -54,6 +56,8 @@ def take_over(training: Training, folder: Path) -> Checkpoint:
     _check_that_it_counted(training, found)
     if found.sha256 != training.config.start_sha256:
         raise InputError(f"start_from: {folder} holds other weights than when this was submitted; submit it anew, as another run")
+    for note in same_meaning(training.config, training.store, found.state(), folder):
+        training.work.say(note)
     optimizers = training.model.optimizers().values()
     settings = [[{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups] for optimizer in optimizers]
     try:
@@ -65,6 +69,19 @@ def take_over(training: Training, folder: Path) -> Checkpoint:
             group.update(own)
     training.model.check_start()
     return found
+
+
+def same_meaning(config: FamilyConfig, store: SliceStore, state: dict[str, Any], folder: Path) -> list[str]:
+    """Notes on what the weights of another training, whose state this is, knew by other names. Raises InputError where they know another number of things."""
+    notes = []
+    for name, used, ours in (("regions", config.takes_regions, store.regions), ("classes", config.uses_labels, store.classes if config.uses_labels else ())):
+        theirs = tuple(state[name]) if name in state else ours  # checkpoints of earlier versions do not tell their regions
+        if not used or theirs == ours:
+            continue
+        if len(theirs) != len(ours):
+            raise InputError(f"start_from: {folder} knows the {name} {', '.join(theirs)}, and the data have {', '.join(ours)}; start from weights of as many, or without")
+        notes.append(f"start_from: what {folder.name} knows as {', '.join(theirs)} becomes {', '.join(ours)}, in that order")
+    return notes
 
 
 def _check_that_it_counted(training: Training, found: Checkpoint) -> None:
@@ -150,7 +167,8 @@ def save(training: Training, metrics: dict[str, dict[str, Any]]) -> None:
     started, keep = time.monotonic(), training.config.loop.keep
     objects: dict[str, Any] = {f"modules.{name}": module.state_dict() for name, module in model.modules().items()}
     objects |= {f"optimizers.{name}": optimizer.state_dict() for name, optimizer in model.optimizers().items()}
-    known = {"classes": training.shape.classes, "vocabulary": training.shape.vocabulary}  # for whoever has this checkpoint and not the data
+    shape = training.shape
+    known = {"classes": shape.classes, "regions": shape.regions, "vocabulary": shape.vocabulary}  # for whoever has this checkpoint and not the data
     state = {**identity(training), **known, "clock": {**vars(clock), "best_loss": _finite_or_none(clock.best_loss)},
              "window": dist.gathered(training.averages.state(), ranks)}
     if not training.selects and len(training.phases) > 1 and clock.step > clock.phase_start_step:

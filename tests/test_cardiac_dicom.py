@@ -231,6 +231,27 @@ def test_a_file_cut_anywhere_ends_in_a_message(tmp_path: Path, share: float) -> 
             read_map(read_headers(path)[0])
 
 
+@pytest.mark.parametrize("orientation", [[2, 0, 0, 0, 2, 0], [0] * 6, [1, 0, 0, 1, 0, 0], [1, 0, 0, 0.5, 0.866, 0]])
+def test_directions_that_are_none(tmp_path: Path, orientation: list[float]) -> None:
+    """They would change the spacing, or leave the image without a place."""
+    with pytest.raises(InputError, match=r"a.dcm: ImageOrientationPatient is .* two directions of length 1 at a right angle"):
+        read(tmp_path, ImageOrientationPatient=orientation)
+
+
+def test_rounded_directions_are_mended_and_no_thickness_is_none(tmp_path: Path) -> None:
+    image = read(tmp_path, ImageOrientationPatient=[0.999, 0.003, 0, 0, 0.8, -0.6], SliceThickness=-8)
+    assert image.orientation is not None and image.slice_thickness_mm is None
+    assert np.allclose([np.linalg.norm(image.orientation[:3]), np.linalg.norm(image.orientation[3:])], 1, atol=1e-12)
+
+
+def test_a_file_that_shrinks_between_header_and_pixels_says_so(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.dcm", map_dataset())
+    (header,) = read_headers(path)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"a\.dcm: .*copy it again"):
+        read_map(header)
+
+
 def test_implicit_files_of_other_makers(tmp_path: Path) -> None:
     dataset = map_dataset()
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian

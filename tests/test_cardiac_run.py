@@ -170,9 +170,36 @@ def test_what_the_data_cannot_give_is_known_before_any_training(tmp_path: Path, 
         shutil.rmtree(folder)
     told = medgen("check", write_spec(spec_of(root, "before", maps=drawn(count=4), far=drawn(per_class=[2, 0], spacing_mm=9.0))), "--local", expect=2).stdout
     assert "maps" in told and "that split has no image of the class T2" in told and "spacing_mm: 9 x 9 mm is beyond" in told
+    for folder in root.glob("*/*/T2_Mapping_"):
+        if splits[folder.parent.name] == "train":
+            shutil.rmtree(folder)
+    told = medgen("check", write_spec(spec_of(root, "unseen", maps=drawn(per_class=[1, 1], condition="val"))), "--local", expect=2).stdout
+    assert "1 images of the class T2 are asked for, and no training image is of it" in told
     untold = spec_of(cohort, "untold", maps=drawn(count=2, export=["dicom"]))
     untold["stages"]["train"]["config"] = {**NET, "told": ["size"]}
     assert "export: the data are T1 and T2 and the model is not told which" in medgen("check", write_spec(untold), "--local", expect=2).stdout
+
+
+def test_the_room_for_a_cohort_is_known_before_its_cache_is_built(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDGEN_CACHE", str(tmp_path / "none_yet"))
+    spec = spec_of(cohort, "first")
+    spec["data"]["windows_ms"] = {"T2": [100, 200]}
+    told = medgen("check", write_spec(spec), "--local", expect=2).stdout
+    assert "outside the window [100.0, 200.0]; write another data.windows_ms" in told and "NIfTI" not in told
+
+
+def test_weights_that_knew_other_things_are_told_or_refused(finished: Finished, medgen: Medgen, write_spec: WriteSpec, cohort: Path, tmp_path: Path) -> None:
+    start = max((finished.run / "train" / "ckpt").glob("step-*"))
+    manifest = tmp_path / "cine.csv"
+    lines = ["image,patient,contours,type"]
+    for folder in sorted(cohort.glob("*/*")):
+        for kind, series in (("T1", "T1"), ("cine", "T2")):
+            lines.append(f"{folder / f'{series}_Mapping_' / 'Mid.dcm'},{folder.name},{folder / f'{series}_map_mid_' / 'Contours.json'},{kind}")
+    manifest.write_text("\n".join(lines))
+    spec = spec_of(manifest, "others")
+    spec["stages"]["train"]["config"] = {**NET, "start_from": str(start)}
+    told = " ".join(medgen("check", write_spec(spec), "--local").stdout.split())
+    assert f"start_from: what {start.name} knows as T1, T2 becomes T1, cine, in that order" in told
 
 
 def test_a_spacing_that_was_never_trained_on_is_refused(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec, cohort: Path) -> None:

@@ -148,6 +148,37 @@ def test_another_contour_is_another_cache(cohort: Path, tmp_path: Path) -> None:
     assert before.fingerprint != after.fingerprint and list(after.rows["id"].to_numpy()[changed]) == ["Patient_2_T2_base"]
 
 
+@pytest.mark.parametrize(("columns", "before", "after"), [
+    ("type,ms_per_value", "T2,0.05", "T2,0.06"), ("type,first_pixel_centre", "T2,", "T2,0.5"), ("type,region", "T2,mid", "T2,apex"), ("type,contour_image", "T2,first", "T2,second"),
+])  # fmt: skip
+def test_what_a_manifest_says_is_part_of_the_data(tmp_path: Path, columns: str, before: str, after: str) -> None:
+    """The files are the same, and the maps, their masks or their levels are not."""
+    table = ["kind,column_px,row_px,image"]
+    table += [f"{kind},{x + shift},{y},{name}" for name, shift in (("first", 0), ("second", 4)) for kind, radius in (("epicardium", 14), ("endocardium", 9)) for x, y in circle(radius)]
+    (tmp_path / "curves.csv").write_text("\n".join(table))
+    for number in range(3):
+        write_map(tmp_path / f"{number}.dcm", "T2", SmallestImagePixelValue=number)
+    stores = []
+    for values_given in (before, after):
+        image_of_file = "" if "contour_image" in columns else ",contour_image"
+        lines = [f"{number}.dcm,p{number},curves.csv,{values_given}{',first' if image_of_file else ''}" for number in range(3)]
+        (tmp_path / "manifest.csv").write_text("\n".join([f"image,patient,contours,{columns}{image_of_file}", *lines]))
+        stores.append(open_store(spec(tmp_path / "manifest.csv"), 1, tmp_path / "cache", lambda _: None))
+    assert stores[0].fingerprint != stores[1].fingerprint
+    what = {"ms_per_value": "mean_myocardium", "region": "level"}.get(columns.partition(",")[2])
+    if what is not None:
+        assert (stores[0].rows[what] != stores[1].rows[what]).all()
+    else:
+        assert not np.array_equal(stores[0].masks(np.arange(3)), stores[1].masks(np.arange(3)))
+
+
+def test_a_window_in_which_muscle_is_black_is_told(cohort: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    open_store(spec(cohort, windows_ms={"T1": [0, 4500], "T2": [0, 100_000]}), 1, tmp_path / "cache", told.append)
+    (note,) = (line for line in told if "so wide" in line)
+    assert note.startswith("the window of T2, 0 to 100000 ms, is so wide that its myocardium lies at 0.")
+
+
 def test_the_second_of_two_contour_files_counts_too(sunnybrook: Path, tmp_path: Path) -> None:
     root = tmp_path / "scd"
     shutil.copytree(sunnybrook, root)

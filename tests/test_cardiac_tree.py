@@ -219,6 +219,24 @@ def skipped_details(index: Index) -> list[tuple[str, str]]:
     return [(skip.reason, skip.detail[-len("has none of this image") :]) for skip in index.skipped]
 
 
+def test_contours_are_of_one_frame_and_not_of_all(tmp_path: Path) -> None:
+    """A beating heart is drawn in one of its frames: in the others it is somewhere else."""
+    save(tmp_path / "beats.dcm", enhanced_dataset(np.stack([values(*SHAPE)] * 3)))
+    write_contours(tmp_path / "c.json")
+    index = read_tree(write_manifest(tmp_path, "image,patient,contours,type", "beats.dcm,a,c.json,T1"))
+    assert not index.entries and [skip.reason for skip in index.skipped] == ["no contours"] * 3
+    assert "frame 1: the file has 3 frames and nothing says which one its contours are drawn on; write frame into a manifest" in index.skipped[1].detail
+    one = read_tree(write_manifest(tmp_path, "image,patient,contours,type,frame", "beats.dcm,a,c.json,T1,1"))
+    assert [entry.header.frame for entry in one.entries] == [1] and not one.skipped
+
+
+def test_deliveries_of_one_date_have_an_order(tmp_path: Path) -> None:
+    for place, shift in (("2024_01_01", 0), ("2024-01-01", 3)):
+        write_patient(tmp_path / place / "Patient (1)", kinds=("T1",), levels=("Mid",), StudyID=str(shift))
+    (entry,) = read_tree(tmp_path).entries
+    assert entry.header.source.parts[-4] == "2024_01_01", "by the names of the folders, whatever the disk lists first"
+
+
 def test_a_manifest_that_leaves_things_open(tmp_path: Path) -> None:
     write_map(tmp_path / "one.dcm", "T1")
     (tmp_path / "m.con").write_text("Image_resolution=48x64\n" + "".join(f"[XYCONTOUR]\n{n} 0 1 1.0\n3\n1 1\n9 1\n5 9\n" for n in (1, 2)))

@@ -37,7 +37,7 @@ REASONS = (
 @dataclass(frozen=True)
 class Candidate:
     """`contour_image`: which image of its contour files it is; None where the files say it (SOP Instance UID) or hold one image only.
-    `frame`: the only one wanted of a multi-frame file; None: all. `first_pixel_centre`: see contour_files.read_contours."""
+    `frame`: the only one wanted; None of a file that has one. `first_pixel_centre`: see contour_files.read_contours."""
 
     image: Path
     patient: str

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 IN_MS = {"ms": 1.0, "msec": 1.0, "s": 1000.0, "us": 0.001}  # UCUM codes of times
 PACKAGE_FOR = {"JPEG 2000": "pylibjpeg-openjpeg", "JPEG-LS": "pylibjpeg-libjpeg", "JPEG": "pylibjpeg-libjpeg"}
 MOST_FRAMES = 100_000
+ROUNDED = 0.01  # how far directions may be from length 1 and a right angle
 SQUARE = 0.01  # how far the two spacings that private tags give may differ, relatively
 
 
@@ -130,6 +131,8 @@ def _dataset(path: Path, pixels: bool) -> Dataset:
         dataset = dcmread(path, stop_before_pixels=not pixels)
     except InvalidDicomError:  # no preamble; a file that is no DICOM at all ends below, for it has no rows
         dataset = dcmread(path, stop_before_pixels=not pixels, force=True)
+    if pixels and "Rows" not in dataset:  # there was an image when its header was read
+        raise InputError(f"{path}: the file has changed or is cut short: its header can no longer be read; copy it again")
     if "Rows" not in dataset or "Columns" not in dataset:
         raise InputError(f"{path}: no DICOM image: Rows and Columns are missing; give image files only")
     if "TransferSyntaxUID" not in dataset.file_meta:
@@ -184,8 +187,8 @@ def _header(path: Path, dataset: Dataset, frame: int, frames: int, told: Told) -
     return Header(
         source=path, frame=frame, type=found.type, type_from=found.by, unit=UNIT[found.type], unit_from=unit_from, scale=scale,
         rows=int(dataset.Rows), columns=int(dataset.Columns), spacing_mm=spacing, spacing_from=spacing_from,
-        orientation=_vector(where, groups, "ImageOrientationPatient", 6), position_mm=_vector(where, groups, "ImagePositionPatient", 3),
-        slice_thickness_mm=_number(_first(groups, "SliceThickness")),
+        orientation=_orientation(where, groups), position_mm=_vector(where, groups, "ImagePositionPatient", 3),
+        slice_thickness_mm=_above_zero(_number(_first(groups, "SliceThickness"))),
         patient=str(dataset.get("PatientID") or "").strip(), study_date=str(dataset.get("StudyDate") or "").strip(),
         series_description=description, region=told.region or find_region([path.stem, *told.folders, description]),
         instance_uid=str(dataset.get("SOPInstanceUID") or ""), notes=notes,
@@ -236,6 +239,23 @@ def _vector(where: str, groups: Sequence[Dataset], keyword: str, count: int) -> 
     if len(numbers) != count or None in numbers:
         raise InputError(f"{where}: {keyword} is {list(value)}; it must be {count} numbers")
     return tuple(numbers)
+
+
+def _above_zero(number: float | None) -> float | None:
+    """What some files write for "unknown" is unknown."""
+    return number if number is not None and number > 0 else None
+
+
+def _orientation(where: str, groups: Sequence[Dataset]) -> Any:
+    """Two directions at a right angle, each of length 1; what rounding has left is mended."""
+    value = _vector(where, groups, "ImageOrientationPatient", 6)
+    if value is None:
+        return None
+    first, second = np.array(value[:3]), np.array(value[3:])
+    lengths = np.linalg.norm(first), np.linalg.norm(second)
+    if not np.allclose(lengths, 1, atol=ROUNDED) or abs(first @ second) > ROUNDED:
+        raise InputError(f"{where}: ImageOrientationPatient is {list(value)}; it must be two directions of length 1 at a right angle; export the file again")
+    return tuple(float(part) for part in (*(first / lengths[0]), *(second / lengths[1])))
 
 
 def _spacing(where: str, dataset: Dataset, groups: Sequence[Dataset]) -> tuple[tuple[float, float], str]:
@@ -291,13 +311,18 @@ def _scale(where: str, dataset: Dataset, groups: Sequence[Dataset], kind: MapTyp
     if mapped is not None:
         return mapped, "Real World Value Mapping"
     slope, intercept = _number(_first(groups, "RescaleSlope")), _number(_first(groups, "RescaleIntercept"))
-    named = str(_first(groups, "RescaleType") or "").strip().lower().replace("us", "")  # DICOM's US is "unspecified" and no microsecond
+    given = str(_first(groups, "RescaleType") or "").strip().lower()
+    named = "" if given == "us" else given  # DICOM's US is "unspecified" and no microsecond
     if slope is not None and slope <= 0:
         raise InputError(f"{where}: RescaleSlope is {slope:g}; it must be above 0; export the file again, or give ms_per_value in a manifest")
     if slope is not None and (named in IN_MS or (slope, intercept or 0.0) != (1.0, 0.0)):
         factor = IN_MS.get(named, 1.0)
-        return (slope * factor, (intercept or 0.0) * factor), f"RescaleSlope, in {named if named in IN_MS else 'ms as no unit is named'}"
+        return (slope * factor, (intercept or 0.0) * factor), f"RescaleSlope, in {_named_unit(named)}"
     return (UNSCALED[kind], 0.0), f"the rule for {kind} without scale: {UNSCALED[kind]:g} ms per stored value"
+
+
+def _named_unit(named: str) -> str:
+    return named if named in IN_MS else f"ms, since {named} is no time" if named else "ms as no unit is named"
 
 
 def _real_world(where: str, groups: Sequence[Dataset]) -> tuple[float, float] | None:

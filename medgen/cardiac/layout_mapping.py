@@ -58,7 +58,7 @@ def offer(root: Path) -> Offer:
 def _deliveries(root: Path) -> list[Path]:
     """The oldest first."""
     found = [path for path in root.iterdir() if path.is_dir() and DELIVERY.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.name.replace("-", "_"))
+    return sorted(found, key=lambda path: (path.name.replace("-", "_"), path.name))
 
 
 def _patients(folder: Path) -> list[Path]:

@@ -80,7 +80,7 @@ def _word(where: str, row: dict[str, str], column: str, allowed: Sequence[Word])
 def _frame(where: str, row: dict[str, str]) -> int | None:
     text = row.get("frame", "")
     if text and not (text.isdecimal() and len(text) < 7):
-        raise InputError(f"{where}: frame is {text!r}; write a whole number, 0 for the first, or nothing for all")
+        raise InputError(f"{where}: frame is {text!r}; write a whole number, 0 for the first, or nothing for a file of one")
     return int(text) if text else None
 
 

@@ -4,12 +4,14 @@ Nothing is dropped in silence: what is not an entry is in `skipped`. Pixels are 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from medgen import csv_files, files
 from medgen.cardiac import layout_mapping, layout_sunnybrook, manifest
@@ -59,6 +61,12 @@ class Entry:
 
     def anatomy(self) -> Anatomy:
         return anatomy(self.contours, self.header.spacing_mm)
+
+    def decides(self) -> list[Any]:
+        """JSON of all that its files, a manifest and the layout say together of what its pixels, its place and its masks are."""
+        header = self.header
+        drawn = [[contour.kind, contour.closed, hashlib.sha256(contour.points.astype("<f8").tobytes()).hexdigest()] for contour in self.contours]
+        return [header.frame, header.unit, header.scale, header.spacing_mm, header.orientation, header.position_mm, header.slice_thickness_mm, header.region, drawn]
 
     def load(self) -> Map:
         """With pixels. Raises InputError if the file has changed or cannot be decoded."""
@@ -123,7 +131,7 @@ def read_tree(root: Path) -> Index:
             skipped.append(Skip(candidate.image, _reason(error, IMAGE_REASONS, BAD_IMAGE), _detail(error, candidate.image)))
             continue
         for header in headers:
-            outcome = _judge(candidate, header, contour_files)
+            outcome = _judge(candidate, header, len(headers), contour_files)
             if isinstance(outcome, Skip):
                 skipped.append(outcome)
             else:
@@ -167,10 +175,12 @@ def _headers(candidate: Candidate) -> Sequence[Header]:
     return [headers[candidate.frame]]
 
 
-def _judge(candidate: Candidate, header: Header, read: dict[tuple[Path, float | None], ContourFile | InputError]) -> Entry | Skip:
-    """`read`: contour files seen so far, for one may serve many images."""
+def _judge(candidate: Candidate, header: Header, frames: int, read: dict[tuple[Path, float | None], ContourFile | InputError]) -> Entry | Skip:
+    """`frames`: of the file that are candidates; `read`: contour files seen so far, for one may serve many images."""
     if not candidate.contour_files:
         return Skip(candidate.image, NO_CONTOURS, "there is no contour file for this image")
+    if frames > 1:
+        return Skip(candidate.image, NO_CONTOURS, f"frame {header.frame}: the file has {frames} frames and nothing says which one its contours are drawn on; write frame into a manifest")
     try:
         found = [_read_once(path, candidate.first_pixel_centre, read) for path in candidate.contour_files]
         own = [contour for file in found for contour in _of_this_image(file, candidate, header)]

@@ -49,7 +49,7 @@ def check(spec_path: Path, overrides: Sequence[str], site_name: str | None, loca
                                         + (f", for each of {len(prepared)} points of the sweep" if len(prepared) > 1 else ""))]
     findings += [Finding("spec", "note", note) for note in dict.fromkeys(note for item in prepared for note in item.notes)]
     stores, found = _open_all(prepared)
-    findings += [*found, *shortages(prepared, stores), *impossible(prepared, stores), *try_models(prepared, stores, _say), *_launch(prepared)]  # sizes that a trial measures count in what follows
+    findings += [*found, *shortages(prepared, stores), *impossible(prepared, stores), *other_starts(prepared, stores), *try_models(prepared, stores, _say), *_launch(prepared)]  # sizes that a trial measures count in what follows
     findings = once(findings)
     wrong = sum(item.mark == "wrong" for item in findings)
     models = {item.topic: item.facts for item in findings if "parameters" in item.facts}
@@ -180,6 +180,27 @@ def impossible(prepared: list[Prepared], stores: dict[str, SliceStore]) -> list[
                 require_possible(stage, spec.family_config(source.config), store)
             except InputError as error:
                 found.append(Finding(name, "wrong", str(error)))
+    return found
+
+
+def other_starts(prepared: list[Prepared], stores: dict[str, SliceStore]) -> list[Finding]:
+    """Trainings that start from weights of other classes or regions than the data have."""
+    from medgen import commits, files
+    from medgen.resume import same_meaning
+
+    found = []
+    for item in prepared:
+        store = stores.get(data_key(item.spec))
+        for name, stage in item.spec.stages.items() if store is not None else ():
+            config = spec.family_config(stage.config) if isinstance(stage, TrainStage) and stage.repeat is None else None
+            if store is None or config is None or config.start_from is None:
+                continue
+            try:
+                notes = same_meaning(config, store, files.read_json(config.start_from / commits.STATE), config.start_from)
+            except InputError as error:
+                found.append(Finding(name, "wrong", str(error)))
+            else:
+                found += [Finding(name, "warning", note) for note in notes]
     return found
 
 

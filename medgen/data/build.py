@@ -93,7 +93,7 @@ def fingerprint(data: DataSpec, sources: list[Source], hashes: Hashes) -> str:
     what = [
         [source.id, source.patient, source.split, source.label, source.caption,
          {role: hashes[path] for role, path in source.files.items()},
-         *([[hashes[path] for path in source.paths], source.place] if source.entry is not None else [])]
+         *([source.entry.decides()] if source.entry is not None else [])]
         for source in sources
     ]
     return files.sha256_json([CACHE_VERSION, data.channels, how, what])

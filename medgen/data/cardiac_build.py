@@ -11,7 +11,7 @@ import numpy as np
 
 from medgen import files
 from medgen.cardiac.dicom import Header, Map
-from medgen.cardiac.map_type import PLAUSIBLE_MS
+from medgen.cardiac.map_type import PLAUSIBLE_MS, UNIT
 from medgen.cardiac.rasterise import LABELS, MYOCARDIUM
 from medgen.cardiac.tree import Entry
 from medgen.data import index
@@ -40,6 +40,7 @@ AFFINES = "affines"
 SIZE_STEP = 16  # sizes of images are told in steps that networks can halve
 ARRAYS: dict[str, tuple[tuple[int, ...], type]] = {PIXELS: ((), np.float32), EDGES: ((6,), np.float64)}
 NATIVE = "native"  # of a row while the cache is built: where its image lies in the arrays above
+LEAST_SHARE = 0.05  # of a window that muscle should reach; T2 of 50 ms reaches a quarter of the default one
 USUAL_THICKNESS_MM = 8.0  # where a file does not tell the thickness of its slice
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 FLAT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # orientation of an image that tells none: rows run to posterior, columns to the patient's left
@@ -61,11 +62,10 @@ def add_image(data: DataSpec, number: int, source: Source, entry: Entry, arrays:
     blocks = {"image": scaled[None], MASK: on_canvas[None], AFFINES: affine[None], PIXELS: image.pixels.ravel(), EDGES: edges}
     for name, block in blocks.items():
         arrays[name].append(block)
-    spacing_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     return {
         "id": source.id, "patient": source.patient, "split": source.split, "slice": image.frame, "label": source.label, "caption": None,
         "level": image.region, "unit": image.unit, "mask_pixels": int((on_canvas > 0).sum()), "content": 1.0,
-        "spacing_x_mm": float(spacing_mm[1]), "spacing_y_mm": float(spacing_mm[0]), "thickness_mm": float(spacing_mm[2]),
+        "spacing_x_mm": native.spacing_mm[1], "spacing_y_mm": native.spacing_mm[0], "thickness_mm": image.slice_thickness_mm or USUAL_THICKNESS_MM,
         "window_low_image": float(low), "window_high_image": float(high), **_means(image, labels), "source": number, NATIVE: asdict(native),
     }  # fmt: skip
 
@@ -99,6 +99,17 @@ def dark_blood(rows: pandas.DataFrame) -> list[str]:
         return []
     named = ", ".join(dark["id"][: index.SHOWN])
     return [f"in {len(dark)} images blood is no brighter than muscle ({named}{' ...' if len(dark) > index.SHOWN else ''}): are their contours where the heart is? after contrast agent T1 can be so"]
+
+
+def dull_windows(rows: pandas.DataFrame) -> list[str]:
+    """A note on types whose window is so wide that muscle is all but black: nothing could be told apart there, nor written in whole ms."""
+    told = []
+    for kind, own in rows[rows["unit"] == UNIT["T1"]].groupby("label"):
+        low, high = own["window_low_image"].iloc[0], own["window_high_image"].iloc[0]
+        share = float(((own["mean_myocardium"].astype(float) - low) / (high - low)).median())
+        if share < LEAST_SHARE:
+            told.append(f"the window of {kind}, {low:g} to {high:g} ms, is so wide that its myocardium lies at {share:.2%} of it, all but black; write a narrower data.windows_ms")
+    return told
 
 
 def affine_of(header: Header, canvas: Canvas) -> np.ndarray:

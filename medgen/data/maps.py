@@ -14,7 +14,7 @@ from medgen.cardiac.rasterise import Anatomy, Grid
 from medgen.cardiac.regions import Region
 from medgen.data.array_files import mapped
 
-MAPS_VERSION = 1  # raise it when the same data and spec would give other canvases
+MAPS_VERSION = 2  # raise it when the same data and spec would give other canvases
 PIXELS, EDGES = "native", "edges"  # arrays of the cache
 NATIVES = "natives.json"
 PARTS = 3  # of an anatomy: epicardium, left and right ventricle; edges name them by their place

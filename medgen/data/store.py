@@ -180,7 +180,7 @@ def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: P
         return store
     regions = tuple(name for name in LABELS[1:] if rows[f"mean_{name}"].notna().any())
     maps = NativeMaps(folder, read_natives(folder), data.size)
-    hearts = [*cardiac_build.cut_hearts(maps), *cardiac_build.dark_blood(rows)]
+    hearts = [*cardiac_build.cut_hearts(maps), *cardiac_build.dark_blood(rows), *cardiac_build.dull_windows(rows)]
     for note in hearts:
         say(note)
     return replace(store, regions=regions, maps=maps, notes=[*store.notes, *hearts])

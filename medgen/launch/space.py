@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medgen import commits, files, spec
 from medgen.errors import InputError
@@ -21,6 +22,9 @@ from medgen.rundir import RunDir
 from medgen.spec_data import DataSpec
 from medgen.spec_stages import GenerateStage, TrainStage
 from medgen.spec_utility import StructureStage, UtilityStage
+
+if TYPE_CHECKING:
+    from medgen.data.index import Source
 
 BLOCK_BYTES = 4096  # what the smallest file takes
 RUN_BYTES, RUN_FILES = 32 * 2**20, 500  # of a run that makes nothing
@@ -182,27 +186,28 @@ def _bytes_in(folder: Path) -> int:
 
 def _cache_bytes(item: Prepared) -> int:
     """Upper bound: every slice before any filter. 0 if the cache is there."""
-    data = item.spec.data
-    assert data is not None
-    slices = _slices(item, data)
-    return slices * data.size**2 * (4 * len(data.channels) + (data.mask is not None))
-
-
-def _slices(item: Prepared, data: DataSpec) -> int:
-    """As if all volumes were like the first: one header read, not all of them again."""
     from medgen.data import build, index
 
+    data = item.spec.data
+    assert data is not None
+    of_a_slice = data.size**2 * (4 * len(data.channels) + (data.mask is not None))
     if data.format == "phantom":
         from medgen.data.phantoms import DEFAULT_SHAPE
 
-        return index.phantom_patients(data) * DEFAULT_SHAPE[data.axis]
-    from medgen.data.volumes import read_header
-
+        return index.phantom_patients(data) * DEFAULT_SHAPE[data.axis] * of_a_slice
     sources, _ = index.read_index(data, item.spec.seed)
     known = build.known_hashes(item.run.cache, sources)
     if known is not None and build.folder_of(data, sources, known, item.run.cache).is_dir():
         return 0
-    if data.format == "stack":
+    as_acquired = sum(4 * source.entry.header.rows * source.entry.header.columns for source in sources if source.entry is not None)
+    return _slices(data, sources) * of_a_slice + as_acquired
+
+
+def _slices(data: DataSpec, sources: list[Source]) -> int:
+    """As if all volumes were like the first: one header read, not all of them again."""
+    from medgen.data.volumes import read_header
+
+    if data.format in ("stack", "cardiac"):
         return len(sources)
     header = read_header(next(iter(sources[0].files.values())))
     return len(sources) * int(header.shape[header.slice_axis(data.axis)])

@@ -230,7 +230,7 @@ def _data(source: Source, facts: StageFacts) -> list[Fact]:
         (f"split {row['split']}", f"{row['patients']} patients" + (f", {row['slices']} slices, {shown}: {row['positive']}" if counts_slices else ""))
         for row in words.split_table(store)
     ]
-    told = _windows(DataSpec.model_validate(source.plan.data))
+    told = _windows(DataSpec.model_validate(source.plan.data), store)
     return [*rows, ("seen by the model", " and ".join(source.plan.trained_on(facts.name))), ("window that is 0 to 1", told), ("fingerprint", source.run.data_mark(store.fingerprint))]
 
 
@@ -240,12 +240,13 @@ def _labels(store: SliceStore | None) -> str:
     return ", ".join(["0 background", *(f"{number} {name}" for number, name in enumerate(store.regions, 1))])
 
 
-def _windows(data: DataSpec) -> str:
-    """Maps have one for each type, in ms."""
-    fixed = [f"{kind} {low:g} to {high:g} ms" for kind, (low, high) in data.windows_ms.items() if data.types is None or kind in data.types]
+def _windows(data: DataSpec, store: SliceStore) -> str:
+    """Maps have one for each type that there is, in ms."""
+    there = set(store.rows["label"]) if data.windows_ms else set()
+    fixed = [f"{kind} {low:g} to {high:g} ms" for kind, (low, high) in data.windows_ms.items() if kind in there]
     if not fixed:
         return _window(data.window)
-    return ", ".join([*fixed, *([f"cine {_window(data.window)}"] if data.types is None or "cine" in data.types else [])])
+    return ", ".join([*fixed, *([f"cine {_window(data.window)}"] if "cine" in there else [])])
 
 
 def _window(window: Window) -> str:
