@@ -202,7 +202,7 @@ def _slices(item: Prepared, data: DataSpec) -> int:
     known = build.known_hashes(item.run.cache, sources)
     if known is not None and build.folder_of(data, sources, known, item.run.cache).is_dir():
         return 0
-    if data.format == "stack":
+    if data.format in ("stack", "jsonl"):
         return len(sources)
     header = read_header(next(iter(sources[0].files.values())))
     return len(sources) * int(header.shape[header.slice_axis(data.axis)])
