@@ -262,7 +262,7 @@ def _scaled_channels(
         if data.window.per == "slice":
             low, high = _windows_of_slices(source, source.files[channel], chosen, wanted, data)
         else:
-            ends = joint[channel] if channel in joint else window_of(f"patient {source.patient}", source.files[channel], volume, data.window)
+            ends = joint[channel] if channel in joint else window_of(f"patient {source.patient}: {source.files[channel]}", volume, data.window)
             low, high = (np.full(len(wanted), end) for end in ends)
         windows[f"window_low_{channel}"], windows[f"window_high_{channel}"] = low, high
         scaled = np.clip((chosen - low[:, None, None]) / (high - low)[:, None, None], 0, 1)
@@ -291,7 +291,7 @@ def _joint_window(source: Source, window: Window) -> dict[str, tuple[float, floa
 
     (Percentiles of all their voxels together would clip twice as much of the channel that enhances.) Volumes are read here once more than
     without: holding those of a patient together would take the memory of all. Raises InputError if they cannot be of one unit."""
-    own = {channel: window_of(f"patient {source.patient}", source.files[channel], read_volume(source.files[channel]), window) for channel in window.joint or ()}
+    own = {channel: window_of(f"patient {source.patient}: {source.files[channel]}", read_volume(source.files[channel]), window) for channel in window.joint or ()}
     if not own:
         return {}
     low, high = min(ends[0] for ends in own.values()), max(ends[1] for ends in own.values())

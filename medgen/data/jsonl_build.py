@@ -57,7 +57,7 @@ def add_image(data: DataSpec, number: int, source: Source, line: Line, arrays: d
 def _window(data: DataSpec, seen: Seen, values: np.ndarray) -> tuple[float, float]:
     """What becomes 0 and 1: all that a picture can hold; of NIfTI and DICOM, whose values have no ends, data.window."""
     if seen.white is None:
-        return window_of("image", seen.path, values, data.window)
+        return window_of(str(seen.path), values, data.window)
     if values.min() == values.max():
         raise InputError(f"{seen.path}: every pixel is {values.flat[0]:g}; is it the image? remove the line, or give another file")
     return 0.0, float(seen.white)
