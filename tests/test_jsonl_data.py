@@ -29,6 +29,8 @@ from medgen.data.resize import shares_of
 from medgen.data.store import SliceStore, open_store
 from medgen.data.summary import summarise
 from medgen.errors import InputError
+from medgen.launch import submit
+from medgen.spec import load
 from medgen.spec_data import DataSpec
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
@@ -446,7 +448,7 @@ def test_data_shows_captions_and_masks(tmp_path: Path, medgen: Cli, write_spec: 
     shown = medgen("data", path).stdout
     facts = summarise(opened(spec(tmp_path / "a.jsonl", regions=["spot", "other"]), tmp_path))
     assert facts["captions"]["words"] == {"median": 5.0, "most": 12, "longest": "a.jsonl:1"} and facts["captions"]["sides"] == {"left": 1, "nasal": 1}
-    assert facts["captions"]["distinct"] == 6 and facts["captions"]["vocabulary"] == 4 + 5 + 11 and facts["captions"]["frequent"]["number"] == 5
+    assert facts["captions"]["distinct"] == 6 and facts["captions"]["vocabulary"] == 4 + 5 + 10 and facts["captions"]["frequent"]["number"] == 5
     assert facts["masks"]["given"] == 1 and facts["masks"]["absent"] == 5
     assert facts["masks"]["classes"] == {"spot": {"masks": 1, "images": 1, "pixels": 18, "share": 0.045}, "other": {"masks": 0, "images": 0, "pixels": 0, "share": 0.0}}
     assert "captions: 6 of 6 images, 6 distinct; words: median 5, most 12 (a.jsonl:1)" in shown and "captions that name a side: left 1, nasal 1" in shown
@@ -463,7 +465,21 @@ def test_submit_and_check_tell_before_anything_is_queued(tmp_path: Path, medgen:
     told = [medgen("submit", path, "--local", expect=2).stderr, medgen("check", path, expect=2).stderr]
     assert all("a.jsonl:2: the image" in text and "a.jsonl:3: not JSON" in text for text in told) and not list((tmp_path / "runs").glob("x-*"))
     write(tmp_path / "a.jsonl", [lines[0], *lines[2:]])
-    assert "its model is trained on masks, and 3 training images have none" in medgen("submit", path, "--local", expect=2).stderr.replace("\n", " ")
+    assert "stages.train: its model is trained on masks, and no training image has one; give lines of" in medgen("submit", path, "--local", expect=2).stderr
+
+
+@pytest.mark.parametrize(("mode", "positive_only", "refused"), [("bravo", False, True), ("bravo", True, False), ("seg", False, False)])
+def test_an_unknown_mask_is_not_taken_for_an_empty_one(mode: str, positive_only: bool, refused: bool, tmp_path: Path) -> None:
+    lines = lines_of(tmp_path)
+    lines[0]["mask_path"] = picture(tmp_path / "m.png", box(2, 5, 3, 9))
+    data = {"format": "jsonl", "root": str(write(tmp_path / "a.jsonl", lines)), "size": 16, "images": {"bravo": 0}, "positive_only": positive_only}
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"version": 1, "name": "x", "data": data, "stages": {"train": {"kind": "train", "config": {**TINY_NET, "batch_size": 1, "strategy": "rflow", "mode": mode}}}}))
+    if refused:
+        with pytest.raises(InputError, match=r"stages.train: its model is trained on masks, and 3 training images have none \(mask_path: null\)"):
+            submit.check_data(load(path))
+    else:
+        assert submit.check_data(load(path)).startswith("6 patients (4 train, 1 val, 1 test), 6 slices, images 20x12x1")
 
 
 def test_a_family_that_knows_no_captions_trains(tmp_path: Path, medgen: Cli, write_spec: Callable[[dict[str, Any]], Path]) -> None:

@@ -69,7 +69,7 @@ class HeaderReport:
     spacings_mm: list[tuple[float, ...]]
     notes: list[str]
     classes: tuple[str, ...] = ()
-    unmasked: int = 0  # images of the training split without a mask, in data where others have one, or could
+    masked: tuple[int, int] | None = None  # images of the training split with a mask and without one, in data where that differs
 
     def text(self) -> str:
         """One line for the terminal."""
@@ -123,9 +123,9 @@ def _jsonl_report(data: DataSpec, seed: int) -> HeaderReport:
     assert data.root is not None, "the spec wants one"
     notes: list[str] = []
     sources, shapes = read_checked(data, data.root, seed, notes)
-    unmasked = sum(not source.has_mask for source in sources if source.split == "train")
+    masked = [source.has_mask for source in sources if source.split == "train"]
     in_order = [shape for shape, _ in Counter(shapes).most_common()]
-    return HeaderReport(patients_per_split(sources), len(sources), len(sources), in_order, [], notes, _classes(sources), unmasked)
+    return HeaderReport(patients_per_split(sources), len(sources), len(sources), in_order, [], notes, _classes(sources), (sum(masked), len(masked) - sum(masked)))
 
 
 def wanted_slices(data: DataSpec, source: Source, count: int) -> range:

@@ -117,7 +117,7 @@ class SliceStore:
 
     def _require_masks(self) -> None:
         if not self.has_masks:
-            raise InputError("the data have no masks; add mask: <label file> to data in the spec")
+            raise InputError("the data have no masks; add mask: <label file> to data in the spec, or mask_path to lines of a JSONL file")
 
 
 def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None] = print) -> SliceStore:
