@@ -465,7 +465,8 @@ def test_submit_and_check_tell_before_anything_is_queued(tmp_path: Path, medgen:
     told = [medgen("submit", path, "--local", expect=2).stderr, medgen("check", path, expect=2).stderr]
     assert all("a.jsonl:2: the image" in text and "a.jsonl:3: not JSON" in text for text in told) and not list((tmp_path / "runs").glob("x-*"))
     write(tmp_path / "a.jsonl", [lines[0], *lines[2:]])
-    assert "stages.train: its model is trained on masks, and no training image has one; give lines of" in medgen("submit", path, "--local", expect=2).stderr
+    with pytest.raises(InputError, match=r"stages.train: its model is trained on masks, and no training image has one; give lines of .*a.jsonl a mask_path"):
+        submit.check_data(load(path, [f"data.root={tmp_path / 'a.jsonl'}"]))
 
 
 @pytest.mark.parametrize(("mode", "positive_only", "refused"), [("bravo", False, True), ("bravo", True, False), ("seg", False, False)])
