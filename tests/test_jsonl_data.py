@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -361,8 +362,10 @@ def test_masks_and_images_that_only_pixels_tell_are_refused_when_they_are_read(t
 def test_the_same_content_in_two_splits_is_refused(tmp_path: Path) -> None:
     lines = lines_of(tmp_path)
     (tmp_path / "5.png").write_bytes((tmp_path / "0.png").read_bytes())
-    with pytest.raises(InputError, match="hold the same red image"):
-        opened(spec(write(tmp_path / "a.jsonl", lines)), tmp_path)
+    path = write(tmp_path / "a.jsonl", lines)
+    with pytest.raises(InputError) as caught:
+        opened(spec(path), tmp_path)
+    assert str(caught.value) == f"{path}:6: {tmp_path}/5.png in test is the same image as {tmp_path}/0.png in train ({path}:1); remove one of them, or the test result is too good"
 
 
 @pytest.mark.parametrize(("changes", "told"), [
@@ -508,7 +511,7 @@ def test_idrid_by_the_documented_snippet(idrid: Path, tmp_path: Path) -> None:
     page = (REPOSITORY / "docs" / "jsonl_data.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     data = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[0])["data"]
-    done = subprocess.run(["python3", "-c", code], cwd=tmp_path, env={**os.environ, "IDRID": str(idrid)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "IDRID": str(idrid)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stores = [opened(DataSpec.model_validate({**data, "root": tmp_path / "fundus", "mask_share": share}), tmp_path) for share in (0.16, 0.5)]
     with open(idrid / "segmentation.csv", newline="") as handle:

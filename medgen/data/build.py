@@ -337,13 +337,18 @@ def _require_no_problems(problems: list[str]) -> None:
 def _require_no_copies(sources: list[Source], hashes: Hashes) -> None:
     """The same image under two patients of two splits would leak the test set into training."""
     owner: dict[tuple[str, int | None], Source] = {}
+    of_lines: list[Problem] = []
     for source in sources:
         for role, path in source.files.items():
             if role == MASK:
                 continue  # two empty masks are equal files and no leak
             other = owner.setdefault((hashes[path], source.place), source)
-            if other.split != source.split:
+            if other.split != source.split and source.line is not None and other.line is not None:
+                told = f"{path} in {source.split} is the same image as {other.line.image} in {other.split} ({other.line.where}); remove one of them, or the test result is too good"
+                of_lines.append(Problem(source.line.file, source.line.number, told))
+            elif other.split != source.split:
                 raise InputError(
                     f"patient {source.patient} ({source.split}) and patient {other.patient} ({other.split}) hold the same {role} image "
                     f"({path}); remove one of them, or the test result is too good"
                 )
+    refuse(of_lines)
