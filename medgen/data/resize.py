@@ -33,17 +33,19 @@ def resize_masks(masks: np.ndarray, size: int) -> np.ndarray:
 def shares_of(mask: np.ndarray, size: int) -> np.ndarray:
     """[H, W] of 0 and 1, padded to a square as its image is: float64 [size, size], the share of each new pixel that the ones cover, exact but for rounding."""
     square = pad_to_square(mask[None])[0]
-    return _means_along(_means_along(square.astype(np.float64), size).T, size).T
+    return _means_along(_means_along(square, size).T, size).T
 
 
 def _means_along(values: np.ndarray, size: int) -> np.ndarray:
     """[S, n] to [size, n]: the mean over each of `size` equal parts of the first axis, of values that are constant over each pixel."""
     side = len(values)
-    sums = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values, axis=0)])  # the integral from 0 to each border of pixels
+    sums = np.zeros((side + 1, values.shape[1]))  # the integral from 0 to each border of pixels
+    np.cumsum(values, axis=0, dtype=np.float64, out=sums[1:])
     borders = np.arange(size + 1) * side / size
     before = np.minimum(borders.astype(int), side - 1)
     integral = sums[before] + (borders - before)[:, None] * values[before]
-    return np.diff(integral, axis=0) * size / side
+    means: np.ndarray = np.diff(integral, axis=0) * size / side
+    return means
 
 
 def _interpolate(square: np.ndarray, size: int, **options: Any) -> np.ndarray:
