@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from medgen.cardiac.map_type import MapType
 from medgen.names import ChannelName, absolute
@@ -69,14 +69,23 @@ class SplitFractions(Frozen):
         return self
 
 
+def _label(value: Any) -> Any:
+    """Labels are texts; a table of them may be written with whole numbers."""
+    return str(value) if type(value) is int else value
+
+
+Label = Annotated[str, BeforeValidator(_label)]
+
+
 class DataSpec(Frozen):
     """Where the volumes are and how slices are made from them."""
 
-    format: Literal["nifti", "csv", "stack", "cardiac", "phantom"] = "nifti"
+    format: Literal["nifti", "csv", "stack", "cardiac", "jsonl", "phantom"] = "nifti"
     # nifti: <root>/[<split>/]<patient>/<file>; csv: the CSV file; stack: a folder of labels.csv and Real*x*.nii.gz, or of such folders;
-    # cardiac: DICOM with contours, a folder in a known layout or a manifest (docs/cardiac_data.md)
+    # cardiac: DICOM with contours, a folder in a known layout or a manifest (docs/cardiac_data.md);
+    # jsonl: a file with a line per image, its caption and masks, or a folder of train.jsonl, val.jsonl, test.jsonl (docs/jsonl_data.md)
     root: Path | None = None
-    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti), column (csv), or place of the channel (stack; default image: 0)
+    images: dict[ChannelName, str] = {}  # channel name -> file name (nifti), column (csv), or place of the channel (stack, jsonl; default image: 0)
     mask: str | None = None  # file name or column of the label volume
     mask_labels: list[int] | None = None  # labels that count as foreground; default: every non-zero one
     size: int = Field(128, ge=4, le=2048)  # pixels; slices become size x size
@@ -92,15 +101,21 @@ class DataSpec(Frozen):
     types: tuple[MapType, ...] | None = None  # cardiac: only images of these; default: all
     windows_ms: dict[MapType, tuple[float, float]] = {}  # cardiac: what becomes 0 and 1 of maps; default: WINDOWS_MS. Of cine frames `window` says it
 
+    regions: tuple[ChannelName, ...] | None = None  # jsonl: classes of masks in the order of their numbers 1, 2, ...; default: one, "foreground"
+    mask_share: float = Field(0.5, gt=0, le=1)  # jsonl: smallest share of a pixel that a class must cover to own it
+    label_texts: dict[Label, str] = {}  # jsonl: captions of lines without one, by their label
+
     @model_validator(mode="before")
     @classmethod
     def _some_name_their_own_files(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("format") == "phantom" and not value.get("images") and not value.get("mask"):
             return {**value, **PHANTOM_FILES}
         if isinstance(value, dict) and value.get("format") == "stack":
-            images = value.get("images", {"image": 0})
-            places = {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
-            return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": places}
+            return {"content": 0.0, "window": {"fixed": [-1.0, 1.0]}, **value, "images": _places(value)}
+        if isinstance(value, dict) and value.get("format") == "jsonl":
+            if value.get("mask") not in (None, JSONL_MASK):
+                raise ValueError("mask has no effect with format: jsonl, where mask_path of each line says it; remove it")
+            return {"content": 0.0, **value, "images": _places(value), "mask": JSONL_MASK}
         if isinstance(value, dict) and value.get("format") == "cardiac":
             _refuse_file_names(value)
             windows = value.get("windows_ms", {})
@@ -142,12 +157,14 @@ class DataSpec(Frozen):
             return self
         if self.root is None:
             wanted = {"nifti": "a folder of patients", "csv": "the CSV file", "stack": "the folder with labels.csv, or with train and test",
-                      "cardiac": "the folder with the patients, or a manifest"}  # fmt: skip
+                      "cardiac": "the folder with the patients, or a manifest", "jsonl": "the JSONL file, or a folder with train.jsonl"}  # fmt: skip
             raise ValueError(f"format: {self.format} needs root: {wanted[self.format]}")
         if self.format == "stack":
             self._check_stack()
         if self.format == "cardiac":
             self._check_cardiac()
+        if self.format == "jsonl":
+            self._check_jsonl()
         if self.patients is not None:
             raise ValueError("patients counts phantoms and has no effect here; remove it")
         if not self.images and self.mask is None:
@@ -166,9 +183,29 @@ class DataSpec(Frozen):
             usual = {"content": 0.0, "window": Window(fixed=(-1.0, 1.0))}.get(name, type(self).model_fields[name].default)
             if getattr(self, name) != usual:
                 raise ValueError(f"{name} has no effect with format: stack, whose slices are made already; remove it")
+        self._check_places("a stack")
+
+    def _check_places(self, of: str) -> None:
         places = list(self.images.values())
         if places != [str(place) for place in range(len(places))] or len(places) not in (1, 3):
-            raise ValueError(f"images names the channels of a stack by their places: {{image: 0}}, or {{red: 0, green: 1, blue: 2}}; got {self.images}")
+            raise ValueError(f"images names the channels of {of} by their places: {{image: 0}}, or {{red: 0, green: 1, blue: 2}}; got {self.images}")
+
+    def _check_jsonl(self) -> None:
+        """Images are single ones with masks of their own size: what chooses slices of volumes, or labels, has no effect."""
+        for name in ("mask_labels", "axis", "content", "every", "slices"):
+            usual = 0.0 if name == "content" else type(self).model_fields[name].default
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name} has no effect with format: jsonl, whose lines are single images; remove it")
+        self._check_places("images")
+        if self.window.joint is not None or self.window.per != "volume":
+            raise ValueError(f"window: {'joint' if self.window.joint is not None else 'per'} has no effect with format: jsonl, whose lines are single images; remove it")
+        if self.regions is not None and not 1 <= len(set(self.regions)) == len(self.regions) <= MOST_REGIONS:
+            raise ValueError(f"regions names 1 to {MOST_REGIONS} different classes of masks, such as [haemorrhages, hard_exudates]; got {list(self.regions)}")
+        if "background" in (self.regions or ()):
+            raise ValueError("regions: the name 'background' is kept for what is in no mask, the number 0; remove it")
+        empty = [label for label, text in self.label_texts.items() if not text.strip() or not label.strip()]
+        if empty:
+            raise ValueError(f"label_texts: the {'caption' if empty[0].strip() else 'label'} of {empty[0]!r} is empty; write {{0: \"no retinopathy\"}}, or remove it")
 
     def _check_cardiac(self) -> None:
         """Images are single slices with contours: what chooses slices of volumes, or lesions, has no effect."""
@@ -187,16 +224,23 @@ class DataSpec(Frozen):
             raise ValueError("window: with format: cardiac it is of cine frames, whose brightness has no unit: write percentiles; of maps, windows_ms says it")
 
     @model_validator(mode="after")
-    def _types_are_cardiac(self) -> DataSpec:
-        for name in ("types", "windows_ms"):
-            if self.format != "cardiac" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect with format: {self.format}; it is of cardiac maps, remove it")
+    def _some_are_of_one_format(self) -> DataSpec:
+        of_one = {"types": ("cardiac", "it is of cardiac maps"), "windows_ms": ("cardiac", "it is of cardiac maps"),
+                  **dict.fromkeys(("regions", "mask_share", "label_texts"), ("jsonl", "it is of images with captions, format: jsonl"))}  # fmt: skip
+        for name, (own, told) in of_one.items():
+            if self.format != own and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with format: {self.format}; {told}, remove it")
         return self
 
     @property
     def has_regions(self) -> bool:
         """True if a mask says which of several regions each pixel is in, and not only where something is."""
-        return self.format == "cardiac"
+        return self.format == "cardiac" or len(self.region_names) > 1
+
+    @property
+    def region_names(self) -> tuple[str, ...]:
+        """What the numbers 1, 2, ... of masks mean, as far as the spec says it: those of cardiac images are found in their contours."""
+        return self.regions or ("foreground",)
 
     @property
     def keeps_contours(self) -> bool:
@@ -215,6 +259,12 @@ class DataSpec(Frozen):
         return list(self.images)
 
 
+def _places(value: dict[str, Any]) -> Any:
+    """`images` of a format whose channels are in one file: places may be written as numbers."""
+    images = value.get("images", {"image": 0})
+    return {name: str(place) if type(place) is int else place for name, place in images.items()} if isinstance(images, dict) else images
+
+
 def _refuse_file_names(value: dict[str, Any]) -> None:
     """What the resolved form has is no writing of the user's."""
     for name in ("images", "mask"):
@@ -223,6 +273,8 @@ def _refuse_file_names(value: dict[str, Any]) -> None:
 
 
 PHANTOM_PATIENTS = 16
+JSONL_MASK = "mask_path"
+MOST_REGIONS = 255  # numbers of a byte
 CARDIAC_FILES: dict[str, Any] = {"images": {"image": "DICOM"}, "mask": "contours"}
 WINDOWS_MS: dict[MapType, tuple[float, float]] = {"T1": (0.0, 2500.0), "T2": (0.0, 200.0)}  # native blood has about 1,500 and 150; fluid saturates
 PHANTOM_FILES: dict[str, Any] = {

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from medgen import files, rundir
 from medgen.csv_files import write_rows
+from medgen.data.image_looks import Reading
 from medgen.errors import InputError
 from medgen.evaluate import folders, scores
 from medgen.evaluate.folders import Compared, Request
-from medgen.evaluate.image_looks import Reading
 from medgen.evaluate.privacy import SUSPECT_COLUMNS, in_words
 from medgen.evaluate.scores import METRICS_FILE
 from medgen.prepare.page import Table

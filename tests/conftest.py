@@ -82,6 +82,15 @@ def sunnybrook() -> Path:
     return folder
 
 
+@pytest.fixture
+def idrid() -> Path:
+    """Real fundus photographs with masks: $MEDGEN_IDRID, or shared/data/idrid beside the checkout."""
+    folder = Path(os.environ.get("MEDGEN_IDRID", REPOSITORY.parent / "shared" / "data" / "idrid"))
+    if not folder.is_dir():
+        unavailable(f"no real data at {folder}; set MEDGEN_IDRID")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One slice cache per test process: phantoms are drawn once."""

@@ -1,4 +1,4 @@
-"""DICOM files as scanners write them, for the tests of medgen/cardiac: one frame, or enhanced multi-frame."""
+"""DICOM files as scanners write them, for the tests of medgen/cardiac and of images with captions: one frame, or enhanced multi-frame."""
 
 from __future__ import annotations
 

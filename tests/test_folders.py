@@ -21,10 +21,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from medgen import spec, two_folders
+from medgen.data.image_looks import Reading
 from medgen.data.store import open_store
 from medgen.errors import InputError
 from medgen.evaluate.file_images import open_folder
-from medgen.evaluate.image_looks import Reading
 from medgen.report import words
 
 SIZE = 32

@@ -1,7 +1,8 @@
 """DICOM files to cardiac maps in their unit, with spacing, orientation and where every fact comes from; called by tree.py.
 
 Stored values become ms by the first of these that the file or its user gives: the manifest's ms_per_value; a Real World Value Mapping;
-RescaleSlope and RescaleIntercept; the rule of map_type.UNSCALED. What was used is in `unit_from`. pydicom is loaded by the functions."""
+RescaleSlope and RescaleIntercept; the rule of map_type.UNSCALED. What was used is in `unit_from`. pydicom is loaded by the functions.
+What holds for any DICOM file, such as damage and compression, data/dicom_pictures.py uses too."""
 
 from __future__ import annotations
 
@@ -77,18 +78,18 @@ class Map(Header):
 def read_headers(path: Path, told: Told = Told()) -> tuple[Header, ...]:
     """One per frame, without decoding pixels. Raises InputError naming what is missing or contradicts; UndecodableError for a compressed
     file that this installation cannot decode, so that it is known before training and not in it."""
-    with _damage_told(path):
-        dataset = _dataset(path, pixels=False)
-        _require_decoder(path, dataset)
-        frames = _frames(path, dataset)
+    with damage_told(path):
+        dataset = open_dataset(path, pixels=False)
+        require_decoder(path, dataset)
+        frames = frames_of(path, dataset)
         return tuple(_header(path, dataset, frame, frames, told) for frame in range(frames))
 
 
 def read_map(header: Header) -> Map:
     """The frame of a header with its pixels. Raises InputError if the file cannot be decoded or has no grey values."""
-    with _damage_told(header.source):
-        dataset = _dataset(header.source, pixels=True)
-        _require_decoder(header.source, dataset)
+    with damage_told(header.source):
+        dataset = open_dataset(header.source, pixels=True)
+        require_decoder(header.source, dataset)
         stored = _stored(header, dataset)
         return Map(**vars(header), pixels=_in_unit(header, dataset, stored))
 
@@ -105,7 +106,7 @@ class SpacingError(InputError):
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def damage_told(path: Path) -> Iterator[None]:
     """Whatever the bytes of a damaged file lead pydicom to raise, at once or when a value is looked at, is told of the file.
 
     Its warnings are of values that break the standard, such as UIDs of anonymised files; nothing here depends on them."""
@@ -123,7 +124,8 @@ def _damage_told(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: not a readable DICOM file ({type(error).__name__}: {error}); is it cut short? copy it again") from None
 
 
-def _dataset(path: Path, pixels: bool) -> Dataset:
+def open_dataset(path: Path, pixels: bool) -> Dataset:
+    """A file that has an image, with or without its pixels, and with a transfer syntax. Raises InputError if it has none."""
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
 
@@ -143,7 +145,8 @@ def _dataset(path: Path, pixels: bool) -> Dataset:
     return dataset
 
 
-def _require_decoder(path: Path, dataset: Dataset) -> None:
+def require_decoder(path: Path, dataset: Dataset) -> None:
+    """Raises UndecodableError unless an installed package can decode the pixels."""
     from pydicom.pixels import get_decoder
 
     syntax = dataset.file_meta.TransferSyntaxUID
@@ -153,15 +156,16 @@ def _require_decoder(path: Path, dataset: Dataset) -> None:
         raise UndecodableError(f"{path}: transfer syntax {syntax.name} ({syntax}) is unknown; save the file uncompressed (Explicit VR Little Endian)") from None
     if not decoder.is_available:
         raise UndecodableError(f"{path}: compressed with {syntax.name} ({syntax}), which no installed package decodes; "
-                               f"pip install pylibjpeg {_package(syntax.name)}, or save the file uncompressed")  # fmt: skip
+                               f"pip install pylibjpeg {package_for(syntax.name)}, or save the file uncompressed")  # fmt: skip
 
 
-def _package(syntax: str) -> str:
+def package_for(syntax: str) -> str:
     """Which package beside pylibjpeg decodes a transfer syntax of that name."""
     return next((package for word, package in PACKAGE_FOR.items() if word in syntax), "")
 
 
-def _frames(path: Path, dataset: Dataset) -> int:
+def frames_of(path: Path, dataset: Dataset) -> int:
+    """How many there are. Raises InputError for a number that cannot be."""
     count = int(dataset.get("NumberOfFrames", 1) or 1)
     if not 1 <= count <= MOST_FRAMES:
         raise InputError(f"{path}: NumberOfFrames is {count}; allowed are 1 to {MOST_FRAMES}; is the file damaged?")
@@ -350,7 +354,7 @@ def _stored(header: Header, dataset: Dataset) -> np.ndarray:
         stored = np.asarray(pixel_array(dataset, index=header.frame))
     except Exception as error:  # a damaged stream ends in whatever its decoder raises
         syntax = dataset.file_meta.TransferSyntaxUID
-        install = f", or pip install pylibjpeg {_package(syntax.name)} for {syntax.name}" if syntax.is_compressed else ""
+        install = f", or pip install pylibjpeg {package_for(syntax.name)} for {syntax.name}" if syntax.is_compressed else ""
         raise InputError(f"{header.source}: the pixels cannot be decoded ({error}); is the file cut short? copy it again{install}") from None
     if stored.shape != (header.rows, header.columns):
         raise InputError(f"{header.source}: the pixels have shape {stored.shape}, expected {header.rows} rows and {header.columns} columns")

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from medgen import files
-from medgen.data import cardiac_build
+from medgen.data import cardiac_build, jsonl_build
 from medgen.data.array_files import ArrayFile
 from medgen.data.index import MASK, SHOWN, Source, wanted_slices
+from medgen.data.jsonl_lines import Problem, refuse
 from medgen.data.maps import MAPS_VERSION
 from medgen.data.resize import resize_images, resize_masks
 from medgen.data.stacks import open_stack
 from medgen.data.volumes import display_slices, read_header, read_volume, require_same_grid, slice_affine
+from medgen.data.windows import window_of
 from medgen.errors import InputError
 from medgen.spec_data import SPLITS, DataSpec, Window
 
@@ -90,10 +92,16 @@ def fingerprint(data: DataSpec, sources: list[Source], hashes: Hashes) -> str:
         how["cardiac"] = MAPS_VERSION
     else:
         del how["types"], how["windows_ms"]
+    if data.format == "jsonl":
+        how["jsonl"] = jsonl_build.JSONL_VERSION
+    else:
+        del how["regions"], how["mask_share"]
+    del how["label_texts"]  # they decide captions, which are there below
     what = [
         [source.id, source.patient, source.split, source.label, source.caption,
          {role: hashes[path] for role, path in source.files.items()},
-         *([source.entry.decides()] if source.entry is not None else [])]
+         *([source.entry.decides()] if source.entry is not None else []),
+         *([{name: hashes[path] for name, path in (source.line.masks or {}).items()}] if source.line is not None else [])]
         for source in sources
     ]
     return files.sha256_json([CACHE_VERSION, data.channels, how, what])
@@ -125,20 +133,25 @@ def build(data: DataSpec, sources: list[Source], hashes: Hashes, folder: Path, s
     say(f"building the slice cache {folder} from {len(sources)} volumes")
     with files.folder_in_one_move(folder) as temporary, contextlib.ExitStack() as stack:
         arrays = {
-            name: ArrayFile(temporary / f"{name}.npy", tail, dtype) for name, (tail, dtype) in _array_shapes(data).items()
+            name: ArrayFile(temporary / f"{name}.npy", tail, dtype) for name, (tail, dtype) in _array_shapes(data, any(source.has_mask for source in sources)).items()
         }
         for array in arrays.values():
             stack.callback(array.handle.close)
         rows: list[dict[str, Any]] = []
-        tally, problems = Tally(), list[str]()
+        tally, problems, of_lines = Tally(), list[str](), list[Problem]()
         for number, source in enumerate(sources):
             try:
                 rows += _add_source(data, number, source, arrays, tally)
             except InputError as error:
-                if source.entry is None:
+                if source.entry is None and source.line is None:
                     raise
-                problems.append(str(error))  # of a cohort of single images all are told at once
+                # of a cohort of single images all are told at once
+                if source.line is not None:
+                    of_lines.append(Problem(source.line.file, source.line.number, str(error)))
+                else:
+                    problems.append(str(error))
         _require_no_problems(problems)
+        refuse(of_lines)
         _require_slices(data, tally)
         if data.keeps_contours:
             cardiac_build.write_natives(temporary, rows)
@@ -151,10 +164,10 @@ def build(data: DataSpec, sources: list[Source], hashes: Hashes, folder: Path, s
     say(f"slice cache ready: {len(rows)} slices, {megabytes:.0f} MB")
 
 
-def _array_shapes(data: DataSpec) -> dict[str, tuple[tuple[int, ...], type]]:
+def _array_shapes(data: DataSpec, has_masks: bool) -> dict[str, tuple[tuple[int, ...], type]]:
     """Name -> (shape of one entry, type) of the arrays in the cache."""
     square = (data.size, data.size)
-    masks: dict[str, tuple[tuple[int, ...], type]] = {MASK: (square, np.uint8)} if data.mask is not None else {}
+    masks: dict[str, tuple[tuple[int, ...], type]] = {MASK: (square, np.uint8)} if has_masks else {}
     natives = cardiac_build.ARRAYS if data.keeps_contours else {}
     return {**dict.fromkeys(data.channels, (square, np.float32)), **masks, AFFINES: ((4, 4), np.float64), **natives}
 
@@ -165,6 +178,10 @@ def _add_source(
     """Append the kept slices of one volume to the arrays and return their rows."""
     if source.number is not None:
         return _add_stacked(data, number, source, source.number, arrays, tally)
+    if source.line is not None:
+        row = jsonl_build.add_image(data, number, source, source.line, arrays)
+        tally.add(source.split, 1, int(row is not None))
+        return [row] if row is not None else []
     if source.entry is not None:
         tally.add(source.split, 1, 1)
         return [cardiac_build.add_image(data, number, source, source.entry, arrays)]
@@ -245,7 +262,7 @@ def _scaled_channels(
         if data.window.per == "slice":
             low, high = _windows_of_slices(source, source.files[channel], chosen, wanted, data)
         else:
-            ends = joint[channel] if channel in joint else _window(source, source.files[channel], volume, data.window)
+            ends = joint[channel] if channel in joint else window_of(f"patient {source.patient}: {source.files[channel]}", volume, data.window)
             low, high = (np.full(len(wanted), end) for end in ends)
         windows[f"window_low_{channel}"], windows[f"window_high_{channel}"] = low, high
         scaled = np.clip((chosen - low[:, None, None]) / (high - low)[:, None, None], 0, 1)
@@ -269,34 +286,12 @@ def _windows_of_slices(source: Source, path: Path, chosen: np.ndarray, wanted: n
     return np.where(low >= high, largest, low), np.where(low >= high, largest + 1, high)
 
 
-def _window(source: Source, path: Path, volume: np.ndarray, window: Window) -> tuple[float, float]:
-    """The two intensities that become 0 and 1: fixed, or percentiles over the non-zero voxels of the volume."""
-    if volume.min() == volume.max():
-        raise InputError(f"patient {source.patient}: {path} holds the single value {volume.flat[0]:g}; remove the patient or give another file")
-    if window.fixed is not None:
-        low, high = window.fixed
-        if volume.max() <= low or volume.min() >= high:
-            raise InputError(
-                f"patient {source.patient}: {path} reaches from {volume.min():g} to {volume.max():g}, outside the window "
-                f"fixed: [{low:g}, {high:g}]; is it in other units?"
-            )
-        return low, high
-    assert window.percentiles is not None, "the spec wants one of the two"
-    low, high = (float(value) for value in np.percentile(volume[volume != 0], window.percentiles))
-    if not low < high:
-        raise InputError(
-            f"patient {source.patient}: {path}: the percentiles {list(window.percentiles)} of the non-zero voxels are both {low:g}; "
-            "is it a mask? give window: {fixed: [low, high]} if it is meant"
-        )
-    return low, high
-
-
 def _joint_window(source: Source, window: Window) -> dict[str, tuple[float, float]]:
     """The window of each joint channel: from the lowest end of their own windows to the highest, so that none is clipped more than alone.
 
     (Percentiles of all their voxels together would clip twice as much of the channel that enhances.) Volumes are read here once more than
     without: holding those of a patient together would take the memory of all. Raises InputError if they cannot be of one unit."""
-    own = {channel: _window(source, source.files[channel], read_volume(source.files[channel]), window) for channel in window.joint or ()}
+    own = {channel: window_of(f"patient {source.patient}: {source.files[channel]}", read_volume(source.files[channel]), window) for channel in window.joint or ()}
     if not own:
         return {}
     low, high = min(ends[0] for ends in own.values()), max(ends[1] for ends in own.values())
@@ -342,13 +337,18 @@ def _require_no_problems(problems: list[str]) -> None:
 def _require_no_copies(sources: list[Source], hashes: Hashes) -> None:
     """The same image under two patients of two splits would leak the test set into training."""
     owner: dict[tuple[str, int | None], Source] = {}
+    of_lines: list[Problem] = []
     for source in sources:
         for role, path in source.files.items():
             if role == MASK:
                 continue  # two empty masks are equal files and no leak
             other = owner.setdefault((hashes[path], source.place), source)
-            if other.split != source.split:
+            if other.split != source.split and source.line is not None and other.line is not None:
+                told = f"{path} in {source.split} is the same image as {other.line.image} in {other.split} ({other.line.where}); remove one of them, or the test result is too good"
+                of_lines.append(Problem(source.line.file, source.line.number, told))
+            elif other.split != source.split:
                 raise InputError(
                     f"patient {source.patient} ({source.split}) and patient {other.patient} ({other.split}) hold the same {role} image "
                     f"({path}); remove one of them, or the test result is too good"
                 )
+    refuse(of_lines)

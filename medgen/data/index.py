@@ -20,6 +20,7 @@ from medgen.spec_data import PHANTOM_PATIENTS, SPLITS, DataSpec, SplitFractions
 
 if TYPE_CHECKING:
     from medgen.cardiac.tree import Entry
+    from medgen.data.jsonl_lines import Line
 
 MASK = "seg"  # the role of the mask beside the channel names; the spec keeps this name free
 SHOWN = 5  # how many of many problems a message lists
@@ -38,11 +39,18 @@ class Source:
     number: int | None = None  # of a stack: which slice of its file this is ...
     label_number: int | None = None  # ... and the number that its labels.csv gives the class
     entry: Entry | None = None  # of a cardiac image: all that its files say
+    line: Line | None = None  # of a JSONL file: the line, with the masks of the image
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """Every file that decides what the slices are."""
-        return (*self.files.values(), *(self.entry.contour_files[1:] if self.entry is not None else ()))
+        masks = (self.line.masks or {}).values() if self.line is not None else ()
+        return (*self.files.values(), *(self.entry.contour_files[1:] if self.entry is not None else ()), *masks)
+
+    @property
+    def has_mask(self) -> bool:
+        """False where nothing is known, which a line of a JSONL file may say."""
+        return self.line.masks is not None if self.line is not None else MASK in self.files
 
     @property
     def place(self) -> int | None:
@@ -61,6 +69,7 @@ class HeaderReport:
     spacings_mm: list[tuple[float, ...]]
     notes: list[str]
     classes: tuple[str, ...] = ()
+    masked: tuple[int, int] | None = None  # images of the training split with a mask and without one, in data where that differs
 
     def text(self) -> str:
         """One line for the terminal."""
@@ -76,6 +85,8 @@ def check_headers(data: DataSpec, seed: int) -> HeaderReport:
         return _phantom_report(data, seed)
     from medgen.data.volumes import Header, read_header, require_same_grid
 
+    if data.format == "jsonl":
+        return _jsonl_report(data, seed)
     sources, notes = read_index(data, seed)
     if data.format == "stack":
         return HeaderReport(patients_per_split(sources), len(sources), len(sources), [(data.size, data.size, 1)], [], notes, _classes(sources))
@@ -104,6 +115,17 @@ def _cardiac_report(sources: list[Source], notes: list[str]) -> HeaderReport:
     shapes = Counter((header.columns, header.rows, 1) for header in headers)
     spacings = sorted({(round(header.spacing_mm[1], 3), round(header.spacing_mm[0], 3)) for header in headers})
     return HeaderReport(patients_per_split(sources), len(sources), len(sources), [shape for shape, _ in shapes.most_common()], list(spacings), notes, _classes(sources))
+
+
+def _jsonl_report(data: DataSpec, seed: int) -> HeaderReport:
+    from medgen.data.jsonl_index import read_checked
+
+    assert data.root is not None, "the spec wants one"
+    notes: list[str] = []
+    sources, shapes = read_checked(data, data.root, seed, notes)
+    masked = [source.has_mask for source in sources if source.split == "train"]
+    in_order = [shape for shape, _ in Counter(shapes).most_common()]
+    return HeaderReport(patients_per_split(sources), len(sources), len(sources), in_order, [], notes, _classes(sources), (sum(masked), len(masked) - sum(masked)))
 
 
 def wanted_slices(data: DataSpec, source: Source, count: int) -> range:
@@ -163,7 +185,7 @@ def read_index(data: DataSpec, seed: int, root: Path | None = None) -> tuple[lis
     place = place.expanduser().absolute()
     notes: list[str] = []
     try:
-        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources, "phantom": _folder_sources, "cardiac": _cardiac_sources}[data.format]
+        read = {"csv": _csv_sources, "stack": _stack_sources, "nifti": _folder_sources, "phantom": _folder_sources, "cardiac": _cardiac_sources, "jsonl": _jsonl_sources}[data.format]
         sources = read(data, place, seed, notes)
         _require_files(sources, place)
     except OSError as error:  # no permission, a network disk that is gone
@@ -383,6 +405,16 @@ def _cardiac_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) ->
         for entry in entries
     ]
     return sorted(sources, key=lambda source: SPLITS.index(source.split))
+
+
+# images with captions
+
+
+def _jsonl_sources(data: DataSpec, root: Path, seed: int, notes: list[str]) -> list[Source]:
+    """One source per line."""
+    from medgen.data.jsonl_index import read_sources
+
+    return read_sources(data, root, seed, notes)
 
 
 # checks

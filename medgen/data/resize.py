@@ -1,4 +1,4 @@
-"""Slices to size x size: antialiased for images, nearest for masks, on the same pixel centres; called by store.py."""
+"""Slices to size x size: antialiased for images, nearest for masks, on the same pixel centres, or the shares that masks cover; called by build.py, jsonl_build.py and evaluate/."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ def resize_masks(masks: np.ndarray, size: int) -> np.ndarray:
     square = pad_to_square(masks)
     # float32 holds every label below 2**24 exactly; "nearest-exact" uses pixel centres as the images do
     return _interpolate(square.astype(np.float32), size, mode="nearest-exact").astype(masks.dtype)
+
+
+def shares_of(mask: np.ndarray, size: int) -> np.ndarray:
+    """[H, W] of 0 and 1, padded to a square as its image is: float64 [size, size], the share of each new pixel that the ones cover, exact but for rounding."""
+    square = pad_to_square(mask[None])[0]
+    return _means_along(_means_along(square, size).T, size).T
+
+
+def _means_along(values: np.ndarray, size: int) -> np.ndarray:
+    """[S, n] to [size, n]: the mean over each of `size` equal parts of the first axis, of values that are constant over each pixel."""
+    side = len(values)
+    sums = np.zeros((side + 1, values.shape[1]))  # the integral from 0 to each border of pixels
+    np.cumsum(values, axis=0, dtype=np.float64, out=sums[1:])
+    borders = np.arange(size + 1) * side / size
+    before = np.minimum(borders.astype(int), side - 1)
+    integral = sums[before] + (borders - before)[:, None] * values[before]
+    means: np.ndarray = np.diff(integral, axis=0) * size / side
+    return means
 
 
 def _interpolate(square: np.ndarray, size: int, **options: Any) -> np.ndarray:

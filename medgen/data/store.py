@@ -17,7 +17,7 @@ import numpy as np
 
 from medgen import files
 from medgen.cardiac.rasterise import LABELS
-from medgen.data import build, cardiac_build, index
+from medgen.data import build, cardiac_build, index, jsonl_build
 from medgen.data.array_files import forget_maps, mapped
 from medgen.data.cardiac_build import read_natives
 from medgen.data.index import HeaderReport, Source, check_headers
@@ -130,7 +130,7 @@ class SliceStore:
 
     def _require_masks(self) -> None:
         if not self.has_masks:
-            raise InputError("the data have no masks; add mask: <label file> to data in the spec")
+            raise InputError("the data have no masks; add mask: <label file> to data in the spec, or mask_path to lines of a JSONL file")
 
 
 def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str], None] = print) -> SliceStore:
@@ -139,6 +139,8 @@ def open_store(data: DataSpec, seed: int, cache_root: Path, say: Callable[[str],
     Columns of `rows`: id, patient, split, slice, label, caption, mask_pixels, content, spacing_x_mm (between columns),
     spacing_y_mm (between rows), thickness_mm, window_low_<channel>, window_high_<channel> (in the file's units),
     file_<channel or seg>, sha256_<channel or seg>. `content` is 1 where the spec has no images to measure it on.
+    Of format jsonl also masked (whether a mask was given: without one nothing is known), masks_of (the classes that have one),
+    overlap_pixels, lost (classes of which no pixel is left) and line (<file>:<number>).
     Safe to call from many processes at once: one builds, the others wait. Raises InputError for unusable data and
     MedgenError if the cache cannot be written."""
     cache_root = Path(cache_root).absolute()
@@ -175,7 +177,9 @@ def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: P
         rows[f"file_{role}"] = [str(sources[number].files[role]) for number in source_of]
         rows[f"sha256_{role}"] = [hashes[sources[number].files[role]] for number in source_of]
     fingerprint = build.fingerprint(data, sources, hashes)
-    store = SliceStore(rows, data.channels, data.size, fingerprint, folder, data.mask is not None, [*notes, *unused])
+    store = SliceStore(rows, data.channels, data.size, fingerprint, folder, any(source.has_mask for source in sources), [*notes, *unused])
+    if data.format == "jsonl":
+        return _with_lines(data, sources, source_of, store, say)
     if not data.keeps_contours:
         return store
     regions = tuple(name for name in LABELS[1:] if rows[f"mean_{name}"].notna().any())
@@ -184,6 +188,16 @@ def _load(data: DataSpec, sources: list[Source], hashes: build.Hashes, folder: P
     for note in hearts:
         say(note)
     return replace(store, regions=regions, maps=maps, notes=[*store.notes, *hearts])
+
+
+def _with_lines(data: DataSpec, sources: list[Source], source_of: np.ndarray, store: SliceStore, say: Callable[[str], None]) -> SliceStore:
+    """Of format jsonl: what the numbers of masks mean, and which line each image is."""
+    lines = [source.line for source in sources]
+    store.rows["line"] = [f"{line.file.name}:{line.number}" for line in (lines[number] for number in source_of) if line is not None]
+    notes = jsonl_build.notes(data, store.rows)
+    for note in notes:
+        say(note)
+    return replace(store, regions=data.region_names, notes=[*store.notes, *notes])
 
 
 def _unused(data: DataSpec, sources: list[Source], used: set[int]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medgen import files
-from medgen.data import cardiac_summary
+from medgen.data import caption_summary, cardiac_summary
 from medgen.data.store import SliceStore
 from medgen.spec_data import SPLITS
 
@@ -21,7 +21,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 SAMPLE_SLICES = 256  # enough for percentiles to two digits, and a second to read
 SHEET_ROWS = 9
 SHEET_COLUMNS = 8
-OUTLINES = ("red", "cyan", "yellow")  # of a mask's first, second and third region
+OUTLINES = ("red", "cyan", "yellow", "lime", "magenta", "orange", "deepskyblue", "white")  # of a mask's first, second, ... region; further ones have none
 FIXED_METADATA = {"Software": None}  # no version in the PNG: equal pictures are equal files
 
 
@@ -40,6 +40,8 @@ def summarise(store: SliceStore) -> dict[str, Any]:
         "windows": {channel: _windows(store, channel) for channel in store.channels},
         "joint_windows": joint_windows(store),
         **({"maps": cardiac_summary.maps(store)} if store.maps is not None else {}),
+        **({"captions": caption_summary.captions(store)} if store.rows["caption"].notna().any() else {}),
+        **({"masks": caption_summary.masks(store)} if "masked" in store.rows else {}),
         "notes": list(store.notes),
     }
 
@@ -105,6 +107,8 @@ def print_summary(store: SliceStore, console: Console) -> None:
         console.print(windows)
     if store.maps is not None:
         cardiac_summary.show(summary["maps"], console)
+    if "captions" in summary:
+        caption_summary.show(summary, console)
     for group in summary["joint_windows"]:
         console.print(f"the same window in each patient: {', '.join(group)}")
 

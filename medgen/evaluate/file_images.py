@@ -17,9 +17,7 @@ import pandas as pd
 
 from medgen import collected, files
 from medgen.data import stacks
-from medgen.data.resize import resize_images, resize_masks
-from medgen.errors import InputError
-from medgen.evaluate.image_looks import (
+from medgen.data.image_looks import (
     CONTENT,
     LOSSY,
     PICTURES,
@@ -27,6 +25,7 @@ from medgen.evaluate.image_looks import (
     VOLUMES,
     Look,
     Reading,
+    gray_of,
     in_window,
     labels_of,
     look_at,
@@ -34,6 +33,8 @@ from medgen.evaluate.image_looks import (
     suffix_of,
     values_of,
 )
+from medgen.data.resize import resize_images, resize_masks
+from medgen.errors import InputError
 from medgen.evaluate.inputs import COLOURS, MASK
 
 GRAY = "image"
@@ -137,7 +138,7 @@ class ImageFolder:
             look = self.looks[name]
             values = in_window(values_of(look), look, self.reading)
             if self.reading.gray and values.shape[1] == 3:
-                values = (values * np.array([0.299, 0.587, 0.114], np.float32)[None, :, None, None]).sum(axis=1, keepdims=True)  # ITU-R BT.601
+                values = gray_of(values)
             square = resize_images(values.reshape(-1, *values.shape[2:]), self.size).reshape(len(values), -1, self.size, self.size)
             if self.to_eight_bits:
                 square = np.rint(square * 255) / np.float32(255)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from medgen import spec, weights
+from medgen.data.image_looks import Reading, stem_of
 from medgen.data.store import SliceStore, open_store
 from medgen.errors import InputError
 from medgen.evaluate.features import Bench, Progress, Say
 from medgen.evaluate.file_images import ImageFolder, by_content, open_folder
 from medgen.evaluate.folder_sides import SPLIT, RealFolder, SyntheticFolder
-from medgen.evaluate.image_looks import Reading, stem_of
 from medgen.evaluate.inputs import SPACING, Pairing, Sides, sides_of
 from medgen.evaluate.run import PAIRED, evaluate_sides
 from medgen.spec_evaluate import FEATURE_METRICS, MASK_METRICS, Measures

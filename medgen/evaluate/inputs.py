@@ -15,6 +15,7 @@ import pandas as pd
 from medgen import collected, rng
 from medgen.collected import SHA_SUFFIX
 from medgen.data import image_files
+from medgen.data.image_looks import ROUNDING
 from medgen.errors import InputError, MedgenError
 from medgen.evaluate import masks
 from medgen.plan import Plan
@@ -26,7 +27,6 @@ COLOURS = ("red", "green", "blue")
 SPACING = ("spacing_y_mm", "spacing_x_mm")  # columns: between rows, between columns
 MASK_BLOCK = 512
 MOST_IMAGES = 2048  # per side; more cost time and memory and no longer move the numbers
-ROUNDING = 1e-3  # stored images may leave [0,1] by the rounding of their file format
 
 
 class RealImages(Protocol):

@@ -207,7 +207,7 @@ def _slices(data: DataSpec, sources: list[Source]) -> int:
     """As if all volumes were like the first: one header read, not all of them again."""
     from medgen.data.volumes import read_header
 
-    if data.format in ("stack", "cardiac"):
+    if data.format in ("stack", "cardiac", "jsonl"):
         return len(sources)
     header = read_header(next(iter(sources[0].files.values())))
     return len(sources) * int(header.shape[header.slice_axis(data.axis)])

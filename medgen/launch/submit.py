@@ -27,7 +27,7 @@ from medgen.launch.supervisor import living_supervisor
 from medgen.models.settings import FamilyConfig
 from medgen.plan import Plan, PlannedStage
 from medgen.rundir import RunDir
-from medgen.spec_data import SPLITS
+from medgen.spec_data import SPLITS, DataSpec
 from medgen.spec_evaluate import EvaluateStage
 from medgen.spec_stages import GenerateStage, TrainStage
 from medgen.spec_utility import StructureStage, UtilityStage
@@ -119,6 +119,7 @@ def check_data(checked: spec.Spec) -> str:
     for name, stage in checked.stages.items():
         if isinstance(stage, TrainStage):
             _check_patients(name, spec.family_config(stage.config), report.patients.get("train", 0))
+            _check_masks(name, spec.family_config(stage.config), checked.data, report.masked)
         if isinstance(stage, TrainStage) and stage.repeat is not None and not report.patients.get("val"):
             raise InputError(f"stages.{name}.repeat: {stage.repeat} would have no val split to choose its epochs by; give the data one, such as data.splits.val: 0.2")
         if isinstance(stage, GenerateStage) and stage.per_class is not None and len(stage.per_class) != len(report.classes):
@@ -140,6 +141,18 @@ def _check_patients(name: str, config: FamilyConfig, patients: int) -> None:
         config.check_patients(patients)
     except ValueError as error:
         raise InputError(f"stages.{name}.config: {error}") from None
+
+
+def _check_masks(name: str, config: FamilyConfig, data: DataSpec, masked: tuple[int, int] | None) -> None:
+    """An image whose mask nobody knows is none without a lesion: a model that learns masks, or from them, would take it for one."""
+    if masked is None or "seg" not in config.input_channels or "masked" in config.input_channels:  # told which masks are known
+        return
+    given, unmasked = masked
+    if not given:
+        raise InputError(f"stages.{name}: its model is trained on masks, and no training image has one; give lines of {data.root} a mask_path")
+    if unmasked and not config.trains_positive_only(data):
+        raise InputError(f"stages.{name}: its model is trained on masks, and {unmasked} training images have none (mask_path: null); leave these lines out, "
+                         "give them masks (a black one where there is nothing), or write data.positive_only: true")  # fmt: skip
 
 
 def _check_start(name: str, model: str, config: FamilyConfig, size: int) -> None:

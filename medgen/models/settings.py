@@ -364,7 +364,8 @@ class FamilyConfig(Settings):
         if "seg" in self.input_channels and data.mask is None:
             raise ValueError("needs data.mask: the file name of the label volume")
         if "seg" in self.input_channels and data.has_regions and not self.takes_regions:
-            raise ValueError(f"takes a mask of one thing, and the contours of format: {data.format} bound several regions; use model: sdm")
+            several = "data.regions names several classes" if data.regions is not None else f"the contours of format: {data.format} bound several regions"
+            raise ValueError(f"takes a mask of one thing, and {several}; use model: sdm")
         if self.respaces is not None and not data.keeps_contours:
             raise ValueError(f"respacing has no effect with format: {data.format}, whose masks cannot be drawn again at another spacing; remove it")
 

@@ -93,7 +93,7 @@ def _page(source: Source, stage_name: str, generated: list[GeneratedSection]) ->
         stage_name=stage_name,
         lead=words.lead(plan, stages, store),
         answers=summary.answers([section.images for section in generated]),
-        has_masks=plan.data["mask"] is not None,
+        has_masks=plan.data["mask"] is not None if store is None else store.has_masks,
         regions=() if store is None else store.regions,
         verdict=words.verdict(stages),
         tiles=words.headline_facts(plan, stages, store),

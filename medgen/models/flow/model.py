@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medgen.data.captions import LEFT_RIGHT, sides_named
 from medgen.errors import InputError
 from medgen.models.averages import horizons
 from medgen.models.base import Batch, DataShape, Given, SampleNoise, StepContext, count_parameters, joined
@@ -51,6 +52,8 @@ class Model(DenoisingModel):
         self.regions = len(shape.regions) if "mask" in config.told else 0
         mask_channels = self.regions + 1 if self.regions else 0
         self.tokenizer = Tokenizer.from_json(dict(shape.vocabulary)) if config.text is not None else None
+        if config.flip and self.tokenizer is not None:
+            _refuse_sides(self.tokenizer)
         encoder = TextEncoder(config.text.shape(self.tokenizer.size)) if config.text is not None and self.tokenizer is not None else None
         transformer = NextDiT(config.network.shape(len(config.images), mask_channels, config.caption_width))
         self.path = StraightPath(config.times, config.shift_of(shape.size))
@@ -151,6 +154,13 @@ class Model(DenoisingModel):
         if self.network.encoder is not None and self.tokenizer is not None:
             lines.append(f"captions read by {count_parameters(self.network.encoder):,} parameters: {self.tokenizer.size:,} tokens, {len(self.tokenizer.words):,} words")
         return [*lines, f"straight paths, {config.times.replace('_', '-')} times, shifted {self.path.shift:.3g} times towards noise", *horizons(config.ema, total_steps)]
+
+
+def _refuse_sides(tokenizer: Tokenizer) -> None:
+    """A mirrored image of what a caption calls left is right."""
+    named = sides_named(" ".join(sorted(tokenizer.words)), LEFT_RIGHT)
+    if named:
+        raise InputError(f"flip: captions name sides ({', '.join(named)}), which are wrong of mirrored images; remove it, or the sides from the captions")
 
 
 def _mirrored(images: Tensor, which: Tensor) -> Tensor:

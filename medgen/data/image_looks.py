@@ -1,4 +1,4 @@
-"""One image file of any kind: what its header tells, its values in [0, 1], its labels where it is a mask. Used by file_images.py."""
+"""One image file of any kind: what its header tells, its values in [0, 1], its labels where it is a mask. Used by jsonl_images.py and evaluate/."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from medgen.data import image_files, stacks, volumes
 from medgen.errors import InputError
-from medgen.evaluate.inputs import ROUNDING
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY = (".jpg", ".jpeg")
 VOLUMES = (".nii", ".nii.gz")
 SUFFIXES = (*PICTURES, *VOLUMES, ".npy")
 CONTENT = 0.05  # smallest share of non-background pixels that a slice of a volume must have, as in the data of a job
+ROUNDING = 1e-3  # stored images may leave [0,1] by the rounding of their file format
 MOST_LABELS = 64  # of a mask; a picture has more grey values
 
 
@@ -103,14 +103,21 @@ def values_of(look: Look) -> np.ndarray:
         return volumes.display_slices(volume, volumes.read_header(look.path).slice_axis(2))[:, None]
     if suffix == ".npy":
         return image_files.read_slice(look.path).array.astype(np.float32)[None, None]
-    stored = _pixels(look.path)
+    stored = stored_pixels(look.path)
     if stored.ndim == 3:
         stored = np.moveaxis(stored, 2, 0)
     scale = 1 if stored.dtype == np.bool_ else 255 if look.eight_bits else 65535
     return (stored.astype(np.float32) / np.float32(scale)).reshape(1, look.channels, look.height, look.width)
 
 
-def _pixels(path: Path) -> np.ndarray:
+def gray_of(values: np.ndarray) -> np.ndarray:
+    """[n, 3, H, W] as [n, 1, H, W]: brightness by ITU-R BT.601."""
+    gray: np.ndarray = (values * np.array([0.299, 0.587, 0.114], np.float32)[None, :, None, None]).sum(axis=1, keepdims=True)
+    return gray
+
+
+def stored_pixels(path: Path) -> np.ndarray:
+    """[H, W] or [H, W, 3] of a picture, in the numbers of the file. Raises InputError if they cannot be decoded."""
     picture = _picture(path)
     try:
         return np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
@@ -136,7 +143,7 @@ def labels_of(look: Look) -> np.ndarray:
     if look.path.name.lower().endswith(LOSSY):
         raise InputError(f"{look.path}: a JPEG has no sharp labels; save masks as PNG or NIfTI")
     suffix = suffix_of(look.path.name)
-    stored = _pixels(look.path)[None] if suffix in PICTURES else values_of(look)[:, 0]
+    stored = stored_pixels(look.path)[None] if suffix in PICTURES else values_of(look)[:, 0]
     if stored.ndim == 4:
         if not (stored == stored[..., :1]).all():
             raise InputError(f"{look.path}: a mask in colour; one channel of labels is expected")
