@@ -88,6 +88,8 @@ def require_possible(settings: GenerateStage, config: FamilyConfig, store: Slice
     types = sorted(set(store.rows["label"])) if settings.export and classes is None else []
     if len(types) > 1:
         raise InputError(f"export: the data are {' and '.join(types)} and the model is not told which, so that an image has no unit; train with told: [kind], or with data.types: [{types[0]}]")
+    if settings.condition in SPLITS:
+        _usable(settings, config, store, store.select(settings.condition))
     if classes is not None:
         _require_trained_classes(classes, store)
     if settings.condition in SPLITS and classes is not None:
@@ -122,7 +124,7 @@ def conditions_of(
     if settings.condition is None:
         return {index: _of_caption(settings, config.condition_channels, store.size, index) for index in indices} if config.uses_captions else {}
     if settings.condition in SPLITS:
-        rows = store.select(settings.condition, data.positive_only)
+        rows = _usable(settings, config, store, store.select(settings.condition, data.positive_only))
         chosen = {index: _row_of(index, settings, store, rows, classes) for index in indices}
         found = {index: _real_condition(store, config.condition_channels, row, settings.spacing) for index, row in chosen.items()}
         return {index: _as_told(found[index], settings, store, row, index) for index, row in chosen.items()} if config.uses_captions else found
@@ -130,6 +132,16 @@ def conditions_of(
         dataset = work.run.dataset(settings.condition)
         table, _ = collected.read(dataset)
         return {number: _collected_mask(dataset, table.iloc[number]) for number in indices}
+
+
+def _usable(settings: GenerateStage, config: FamilyConfig, store: SliceStore, rows: np.ndarray) -> np.ndarray:
+    """The slices of a split whose masks are known, where the model is told masks. Raises InputError if there are none."""
+    if "masked" not in config.condition_channels or "mask" in settings.without or "masked" not in store.rows:
+        return rows
+    known = rows[store.rows["masked"].to_numpy(dtype=bool)[rows]]
+    if not len(known):
+        raise InputError(f"condition: {settings.condition}: no image of that split has a mask to draw on; write without: [mask] for images by their captions alone, or another split")
+    return known
 
 
 def _of_caption(settings: GenerateStage, names: tuple[str, ...], size: int, index: int) -> Condition:

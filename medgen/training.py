@@ -176,8 +176,17 @@ def of_phase(training: Training, phase: Phase, score: str) -> str:
 def shape_of(config: FamilyConfig, store: SliceStore, records: Records | None = None) -> DataShape:
     """`records`: of the training split, for whoever trains."""
     counts = {"records": len(records), "most_records": records.most_of_a_patient} if records is not None else {}
-    vocabulary = config.vocabulary(store.captions(store.select("train"))) if config.uses_captions else {}
+    vocabulary = _vocabulary(config, store) if config.uses_captions else {}
     return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), store.regions, vocabulary=vocabulary, **counts)
+
+
+def _vocabulary(config: FamilyConfig, store: SliceStore) -> dict[str, Any]:
+    """Raises InputError if a caption of any split cannot be read: not after hours, when its turn comes."""
+    trained = store.rows["split"].to_numpy() == "train"
+    try:
+        return config.vocabulary(store.captions(np.flatnonzero(trained)), store.captions(np.flatnonzero(~trained)))
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def of_size(work: Work, data: DataSpec, size: int, full: SliceStore) -> SliceStore:

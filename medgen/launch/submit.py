@@ -145,12 +145,12 @@ def _check_patients(name: str, config: FamilyConfig, patients: int) -> None:
 
 def _check_masks(name: str, config: FamilyConfig, data: DataSpec, masked: tuple[int, int] | None) -> None:
     """An image whose mask nobody knows is none without a lesion: a model that learns masks, or from them, would take it for one."""
-    if masked is None or "seg" not in config.input_channels or "masked" in config.input_channels:  # told which masks are known
+    if masked is None or "seg" not in config.input_channels:
         return
     given, unmasked = masked
     if not given:
         raise InputError(f"stages.{name}: its model is trained on masks, and no training image has one; give lines of {data.root} a mask_path")
-    if unmasked and not config.trains_positive_only(data):
+    if unmasked and "masked" not in config.input_channels and not config.trains_positive_only(data):
         raise InputError(f"stages.{name}: its model is trained on masks, and {unmasked} training images have none (mask_path: null); leave these lines out, "
                          "give them masks (a black one where there is nothing), or write data.positive_only: true")  # fmt: skip
 

@@ -287,8 +287,10 @@ class FamilyConfig(Settings):
         """True if each training image needs a caption."""
         return False
 
-    def vocabulary(self, captions: Sequence[str]) -> dict[str, Any]:
-        """JSON that decides how captions are read, from those of the training split: part of every checkpoint. Empty of families that read none."""
+    def vocabulary(self, captions: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
+        """JSON that decides how captions are read, from those of the training split: part of every checkpoint. Empty of families that read none.
+
+        others: those of the other splits. Raises ValueError for a caption that cannot be read."""
         return {}
 
     @property

@@ -129,9 +129,12 @@ class Config(DenoisingConfig):
     def uses_captions(self) -> bool:
         return "caption" in self.told
 
-    def vocabulary(self, captions: Sequence[str]) -> dict[str, Any]:
+    def vocabulary(self, captions: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
         assert self.text is not None
-        return Tokenizer.built(captions, self.text.vocabulary).to_json()
+        tokenizer = Tokenizer.built(captions, self.text.vocabulary)
+        for caption in sorted({*captions, *others}):
+            tokenizer.encode(caption, self.text.max_tokens)
+        return tokenizer.to_json()
 
     @property
     def takes_regions(self) -> bool:
