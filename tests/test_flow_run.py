@@ -146,7 +146,7 @@ def test_captions_that_name_sides_and_mirrored_images_contradict_each_other(tmp_
 def test_a_caption_that_is_too_long_says_which(tmp_path: Path, medgen: Medgen, write_spec: WriteSpec) -> None:
     folder = write_images(tmp_path / "eyes", 16)
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    lines[3]["caption"] = "0123456789 " * 6
+    lines[3]["caption"] = " ".join(f"finding{number ** 3}" for number in range(40))
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = " ".join(medgen("check", write_spec(spec_of(folder, "long")), "--local", expect=2).stdout.split())
     assert "more than the 24 that are read; shorten it, or train with more max_tokens" in told
