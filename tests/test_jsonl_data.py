@@ -24,7 +24,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from medgen import checks
-from medgen.data.captions import naming_sides, sides_named, vocabulary, words_of
+from medgen.captions import naming_sides, sides_named, vocabulary, words_of
 from medgen.data.index import check_headers
 from medgen.data.jsonl_lines import KEYS, parse_line
 from medgen.data.resize import shares_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medgen.data.captions import SIDES, sides_named, vocabulary, words_of
+from medgen.captions import SIDES, sides_named, vocabulary, words_of
 from medgen.names import printable
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from medgen.data.captions import LEFT_RIGHT, sides_named
+from medgen.captions import LEFT_RIGHT, sides_named
 from medgen.errors import InputError
 from medgen.models.averages import horizons
 from medgen.models.base import Batch, DataShape, Given, SampleNoise, StepContext, count_parameters, joined
