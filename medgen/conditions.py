@@ -66,8 +66,10 @@ class Classes:
         return index - first, self.ends[self.of(index)] - first
 
 
-def classes_of(settings: GenerateStage, store: SliceStore) -> Classes:
-    """Raises InputError if per_class does not count the classes of the data."""
+def classes_of(settings: GenerateStage, store: SliceStore, config: FamilyConfig) -> Classes | None:
+    """Of models that are told it; of those that are told captions, where per_class chooses whose. Raises InputError if per_class does not count the classes of the data."""
+    if not config.uses_labels and settings.per_class is None:
+        return None
     names = store.classes
     counts = settings.per_class or [_share(number, settings.count, len(names)) for number in range(len(names))]
     if len(counts) != len(names):
@@ -82,7 +84,7 @@ def _share(number: int, count: int, shares: int) -> int:
 
 def require_possible(settings: GenerateStage, config: FamilyConfig, store: SliceStore) -> None:
     """Raises InputError for what these data, and a model trained on them, cannot give; no model is needed, so that it is known before any is trained."""
-    classes = classes_of(settings, store) if config.uses_labels else None
+    classes = classes_of(settings, store, config)
     if settings.spacing is not None:
         _require_trained_spacing(settings.spacing, config, store)
     types = sorted(set(store.rows["label"])) if settings.export and classes is None else []
@@ -136,9 +138,9 @@ def conditions_of(
 
 def _usable(settings: GenerateStage, config: FamilyConfig, store: SliceStore, rows: np.ndarray) -> np.ndarray:
     """The slices of a split whose masks are known, where the model is told masks. Raises InputError if there are none."""
-    if "masked" not in config.condition_channels or "mask" in settings.without or "masked" not in store.rows:
+    if "masked" not in config.condition_channels or "mask" in settings.without:
         return rows
-    known = rows[store.rows["masked"].to_numpy(dtype=bool)[rows]]
+    known = rows[store.mask_known(rows)]
     if not len(known):
         raise InputError(f"condition: {settings.condition}: no image of that split has a mask to draw on; write without: [mask] for images by their captions alone, or another split")
     return known

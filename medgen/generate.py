@@ -114,7 +114,7 @@ def prepare(work: Work, settings: GenerateStage, device: torch.device) -> Genera
     accept = settings.accept or (AcceptMasks() if config.output_kind == "mask" else None)
     assert work.task.images is not None
     indices = range(work.task.images.first, work.task.images.stop)
-    classes = classes_of(settings, store) if config.uses_labels else None
+    classes = classes_of(settings, store, config)
     require_possible(settings, config, store)
     conditions = conditions_of(work, settings, data, config, store, indices, classes)
     work.say(f"{stage.name}: images {indices.start} to {indices.stop - 1} from {chosen.folder.name} of {source.name} ({settings.checkpoint})")

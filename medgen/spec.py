@@ -237,6 +237,8 @@ def _check_trials(spec: Spec, spec_document: Document, name: str, stage: Structu
 
 def _structure_problem(stage: StructureStage, drawn: GenerateStage, source: TrainStage, config: FamilyConfig) -> tuple[str, str] | None:
     """The key to blame, and why; None if there is nothing."""
+    if _draws_without_mask(drawn, config):
+        return "of", f"{stage.of} is drawn on no masks, so there is none that its images could agree with; remove this stage"
     if "seg" not in config.condition_channels:
         return "of", f"the model of {drawn.source} is given no mask, so there is none that its images could agree with; remove this stage"
     if source.repeat is not None and stage.against == "val":
@@ -244,14 +246,21 @@ def _structure_problem(stage: StructureStage, drawn: GenerateStage, source: Trai
     return None
 
 
+def _draws_without_mask(drawn: GenerateStage, config: FamilyConfig) -> bool:
+    """Of models that may."""
+    return "masked" in config.condition_channels and (drawn.condition is None or "mask" in drawn.without)
+
+
 def _utility_problem(stage: UtilityStage, drawn: GenerateStage, config: FamilyConfig) -> tuple[str, str] | None:
     """The key to blame, and why; None if there is nothing."""
     if drawn.condition in ("val", "test"):
         used = "tested on" if drawn.condition == "test" else "chosen by"
         return "of", f"{stage.of} was drawn on masks of the {drawn.condition} split, which the arms are {used}; draw images to train on with condition: train, or on generated masks"
-    if stage.task == "classification" and not config.uses_labels:
+    if stage.task == "classification" and config.uses_captions and not config.uses_labels and drawn.per_class is None:
+        return "task", f"the images of {stage.of} may be of no class: write per_class, and condition: train, in {stage.of}; or task: segmentation here"
+    if stage.task == "classification" and not config.uses_labels and not config.uses_captions:
         return "task", f"the model of {drawn.source} knows no classes, so its images have no labels to learn; write task: segmentation"
-    if stage.task == "segmentation" and "seg" not in config.input_channels:
+    if stage.task == "segmentation" and ("seg" not in config.input_channels or _draws_without_mask(drawn, config)):
         return "task", f"the images of {stage.of} come without masks, so there is nothing to learn from them; write task: classification"
     return None
 
@@ -288,7 +297,9 @@ def _check_generate(spec: Spec, spec_document: Document, name: str, stage: Gener
     problem = _told_problem(stage, config)
     if problem is not None:
         raise spec_document.error((*path, problem[0]), problem[1])
-    if stage.per_class is not None and not config.uses_labels:
+    if stage.per_class is not None and config.uses_captions and (stage.condition not in SPLITS or stage.captions is not None or "caption" in stage.without):
+        raise spec_document.error((*path, "per_class"), f"the model of {stage.source} is told captions: per_class chooses those of each class of a split; write condition: train, without captions of your own, or count: {stage.count}")
+    if stage.per_class is not None and not config.uses_labels and not config.uses_captions:
         raise spec_document.error((*path, "per_class"), f"the model of {stage.source} knows no classes; write count: {stage.count}")
     if stage.stack and not config.uses_labels:
         raise spec_document.error((*path, "stack"), f"a stack is sorted by class, and the model of {stage.source} knows no classes; remove it")

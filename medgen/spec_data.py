@@ -173,8 +173,9 @@ class DataSpec(Frozen):
             raise ValueError("positive_only needs mask: the name of the label file")
         if "seg" in self.images:
             raise ValueError("images: the name 'seg' is kept for the mask; write mask: ...")
-        if "valid" in self.images:
-            raise ValueError("images: the name 'valid' is kept for where there is an image; choose another")
+        for name, meaning in (("valid", "where there is an image"), ("masked", "where a mask is known")):
+            if name in self.images:
+                raise ValueError(f"images: the name {name!r} is kept for {meaning}; choose another")
         return self
 
     def _check_stack(self) -> None:

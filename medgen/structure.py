@@ -31,7 +31,7 @@ def structure(work: Work) -> Done:
     if kept is not None:
         return kept
     with trials.on_its_device(work) as device:
-        sides = open_sides(work, settings.of)
+        sides = open_sides(work, settings.of, "masks")
         train = RealMasks(sides.store, sides.channels, sides.rows("train"))
         work.say(f"{work.stage.name}: seed {work.task.shard}: {len(train)} real pairs; {settings.steps} steps of {settings.batch_size}")
         seed = rng.derive_seed(work.plan.seed, work.stage.name, work.task.shard)

@@ -177,6 +177,8 @@ def shape_of(config: FamilyConfig, store: SliceStore, records: Records | None = 
     """`records`: of the training split, for whoever trains."""
     counts = {"records": len(records), "most_records": records.most_of_a_patient} if records is not None else {}
     vocabulary = _vocabulary(config, store) if config.uses_captions else {}
+    if config.uses_labels:
+        store.labels(np.arange(len(store.rows)))  # of all splits: not after hours, when the turn of one without comes
     return DataShape(config.input_channels, store.size, store.classes if config.uses_labels else (), store.regions, vocabulary=vocabulary, **counts)
 
 

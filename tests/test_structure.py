@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "medgen"
 ORDER = [
     "errors", "stop", "world", "activity", "lifeline", "fault", "files", "csv_files", "cardiac", "commits", "room", "names", "weights", "redact", "units", "sbatch_options", "document", "rng", "roc", "captions", "as_written", "spec_base", "pretrained", "dp", "models", "spec_accept", "spec_data", "spec_evaluate", "spec_utility", "spec_stages", "spec", "site", "rundir", "watchdog", "plan", "planning", "data", "launch", "dist", "device", "context", "acceleration", "sharded", "checkpoint",
     "published", "importing",
-    "task", "alone", "previews", "train_log", "records", "training", "validation", "resume", "ahead", "rehearsal", "health", "lr_curve", "search_pictures", "lr_search", "train", "find_lr", "collected", "shards", "gate", "conditions", "exports", "generate", "command", "evaluate", "features", "utility", "structure", "collect", "report", "prepare", "classify", "two_folders", "step_search", "step_measure", "find_steps", "price", "watch", "fsck", "checks", "cli", "__main__",
+    "task", "alone", "previews", "train_log", "records", "training", "validation", "resume", "ahead", "rehearsal", "health", "lr_curve", "search_pictures", "lr_search", "train", "find_lr", "collected", "shards", "gate", "conditions", "exports", "generate", "generator", "command", "evaluate", "features", "utility", "structure", "collect", "report", "prepare", "classify", "two_folders", "step_search", "step_measure", "find_steps", "price", "watch", "fsck", "checks", "cli", "__main__",
 ]
 
 

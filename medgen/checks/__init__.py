@@ -154,13 +154,18 @@ def _open_all(prepared: list[Prepared]) -> tuple[dict[str, SliceStore], list[Fin
 
 def shortages(prepared: list[Prepared], stores: dict[str, SliceStore]) -> list[Finding]:
     """Utility stages that would have too few synthetic images: how many are needed is known once the slices are."""
+    from medgen.utility.sides import rows_of
+
     found = []
     for item in prepared:
         store = stores.get(data_key(item.spec))
         for name, stage in item.spec.stages.items() if store is not None else ():
             drawn = item.spec.stages[stage.of] if isinstance(stage, UtilityStage) else None
             if store is not None and isinstance(stage, UtilityStage) and isinstance(drawn, GenerateStage):
-                problem = stage.shortage(int((store.rows["split"] == "train").sum()), drawn.count)
+                try:
+                    problem = stage.shortage(len(rows_of(store, "train", "labels" if stage.task == "classification" else "masks")), drawn.count)
+                except InputError as error:
+                    problem = str(error)
                 found += [Finding(name, "wrong", problem)] if problem is not None else []
     return found
 

@@ -79,8 +79,15 @@ class SliceStore:
 
     def masked(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [n, size, size], 1 all over an image whose mask is known, 0 where nobody has drawn one: then its mask is 0 too, and says nothing."""
-        known = self.rows["masked"].to_numpy()[rows] if "masked" in self.rows else np.full(len(rows), self.has_masks)
-        return np.broadcast_to(known.astype(np.uint8)[:, None, None], (len(rows), self.size, self.size))
+        return np.broadcast_to(self.mask_known(rows).astype(np.uint8)[:, None, None], (len(rows), self.size, self.size))
+
+    def mask_known(self, rows: np.ndarray) -> np.ndarray:
+        """bool [n]: False where nobody has drawn one."""
+        return self.rows["masked"].to_numpy(dtype=bool)[rows] if "masked" in self.rows else np.full(len(rows), self.has_masks)
+
+    def labelled(self, rows: np.ndarray) -> np.ndarray:
+        """bool [n]: False of slices without a class."""
+        return self.rows["label"].notna().to_numpy()[rows]
 
     def captions(self, rows: np.ndarray) -> list[str]:
         """One text per slice. Raises InputError if one has none."""
@@ -102,16 +109,19 @@ class SliceStore:
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The labels there are, in order; a class is known by its place. Raises InputError if a slice has no label."""
-        bare = self.rows.index[self.rows["label"].isna()]
-        if len(bare):
-            raise InputError(f"{len(bare)} of {len(self.rows)} slices have no label, the first is {self.rows['id'][bare[0]]}; give each line of the data a label")
+        """The labels there are, in order; a class is known by its place. Raises InputError if no slice has one."""
+        labelled = self.rows[self.rows["label"].notna()]
+        if not len(labelled):
+            raise InputError(f"none of {len(self.rows)} slices has a label; give the lines of the data labels")
         if "label_number" in self.rows:
-            return tuple(self.rows.drop_duplicates("label").sort_values("label_number")["label"])
-        return tuple(sorted(set(self.rows["label"]), key=index.numbers_first))
+            return tuple(labelled.drop_duplicates("label").sort_values("label_number")["label"])
+        return tuple(sorted(set(labelled["label"]), key=index.numbers_first))
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [n], the number of each slice's class."""
+        """int64 [n], the number of each slice's class. Raises InputError if one has no label."""
+        bare = rows[~self.labelled(rows)]
+        if len(bare):
+            raise InputError(f"{len(bare)} of {len(rows)} slices have no label, the first is {self.rows['id'][bare[0]]}; give each line of the data a label")
         return np.array([self.classes.index(label) for label in self.rows["label"].to_numpy()[rows]], dtype=np.int64)
 
     def affine(self, row: int) -> np.ndarray:

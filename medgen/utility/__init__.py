@@ -21,7 +21,7 @@ def utility(work: Work) -> Done:
     if kept is not None:
         return kept
     with trials.on_its_device(work) as device:
-        sides = open_sides(work, settings.of)
+        sides = open_sides(work, settings.of, "labels" if settings.task == "classification" else "masks")
         training_set = arms.training_set(sides, settings, arm, seed_number)
         work.say(f"{work.stage.name}: arm {arm.name}, seed {seed_number}: {training_set.describe()}; {settings.steps} steps of {settings.batch_size}")
         seed = rng.derive_seed(work.plan.seed, work.stage.name, seed_number)  # the same for all arms: they begin with the same weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,16 +20,19 @@ from medgen.task import Work
 from medgen.utility import regions
 from medgen.utility.regions import Region
 
+Learns = Literal["masks", "labels"]
+
 
 @dataclass(frozen=True)
 class Sides:
-    """`channels`: what the networks see, all image channels that the model drew."""
+    """`channels`: what the networks see, all image channels that the model drew. `learns`: slices without it are left out."""
 
     run: RunDir
     seed: int  # of the run
     store: SliceStore
     dataset: Dataset
     seen: tuple[str, ...]  # splits that the model was trained on
+    learns: Learns
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -52,8 +55,8 @@ class Sides:
         return files.sha256_json(self.facts)
 
     def rows(self, split: str) -> np.ndarray:
-        """Store rows of a split. Raises InputError if it has none."""
-        return self.store.select(split)
+        """Store rows of a split that can be learned from, or asked about. Raises InputError if it has none."""
+        return rows_of(self.store, split, self.learns)
 
     def patient_numbers(self, rows: np.ndarray) -> np.ndarray:
         """Whose slices they are, int [n]: by number, because names are not given away."""
@@ -92,17 +95,26 @@ class Sides:
         return np.array([f"image {name}" for name in self.dataset.index["id"].to_numpy()[numbers]])
 
 
-def open_sides(work: Work, of: str) -> Sides:
+def rows_of(store: SliceStore, split: str, learns: Learns) -> np.ndarray:
+    """Slices of a split whose masks are known, or that have a label. Raises InputError if there are none."""
+    rows = store.select(split)
+    usable = rows[store.mask_known(rows) if learns == "masks" else store.labelled(rows)]
+    if not len(usable):
+        raise InputError(f"none of {len(rows)} slices of the split {split} has {'a mask' if learns == 'masks' else 'a label'} to learn from, or to be asked about")
+    return usable
+
+
+def open_sides(work: Work, of: str, learns: Learns) -> Sides:
     """In a trial, of a dataset that must be collected."""
     work.require(collect_name(of))
-    return read_sides(work.run, work.plan, of, work.run.cache, work.say)
+    return read_sides(work.run, work.plan, of, work.run.cache, work.say, learns)
 
 
-def read_sides(run: RunDir, plan: Plan, of: str, cache_root: Path, say: Callable[[str], None]) -> Sides:
+def read_sides(run: RunDir, plan: Plan, of: str, cache_root: Path, say: Callable[[str], None], learns: Learns) -> Sides:
     """Raises MedgenError if the dataset is not what was collected, InputError if the data have changed or no longer fit it."""
     store = open_store(DataSpec.model_validate(plan.data), plan.seed, cache_root, say)
     with collected.made_again_if_damaged(run, of):
         dataset = read_matching_dataset(run, of, store)
     if not dataset.image_channels:
         raise InputError(f"{of} holds masks only; name a generate stage of images")
-    return Sides(run, plan.seed, store, dataset, plan.trained_on(of))
+    return Sides(run, plan.seed, store, dataset, plan.trained_on(of), learns)

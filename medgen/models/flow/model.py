@@ -14,6 +14,7 @@ from medgen.models.base import Batch, DataShape, Given, SampleNoise, StepContext
 from medgen.models.denoising import DenoisingModel, SampleLosses
 from medgen.models.flow.config import Config, SamplingSettings
 from medgen.models.flow.network import NextDiT
+from medgen.models.flow.positions import AS_TRAINED, Scaling, scaling_at
 from medgen.models.flow.sampling import Guidance, guided
 from medgen.models.flow.text_encoder import TextEncoder, as_batch
 from medgen.models.flow.tokenizer import Tokenizer
@@ -26,19 +27,21 @@ NOTHING_TOLD = 1  # tokens and numbers of a caption where none is ever told
 class FlowNetwork(nn.Module):
     """The encoder of captions and the transformer as one network: (images and mask [N, C, H, W], time [N], ids, valid, dropped) -> velocity.
 
-    time: 0 clean to 1 noise, as samplers.py counts. ids, valid [N, T] and dropped [N] as of TextEncoder; None of a network without captions."""
+    time: 0 clean to 1 noise, as samplers.py counts. ids, valid [N, T] and dropped [N] as of TextEncoder; None of a network without captions.
+    scaling, trained_tokens: of larger images than trained, as of NextDiT."""
 
     def __init__(self, transformer: NextDiT, encoder: TextEncoder | None):
         super().__init__()
         self.transformer, self.encoder = transformer, encoder
 
-    def forward(self, images: Tensor, time: Tensor, ids: Tensor | None, valid: Tensor | None, dropped: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, time: Tensor, ids: Tensor | None, valid: Tensor | None, dropped: Tensor | None,
+                scaling: Scaling = AS_TRAINED, trained_tokens: int | None = None) -> Tensor:  # fmt: skip
         if self.encoder is None:
             features = torch.zeros(len(images), NOTHING_TOLD, NOTHING_TOLD, device=images.device)
             words = torch.zeros(len(images), NOTHING_TOLD, dtype=torch.bool, device=images.device)
         else:
             features, words = self.encoder(ids, valid, dropped)
-        velocity: Tensor = self.transformer(images, 1 - time, features, words)
+        velocity: Tensor = self.transformer(images, 1 - time, features, words, scaling, trained_tokens)
         return velocity
 
 
@@ -123,22 +126,28 @@ class Model(DenoisingModel):
         ids, valid, dropped = (part.to(device, non_blocking=True) for part in (ids, valid, dropped))
         return ids, valid, dropped if without is None else dropped | without
 
-    @torch.no_grad()
     def sample(self, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
+        return self.sample_at(self.shape.size, noise, given, settings)
+
+    @torch.no_grad()
+    def sample_at(self, size: int, noise: SampleNoise, given: Given, settings: Settings) -> dict[str, Tensor]:
+        """Images of size x size pixels, also larger than trained: positions are stretched while they are noise, and then keep their distances."""
         assert isinstance(settings, SamplingSettings)
-        network, count = self.weights(settings.weights).eval(), len(noise)
-        drawn = noise.normal(self.image_shape)
+        network, count, factor = self.weights(settings.weights).eval(), len(noise), size / self.shape.size
+        trained_tokens = self.config.network.tokens(self.shape.size) if factor > 1 else None
+        drawn = noise.normal((len(self.config.images), size, size))
         mask = self._mask(given.channels) if self.regions else drawn.new_zeros(count, 0, *drawn.shape[2:])
         ids, valid, dropped = self._read(given.captions, count, drawn.device)
         every = torch.ones(count, dtype=torch.bool, device=drawn.device)
 
         def ask(images: Tensor, time: float, caption: bool, masked: bool) -> Tensor:
-            seen = mask if masked else torch.zeros_like(mask)
-            velocity: Tensor = network(torch.cat([images, seen], dim=1), torch.full((count,), time, device=images.device), ids, valid, dropped if caption else every)
+            seen, times = mask if masked else torch.zeros_like(mask), torch.full((count,), time, device=images.device)
+            scaling = scaling_at(1 - time, factor) if factor > 1 else AS_TRAINED
+            velocity: Tensor = network(torch.cat([images, seen], dim=1), times, ids, valid, dropped if caption else every, scaling, trained_tokens)
             return velocity.float()
 
         guidance = Guidance(settings.guidance, settings.mask_guidance, settings.guidance_interval, settings.longest)
-        shift = settings.time_shift if settings.time_shift is not None else self.config.shift_of(self.shape.size)
+        shift = settings.time_shift if settings.time_shift is not None else self.config.shift_of(size)
         images = solved(guided(ask, guidance, self.regions > 0), settings.sampler, settings.steps, shift, drawn)
         images = ((images + 1) / 2).clamp(0, 1)
         return {name: images[:, place : place + 1] for place, name in enumerate(self.config.images)}
