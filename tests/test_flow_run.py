@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import tiny_spec
+from conftest import REPOSITORY, tiny_spec
 from PIL import Image
 
 Medgen = Callable[..., Any]
@@ -150,3 +151,19 @@ def test_a_caption_that_is_too_long_says_which(tmp_path: Path, medgen: Medgen, w
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = " ".join(medgen("check", write_spec(spec_of(folder, "long")), "--local", expect=2).stdout.split())
     assert "more than the 24 that are read; shorten it, or train with more max_tokens" in told
+
+
+def test_the_fundus_job_on_real_photographs(idrid: Path, tmp_path: Path, medgen: Medgen) -> None:
+    """The snippet of docs/text_and_masks.md makes its data; what the data cannot give would be told by the dry run."""
+    page = (REPOSITORY / "docs" / "text_and_masks.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[-1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "IDRID": str(idrid)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = {split: len((tmp_path / "fundus" / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "val", "test")}
+    assert counts == {"train": 402, "val": 57, "test": 129}
+    os.environ["DATA"] = str(tmp_path)
+    try:
+        told = medgen("submit", REPOSITORY / "jobs" / "fundus_text_mask.yaml", "--dry-run", "--local").stdout
+    finally:
+        del os.environ["DATA"]
+    assert "fundus_text_mask" in told

@@ -183,7 +183,7 @@ def test_more_real_images_are_no_worse_than_duplicates_and_noise_is_worse_than_r
 
 def test_arms_hold_what_they_say(tmp_path: Path, data: tuple[DataSpec, SliceStore], cache: Path) -> None:
     run = made_run(tmp_path, data, pictures(50, 9), {})
-    opened = sides.read_sides(run, task.planning.read(run), "images", cache, fake_run.quiet, "labels")
+    opened = sides.read_sides(run, task.planning.read(run), "images", cache, fake_run.quiet, "masks")
     settings = UtilityStage.model_validate({"kind": "utility", **SEGMENTATION, "arms": ["real", "duplicated", "synthetic", "mixed"], "ratios": [0.5, 2.0]})
     assert [arm.name for arm in settings.all_arms] == ["real", "duplicated", "synthetic", "mixed 0.5", "mixed 2"]
 

@@ -402,7 +402,8 @@ def _scores_of_model(made_by: Checkpoint, sides: Sides, rows: np.ndarray, bench:
     state = made_by.state()
     config = spec.family_config(state["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]), sides.store.regions, vocabulary=state["vocabulary"])
+    vocabulary = state["vocabulary"] if config.uses_captions else {}  # checkpoints of earlier versions have none
+    shape = DataShape(config.input_channels, state["size"], tuple(state["classes"]), sides.store.regions, vocabulary=vocabulary)
     model = trained_model(made_by, state["config"]["model"], config, shape, device)
     parts = []
     for start in range(0, len(rows), MODEL_BATCH):
