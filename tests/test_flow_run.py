@@ -153,7 +153,7 @@ def test_a_caption_that_is_too_long_says_which(tmp_path: Path, medgen: Medgen, w
     assert "more than the 24 that are read; shorten it, or train with more max_tokens" in told
 
 
-def test_the_fundus_job_on_real_photographs(idrid: Path, tmp_path: Path, medgen: Medgen) -> None:
+def test_the_fundus_job_on_real_photographs(idrid: Path, tmp_path: Path, environment: dict[str, str], medgen: Medgen) -> None:
     """The snippet of docs/text_and_masks.md makes its data; what the data cannot give would be told by the dry run."""
     page = (REPOSITORY / "docs" / "text_and_masks.md").read_text()
     code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[-1]
@@ -161,9 +161,6 @@ def test_the_fundus_job_on_real_photographs(idrid: Path, tmp_path: Path, medgen:
     assert done.returncode == 0, done.stderr
     counts = {split: len((tmp_path / "fundus" / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "val", "test")}
     assert counts == {"train": 402, "val": 57, "test": 129}
-    os.environ["DATA"] = str(tmp_path)
-    try:
-        told = medgen("submit", REPOSITORY / "jobs" / "fundus_text_mask.yaml", "--dry-run", "--local").stdout
-    finally:
-        del os.environ["DATA"]
+    environment["DATA"] = str(tmp_path)
+    told = medgen("submit", REPOSITORY / "jobs" / "fundus_text_mask.yaml", "--dry-run", "--local").stdout
     assert "fundus_text_mask" in told
